@@ -1,0 +1,151 @@
+import { Command, EnumType } from "@cliffy/command";
+import { CompletionsCommand } from "@cliffy/command/completions";
+import { HelpCommand } from "@cliffy/command/help";
+import config from "../deno.json" with { type: "json" };
+import { type GlobalOptions, relativeScale, tensorPattern, tokenCount } from "./options.ts";
+
+// What the commands do is loaded when they run, so that help and completions answer at once.
+
+/** The command tree: every command, option and help text. */
+export function createApp() {
+  return new Command()
+    .name("packhorse")
+    .version(config.version)
+    .description(
+      "Packs the key/value caches of language models into a few bits per value,\n" +
+        "within an error bound that you set, on the CPU or the GPU.",
+    )
+    .throwErrors()
+    .globalType("backend", new EnumType(["auto", "cpu", "cuda"]))
+    .globalOption(
+      "--backend <name:backend>",
+      "Where to run. Without it PACKHORSE_BACKEND decides, else auto.",
+    )
+    .globalOption("--json", "Print one JSON document and nothing else.")
+    .action(function () {
+      this.showHelp();
+    })
+    .example("See what packing gains", "packhorse demo")
+    .example(
+      "Pack a cache and restore it",
+      "packhorse kv pack cache.safetensors -o cache.phkv --k-rel 0.1 --v-rel 0.2\n" +
+        "packhorse kv unpack cache.phkv -o restored.safetensors",
+    )
+    .command("kv", createKv())
+    .command("doctor", "Show what Packhorse finds on this machine, and what is missing.")
+    .example("Check the GPU", "packhorse doctor --backend cuda")
+    .action(async (options) => (await import("./commands/doctor.ts")).doctor(options))
+    .command("demo", "Pack a real cache, show what it gained, unpack it and check the bound.")
+    .option("-o, --output <folder:file>", "Folder for the files it writes.", { default: "demo" })
+    .action(async (options) => (await import("./commands/demo.ts")).demo(options))
+    .command("completions", new CompletionsCommand())
+    .command("help", new HelpCommand())
+    .reset();
+}
+
+function createKv() {
+  return new Command<GlobalOptions>()
+    .description("Pack, unpack and examine key/value caches (PackKV, arXiv 2512.24449).")
+    .globalType("scale", relativeScale)
+    .globalType("tokens", tokenCount)
+    .globalType("pattern", tensorPattern)
+    .globalType("quantizer", new EnumType(["packkv", "kivi"]))
+    .globalType("grouping", new EnumType(["token", "head"]))
+    .globalType("bits", new EnumType([2, 3, 4, 8]))
+    .globalType("repack", new EnumType(["none", "median", "greedy", "auto"]))
+    .globalType("pack", new EnumType([4, 8, 16, 32]))
+    .action(function () {
+      this.showHelp();
+    })
+    .command("pack <input:file>", "Pack the cache in a .safetensors file into a .phkv file.")
+    .option("-o, --output <file:file>", "The .phkv file to write.", { required: true })
+    .option(
+      "--k-rel <scale:scale>",
+      "Scale of the keys as a share of a token's range; errors stay within half of it. " +
+        "0.1 unless given.",
+      { conflicts: ["k-bits", "v-bits"] },
+    )
+    .option("--v-rel <scale:scale>", "The same for the values. 0.2 unless given.", {
+      conflicts: ["k-bits", "v-bits"],
+    })
+    .option("--repack <order:repack>", "How tokens are reordered within a block.", {
+      default: "auto",
+    })
+    .option("--pack <tokens:pack>", "Tokens that share a bit width.", { default: 16 })
+    .option("--quantizer <name:quantizer>", "How values become codes.", { default: "packkv" })
+    .option("--k-bits <bits:bits>", "Bits of a key's code with kivi. 4 unless given.")
+    .option("--v-bits <bits:bits>", "Bits of a value's code with kivi. 4 unless given.")
+    .option(
+      "--grouping <group:grouping>",
+      "Whether a scale serves a token or one head of it, with packkv. token unless given.",
+    )
+    .option("--residual <tokens:tokens>", "Latest tokens to leave unpacked.", { default: 0 })
+    .option("--keep-non-finite", "Store blocks with a NaN or an infinity as they are.")
+    .option(
+      "--key-pattern <name:pattern>",
+      'Name of the key tensors, "layers.<n>.key" unless given.',
+      { depends: ["value-pattern"] },
+    )
+    .option(
+      "--value-pattern <name:pattern>",
+      'Name of the value tensors, "layers.<n>.value" unless given.',
+      { depends: ["key-pattern"] },
+    )
+    .example(
+      "Keep errors within 5 % of a token's range",
+      "packhorse kv pack cache.safetensors -o cache.phkv --k-rel 0.1 --v-rel 0.1",
+    )
+    .example(
+      "Spend more time for fewer bits",
+      "packhorse kv pack cache.safetensors -o cache.phkv --repack greedy",
+    )
+    .example(
+      "Compare with KIVI at 2 bits",
+      "packhorse kv pack cache.safetensors -o cache.phkv --quantizer kivi --k-bits 2 --v-bits 2",
+    )
+    .action(async (options, input) =>
+      (await import("./commands/kv_pack.ts")).kvPack(options, input)
+    )
+    .command("unpack <input:file>", "Restore the .safetensors file from a .phkv file.")
+    .option("-o, --output <file:file>", "The .safetensors file to write.", { required: true })
+    .option("--recover", "Restore every intact block of a damaged file and list the lost ones.")
+    .example("Restore a cache", "packhorse kv unpack cache.phkv -o restored.safetensors")
+    .example(
+      "Save what is left of a damaged file",
+      "packhorse kv unpack cache.phkv -o restored.safetensors --recover",
+    )
+    .action(async (options, input) =>
+      (await import("./commands/kv_unpack.ts")).kvUnpack(options, input)
+    )
+    .command("inspect <input:file>", "Show what a .phkv file holds and where its bits go.")
+    .example("See which widths the packs take", "packhorse kv inspect cache.phkv")
+    .action(async (options, input) =>
+      (await import("./commands/kv_inspect.ts")).kvInspect(options, input)
+    )
+    .command("sweep <input:file>", "Measure bits and errors over a grid of settings.")
+    .option("--k-rel <scales:scale[]>", "Scales of the keys.", { default: [0.05, 0.1, 0.2] })
+    .option("--v-rel <scales:scale[]>", "Scales of the values.", { default: [0.1, 0.2, 0.4] })
+    .option("--repack <orders:repack[]>", "Token orders.", {
+      default: ["none", "median", "greedy"],
+    })
+    .option("--pack <tokens:pack[]>", "Tokens that share a bit width.", { default: [16] })
+    .option("--svg <file:file>", "Also write a chart of bits against error.")
+    .option(
+      "--key-pattern <name:pattern>",
+      'Name of the key tensors, "layers.<n>.key" unless given.',
+      { depends: ["value-pattern"] },
+    )
+    .option(
+      "--value-pattern <name:pattern>",
+      'Name of the value tensors, "layers.<n>.value" unless given.',
+      { depends: ["key-pattern"] },
+    )
+    .example(
+      "Compare pack sizes, with a chart",
+      "packhorse kv sweep cache.safetensors --pack 8,16,32 --svg sweep.svg",
+    )
+    .action(async (options, input) =>
+      (await import("./commands/kv_sweep.ts")).kvSweep(options, input)
+    )
+    .reset();
+}

@@ -1,0 +1,98 @@
+import { parse, View } from "vega";
+import { compile, type TopLevelSpec } from "vega-lite";
+import type { KvSweepRow } from "../src/kv/mod.ts";
+
+const REPACKS = ["none", "median", "greedy", "auto"];
+
+/** A point of the chart: one part at one setting, over all settings of the other part. */
+interface Point {
+  part: "Keys" | "Values";
+  rel: number;
+  repack: string;
+  pack: number;
+  bits: number;
+  error: number;
+}
+
+/** An SVG chart of bits per value against error, keys and values side by side. */
+export async function sweepChart(rows: readonly KvSweepRow[]): Promise<string> {
+  const points = [
+    ...rows.map((row): Point => ({
+      ...point(row),
+      part: "Keys",
+      rel: row.keyRel,
+      bits: row.keyBits,
+      error: row.keyRmsError,
+    })),
+    ...rows.map((row): Point => ({
+      ...point(row),
+      part: "Values",
+      rel: row.valueRel,
+      bits: row.valueBits,
+      error: row.valueRmsError,
+    })),
+  ];
+  const { spec } = compile(chart(means(points)));
+  return await new View(parse(spec), { renderer: "none" }).toSVG();
+}
+
+function point({ repack, pack }: KvSweepRow) {
+  return { repack, pack };
+}
+
+/** One point per setting of its own part: what the other part does to it is averaged. */
+function means(points: Point[]): Point[] {
+  const groups = Map.groupBy(
+    points,
+    ({ part, rel, repack, pack }) => [part, rel, repack, pack].join(),
+  );
+  return [...groups.values()].map((group) => {
+    const mean = (value: (point: Point) => number) =>
+      group.reduce((sum, point) => sum + value(point), 0) / group.length;
+    return { ...group[0]!, bits: mean(({ bits }) => bits), error: mean(({ error }) => error) };
+  });
+}
+
+function chart(points: Point[]): TopLevelSpec {
+  return {
+    data: { values: points as unknown as Record<string, unknown>[] },
+    facet: { column: { field: "part", type: "nominal", title: null } },
+    spec: {
+      width: 340,
+      height: 280,
+      layer: [
+        { mark: { type: "line" } },
+        { mark: { type: "point", filled: true, size: 55, opacity: 1 } },
+      ],
+      encoding: {
+        x: {
+          field: "bits",
+          type: "quantitative",
+          title: "bits per value",
+          scale: { zero: false, padding: 16 },
+        },
+        y: {
+          field: "error",
+          type: "quantitative",
+          title: "root-mean-square error",
+          scale: { type: "log", nice: false, padding: 16 },
+        },
+        order: { field: "rel", type: "quantitative" },
+        color: { field: "repack", type: "nominal", title: "repack", sort: REPACKS },
+        shape: { field: "pack", type: "nominal", title: "tokens per pack" },
+        strokeDash: { field: "pack", type: "nominal", title: "tokens per pack" },
+      },
+    },
+    resolve: { scale: { x: "independent", y: "independent" } },
+    title: { text: "Bits per value against error", anchor: "middle", offset: 12 },
+    background: "white",
+    padding: 16,
+    config: {
+      font: "sans-serif",
+      header: { labelFontSize: 13, labelFontWeight: "bold" },
+      axis: { labelFontSize: 11, titleFontSize: 12, titleFontWeight: "normal" },
+      legend: { labelFontSize: 11, titleFontSize: 12 },
+      range: { category: ["#0072b2", "#d55e00", "#009e73", "#cc79a7"] },
+    },
+  };
+}

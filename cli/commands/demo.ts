@@ -1,0 +1,102 @@
+import { Device } from "../../src/device/mod.ts";
+import { PackhorseError } from "../../src/error.ts";
+import { SafetensorsReader } from "../../src/io/mod.ts";
+import { packKvFile, sweepKvFile, unpackKvFile } from "../../src/kv/mod.ts";
+import { sweepChart } from "../chart.ts";
+import { defined, type GlobalOptions } from "../options.ts";
+import { print, printJson } from "../output.ts";
+import { packReport, printLayers, printTotal } from "../report.ts";
+
+const KEY_REL = 0.1;
+const VALUE_REL = 0.2;
+
+/** Packs the cache of a small model that ships with Packhorse, restores it and checks the errors. */
+export async function demo(options: GlobalOptions & { output: string }): Promise<void> {
+  const { backend, output, json } = options;
+  const input = new URL("../../tests/fixtures/tiny/kv.safetensors", import.meta.url).pathname;
+  const packed = `${output}/kv.phkv`;
+  const restored = `${output}/kv.safetensors`;
+  const chart = `${output}/bits_and_error.svg`;
+  const say = json ? () => {} : print;
+  await Deno.mkdir(output, { recursive: true });
+  using device = Device.open(defined({ backend }));
+
+  say(`1. Pack a model's key/value cache on ${device.info.name}, with the scales at ${KEY_REL}`);
+  say(`   (keys) and ${VALUE_REL} (values) of a token's range: errors within half of that.\n`);
+  const report = await packKvFile(device, {
+    input,
+    output: packed,
+    codec: { keyRel: KEY_REL, valueRel: VALUE_REL, repack: "greedy" },
+  });
+  if (!json) {
+    printLayers(report, { errors: true });
+    printTotal(report);
+  }
+
+  say("\n2. Unpack it and compare every value with the original.\n");
+  await unpackKvFile(device, { input: packed, output: restored });
+  const errors = await largestErrors(input, restored);
+  const within = errors.every(({ ofBound }) => ofBound <= 1);
+  for (const { tensor, ofBound } of errors) {
+    say(`   ${tensor}: largest error ${(100 * ofBound).toFixed(1)} % of the bound`);
+  }
+
+  say("\n3. Chart bits against error over other settings.\n");
+  const rows = await sweepKvFile(device, {
+    input,
+    keyRels: [0.05, 0.1, 0.2],
+    valueRels: [0.1, 0.2, 0.4],
+    repacks: ["none", "median", "greedy"],
+    packs: [16],
+  });
+  await Deno.writeTextFile(chart, await sweepChart(rows));
+  say(`   ${packed}\n   ${restored}\n   ${chart}`);
+  if (json) {
+    printJson({ backend: device.backend, pack: packReport(report), errors, within, chart });
+  }
+  if (!within) throw new PackhorseError("internal", `Restored values leave the bound: ${restored}`);
+}
+
+interface TensorError {
+  tensor: string;
+  /** Largest error of a value, as a share of what its token's range allows. */
+  ofBound: number;
+}
+
+async function largestErrors(original: string, restored: string): Promise<TensorError[]> {
+  using before = await SafetensorsReader.open(original);
+  using after = await SafetensorsReader.open(restored);
+  const errors: TensorError[] = [];
+  for (const [tensor, { shape }] of before.tensors) {
+    const rel = tensor.endsWith(".key") ? KEY_REL : VALUE_REL;
+    const read = async (reader: SafetensorsReader) =>
+      new Float16Array((await reader.read(tensor)).buffer);
+    errors.push({ tensor, ofBound: ofBound(await read(before), await read(after), shape, rel) });
+  }
+  return errors;
+}
+
+/** Tokens share their scale over all heads: half of `rel` times the range over them is allowed. */
+function ofBound(
+  before: Float16Array,
+  after: Float16Array,
+  [heads = 0, tokens = 0, headDim = 0]: readonly number[],
+  rel: number,
+): number {
+  let largest = 0;
+  for (let token = 0; token < tokens; token++) {
+    let [min, max, error] = [Infinity, -Infinity, 0];
+    for (let head = 0; head < heads; head++) {
+      const start = (head * tokens + token) * headDim;
+      for (let at = start; at < start + headDim; at++) {
+        min = Math.min(min, before[at]!);
+        max = Math.max(max, before[at]!);
+        error = Math.max(error, Math.abs(after[at]! - before[at]!));
+      }
+    }
+    // The scale is itself rounded to 16 bits, and so is what was restored.
+    const rounding = 2 ** (Math.floor(Math.log2(Math.max(-min, max, 2 ** -14))) - 10);
+    largest = Math.max(largest, error / ((max - min) * rel * (0.5 + 2 ** -12) + rounding));
+  }
+  return largest;
+}

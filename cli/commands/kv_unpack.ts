@@ -1,0 +1,27 @@
+import { Device } from "../../src/device/mod.ts";
+import { unpackKvFile } from "../../src/kv/mod.ts";
+import { listenForInterrupt } from "../interrupt.ts";
+import { defined, type GlobalOptions } from "../options.ts";
+import { formatSeconds, print, printJson, showProgress } from "../output.ts";
+
+/** Restores the `.safetensors` file from a `.phkv` file. */
+export async function kvUnpack(
+  options: GlobalOptions & { output: string; recover?: true | undefined },
+  input: string,
+): Promise<void> {
+  const { backend, output, recover } = options;
+  using device = Device.open(defined({ backend }));
+  using interrupt = listenForInterrupt();
+  using progress = showProgress("unpacking");
+  const report = await unpackKvFile(device, {
+    input,
+    output,
+    ...defined({ recover }),
+    onProgress: progress.update,
+    signal: interrupt.signal,
+  });
+  if (options.json) return printJson({ backend: device.backend, ...report });
+  for (const lost of report.lost) print(`lost: ${lost}`);
+  const layers = report.layers.length === 1 ? "1 layer" : `${report.layers.length} layers`;
+  print(`${output} written with ${layers} in ${formatSeconds(report.seconds)}`);
+}

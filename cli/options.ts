@@ -1,0 +1,85 @@
+import { type ArgumentValue, ValidationError } from "@cliffy/command";
+
+/** Options that every command takes. A type, not an interface: Cliffy wants an index signature. */
+export type GlobalOptions = {
+  /** Where to run; without it `PACKHORSE_BACKEND` decides. */
+  backend?: "auto" | "cpu" | "cuda";
+  /** Whether standard output shall be one JSON document. */
+  json?: true | undefined;
+};
+
+/** Options that choose how a cache is packed. */
+export interface CodecOptions {
+  quantizer?: "packkv" | "kivi" | undefined;
+  kRel?: number | undefined;
+  vRel?: number | undefined;
+  grouping?: "token" | "head" | undefined;
+  kBits?: 2 | 3 | 4 | 8 | undefined;
+  vBits?: 2 | 3 | 4 | 8 | undefined;
+  repack?: "none" | "median" | "greedy" | "auto" | undefined;
+  pack?: 4 | 8 | 16 | 32 | undefined;
+  residual?: number | undefined;
+  keepNonFinite?: true | undefined;
+}
+
+/** Options that say which tensors of a file are keys and values. */
+export interface PatternOptions {
+  keyPattern?: string | undefined;
+  valuePattern?: string | undefined;
+}
+
+/** Reads a scale relative to the range of values: 1/254 to 1. */
+export function relativeScale({ label, name, value }: ArgumentValue): number {
+  const scale = value.trim() === "" ? NaN : Number(value);
+  if (!(scale >= 1 / 254 && scale <= 1)) {
+    throw new ValidationError(
+      `${label} "${name}" must be a number from 1/254 to 1, but got "${value}".`,
+    );
+  }
+  return scale;
+}
+
+/** Reads a number of tokens. */
+export function tokenCount({ label, name, value }: ArgumentValue): number {
+  if (!/^\d{1,15}$/.test(value)) {
+    throw new ValidationError(
+      `${label} "${name}" must be a whole number of tokens, 0 or more, but got "${value}".`,
+    );
+  }
+  return Number(value);
+}
+
+/** Reads a tensor name with `<n>` where the layer's number stands. */
+export function tensorPattern({ label, name, value }: ArgumentValue): string {
+  if (!value.includes("<n>")) {
+    throw new ValidationError(
+      `${label} "${name}" must have <n> where the layer's number stands, but got "${value}".`,
+    );
+  }
+  return value;
+}
+
+/** Throws a `ValidationError` if an option is given that the chosen quantizer has no use for. */
+export function checkCodec(options: CodecOptions): void {
+  const kivi = options.quantizer === "kivi";
+  const useless: [string, unknown][] = kivi
+    ? [["k-rel", options.kRel], ["v-rel", options.vRel], ["grouping", options.grouping]]
+    : [["k-bits", options.kBits], ["v-bits", options.vBits]];
+  const [name] = useless.find(([, value]) => value !== undefined) ?? [];
+  if (name !== undefined) {
+    throw new ValidationError(
+      kivi
+        ? `Option "--${name}" cannot be used with "--quantizer kivi".`
+        : `Option "--${name}" needs "--quantizer kivi".`,
+    );
+  }
+}
+
+/** `object` without the properties that are undefined. */
+export function defined<T extends object>(
+  object: T,
+): { [Key in keyof T]?: Exclude<T[Key], undefined> } {
+  return Object.fromEntries(
+    Object.entries(object).filter(([, value]) => value !== undefined),
+  ) as never;
+}

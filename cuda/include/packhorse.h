@@ -1,0 +1,279 @@
+/*
+ * Packhorse: the C ABI.
+ *
+ * libpackhorse_cpu.so and libpackhorse_cuda.so export exactly these symbols.
+ *
+ * Conventions
+ * - A function returns 0 (PH_OK) or one of the ph_status codes; a function that creates a handle returns
+ *   it, or NULL on failure with the code in *status. On failure the message stands in `error`
+ *   (NUL-terminated, cut at error_bytes), a buffer of the call: nothing is kept per thread, so calls may
+ *   come from any thread.
+ * - Work on a device is enqueued on its one stream in call order. ph_device_synchronize waits for it. On
+ *   the CPU the work is done when the call returns. Only the functions that say so wait.
+ * - A region of device memory is a ph_buffer and a byte offset. Offsets of tensors must be multiples of 16.
+ * - Multi-byte values are little-endian. A shape [a, b, c] is row-major, c contiguous.
+ * - Structs are checked once, at load, by ph_layout.
+ */
+#ifndef PACKHORSE_H
+#define PACKHORSE_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define PH_API __attribute__((visibility("default")))
+#else
+#define PH_API
+#endif
+
+/* Changes with every incompatible change of a symbol, a struct or a code. */
+#define PH_ABI_VERSION 1u
+
+enum ph_status {
+  PH_OK = 0,
+  PH_ERROR_INVALID_ARGUMENT = 1, /* a value outside its documented range */
+  PH_ERROR_UNSUPPORTED = 2,      /* a valid request that this backend or GPU cannot serve */
+  PH_ERROR_OUT_OF_MEMORY = 3,
+  PH_ERROR_CORRUPT = 4, /* bytes that no encoder writes */
+  PH_ERROR_NO_GPU = 5,
+  PH_ERROR_CUDA = 6,
+  PH_ERROR_INTERNAL = 7
+};
+
+enum ph_dtype { PH_F16 = 0, PH_BF16 = 1, PH_F32 = 2, PH_I32 = 3, PH_U8 = 4 };
+
+/* ---- library ------------------------------------------------------------------------------------- */
+
+/* PH_ABI_VERSION of the loaded library. */
+PH_API uint32_t ph_abi_version(void);
+
+/* Writes the layout of one struct as u32 words: sizeof, then offsetof each field in declaration order.
+ * Returns the number of words, or 0 for an unknown struct; writes at most `capacity` words. */
+enum ph_struct { PH_STRUCT_DEVICE_INFO = 0, PH_STRUCT_KV_CODEC = 1, PH_STRUCT_KV_STATISTICS = 2 };
+PH_API uint32_t ph_layout(uint32_t which, uint32_t* words, uint32_t capacity);
+
+/* ---- device -------------------------------------------------------------------------------------- */
+
+typedef struct ph_device ph_device;
+typedef struct ph_buffer ph_buffer;
+
+typedef struct ph_device_info {
+  char name[128];             /* "NVIDIA H200", or the CPU's model name */
+  char instruction_set[32];   /* "sm_90", or "avx512", "avx2", "baseline" */
+  uint64_t total_bytes;       /* memory of the device */
+  uint64_t free_bytes;        /* memory free now */
+  uint32_t processors;        /* streaming multiprocessors, or threads used */
+  uint32_t driver_version;    /* CUDA driver, 1000 * major + 10 * minor; 0 on the CPU */
+  uint32_t runtime_version;   /* CUDA runtime, likewise */
+  uint32_t is_gpu;            /* 1 on CUDA */
+} ph_device_info;
+
+/* Number of devices this library can open: 1 for the CPU library; GPUs for the CUDA one, 0 without a driver. */
+PH_API uint32_t ph_device_count(void);
+/* Opens device `ordinal` with a stream of its own. */
+PH_API ph_device* ph_device_open(uint32_t ordinal, int32_t* status, char* error, uint32_t error_bytes);
+/* Waits for enqueued work, then frees the device. Its buffers must be gone. */
+PH_API int32_t ph_device_close(ph_device* device, char* error, uint32_t error_bytes);
+PH_API int32_t ph_device_get_info(ph_device* device, ph_device_info* info, char* error, uint32_t error_bytes);
+/* Waits for all enqueued work. */
+PH_API int32_t ph_device_synchronize(ph_device* device, char* error, uint32_t error_bytes);
+
+/* Allocates `bytes` (> 0) of device memory, 256-byte aligned, contents undefined. */
+PH_API ph_buffer* ph_buffer_create(ph_device* device, uint64_t bytes, int32_t* status, char* error,
+                                   uint32_t error_bytes);
+/* Frees the buffer once the work enqueued so far no longer needs it. */
+PH_API int32_t ph_buffer_destroy(ph_device* device, ph_buffer* buffer, char* error, uint32_t error_bytes);
+/* Copies host memory to the buffer, in stream order; waits until `source` may be reused. */
+PH_API int32_t ph_buffer_upload(ph_device* device, ph_buffer* buffer, uint64_t offset, const void* source,
+                                uint64_t bytes, char* error, uint32_t error_bytes);
+/* Copies the buffer to host memory, in stream order; waits until `target` holds the bytes. */
+PH_API int32_t ph_buffer_download(ph_device* device, const ph_buffer* buffer, uint64_t offset, void* target,
+                                  uint64_t bytes, char* error, uint32_t error_bytes);
+/* Enqueues a copy between buffers of one device; the ranges must not overlap. */
+PH_API int32_t ph_buffer_copy(ph_device* device, ph_buffer* target, uint64_t target_offset,
+                              const ph_buffer* source, uint64_t source_offset, uint64_t bytes, char* error,
+                              uint32_t error_bytes);
+/* Enqueues setting `bytes` bytes to `value`. */
+PH_API int32_t ph_buffer_fill(ph_device* device, ph_buffer* buffer, uint64_t offset, uint32_t value,
+                              uint64_t bytes, char* error, uint32_t error_bytes);
+/* Milliseconds that the work enqueued between two marks took, by the device's own clock: `begin` marks the
+ * start of a measured region, `end` waits for the work and writes the time. */
+PH_API int32_t ph_device_timer_begin(ph_device* device, char* error, uint32_t error_bytes);
+PH_API int32_t ph_device_timer_end(ph_device* device, float* milliseconds, char* error, uint32_t error_bytes);
+
+/* ---- kv: the PackKV codec (arXiv 2512.24449) ------------------------------------------------------ */
+/*
+ * A layer's cache is a pair of tensors, keys (after RoPE) and values, each [heads, tokens, head_dim] of
+ * f16, bf16 or f32. Every 64 consecutive tokens are a block; tokens % 64 are left to the caller (the tail
+ * stays in its own type). A "part" is the keys or the values of a block. C = heads * head_dim.
+ *
+ * 1. Quantise. A group of values shares a scale and an integer zero point:
+ *      packkv, per token: group = one token, all heads and channels           groups/part: 64
+ *      packkv, per head:  group = one token of one head                       groups/part: heads * 64
+ *      kivi, keys:        group = one channel over the block's 64 tokens      groups/part: heads * head_dim
+ *      kivi, values:      group = 64 channels of one token and head (the last may be shorter)
+ *                                                               groups/part: heads * 64 * ceil(head_dim/64)
+ *    Group order: [token], [head][token], [head][channel], [head][token][channel group].
+ *    With min and max over the group, in IEEE float32, nothing contracted, everything rounded to nearest even:
+ *      scale = store((max - min) * rel)              packkv; code limit L = 255, rel in [1/254, 1]
+ *      scale = store_up((max - min) / L)             kivi; L = 2^bits - 1, bits in {2, 3, 4, 8}
+ *      zero  = round(min / scale)
+ *      code  = clamp(round(x / scale) - zero, 0, L)
+ *      x'    = (code + zero) * scale, clamped to the finite range of T
+ *    store rounds to the input's type T (f16, bf16, f32) to nearest, store_up upwards; both then clamp to
+ *    [smallest positive T, largest finite T]. For f32 alone the scale is also at least max|x| * 2^-23, so
+ *    that zero and code + zero are exact in float32 (|zero| <= 2^23).
+ *    A constant group is exact: scale = |x| and zero = sign(x), or scale = 1 and zero = 0 for x = 0; codes 0.
+ *    Error: |x' - x| <= scale / 2 plus two float32 ulps of the group's largest |x|.
+ *    A group is non-finite if it holds a NaN or an infinity, or if max - min overflows float32.
+ *
+ * 2. Repack. One order of the block's 64 tokens, shared by keys, values and all heads: position i of the
+ *    packed block holds token order[i].
+ *      none:   order[i] = i.
+ *      median: descending by the lower median (element (C-1)/2 of the sorted codes) of the token's value
+ *              codes; stable.
+ *      greedy: over the 2C codes (keys, then values) of each token. Every pack of P positions starts with a
+ *              seed: among the tokens left, the one most cosine-similar to their mean, rounded half to even
+ *              per channel. (Similarity is compared as dot * dot / squared norm of the token, in double, 0
+ *              for a zero token.) Then, P - 1 times, the token left that adds least to the sum over channels
+ *              of width(max - min) of the pack. Ties go to the lowest token.
+ *      auto:   whichever of the three gives the block the fewest bits by formula (payload, plus 384 for a
+ *              stored order unless it is the identity); ties go to the earlier in this list.
+ *
+ * 3. Pack. P consecutive positions of one channel form a pack: its minimum m, its width w = bits of
+ *    (max - m) (0 for a constant pack), and P fields code - m of w bits.
+ *
+ * The record of a block ("packs" layout), all offsets in bytes from its start:
+ *      0  u32 bytes        of the whole record, a multiple of 16
+ *      4  u8  kind         0 packed, 1 raw
+ *      5  u8  ordered      1 if the order is stored (it is whenever it is not the identity)
+ *      6  u16 zero
+ *      8  u32 keys         offset of the keys part; the values part starts right after the order (or header)
+ *     12  u32 zero
+ *     16  order, if stored: 64 fields of 6 bits, 48 bytes
+ *    then the values part, then the keys part, each padded with zero bytes to a multiple of 16:
+ *      0  u8 minimum_bits  bits of the part's largest minimum, 0..8
+ *      1  u8 width_bits    bits of the part's largest width, 0..4
+ *      2  u8 zero_bytes    1, 2 or 4: the smallest two's complement size that holds every zero point
+ *      3  u8 zero
+ *      4  u32 payload[heads]  where each head's payload starts, in bytes from the start of the payloads
+ *         scales           groups * sizeof(T), padded to 4
+ *         zero points      groups * zero_bytes, padded to 4
+ *         pack headers     per row: head_dim times minimum_bits then width_bits, padded to 4 bytes
+ *         payloads         per row: head_dim packs of P fields of w bits, padded to 4 bytes
+ *    A row is the packs of one head and one position / P, channels ascending; rows are in the order
+ *    [head][position / P]. Fields follow each other from the lowest bit of the lowest byte up. Padding is
+ *    zero.
+ *    A raw record is the header, then the values [heads, 64, head_dim], then the keys likewise, each padded
+ *    to 16. Blocks with a non-finite group are stored raw when the codec says so, else they are an error.
+ *
+ * CPU and CUDA write the same bytes.
+ */
+
+enum ph_kv_quantizer { PH_KV_PACKKV = 0, PH_KV_KIVI = 1 };
+enum ph_kv_grouping { PH_KV_PER_TOKEN = 0, PH_KV_PER_HEAD = 1 };
+enum ph_kv_repack { PH_KV_REPACK_NONE = 0, PH_KV_REPACK_MEDIAN = 1, PH_KV_REPACK_GREEDY = 2, PH_KV_REPACK_AUTO = 3 };
+enum ph_kv_part { PH_KV_KEYS = 0, PH_KV_VALUES = 1 };
+
+/* Shape and codec of one layer. */
+typedef struct ph_kv_codec {
+  uint32_t heads;      /* kv heads, 1..4096 */
+  uint32_t head_dim;   /* multiple of 16, 16..256 */
+  uint64_t tokens;     /* tokens of the tensors; tokens / 64 blocks are packed */
+  uint32_t dtype;      /* PH_F16, PH_BF16 or PH_F32 */
+  uint32_t quantizer;  /* ph_kv_quantizer */
+  uint32_t grouping;   /* ph_kv_grouping; PH_KV_PER_TOKEN for kivi */
+  uint32_t key_bits;   /* kivi: 2, 3, 4 or 8; else 0 */
+  uint32_t value_bits;
+  float key_rel;       /* packkv: 1/254..1; else 0 */
+  float value_rel;
+  uint32_t repack;     /* ph_kv_repack */
+  uint32_t pack;       /* P: 4, 8, 16 or 32 */
+  uint32_t keep_non_finite; /* 1: store blocks with a NaN or an infinity raw; 0: report them */
+} ph_kv_codec;
+
+/* What measuring packed blocks found; arrays are [keys, values]. */
+typedef struct ph_kv_statistics {
+  uint64_t bytes;             /* of all records */
+  uint64_t payload_bits[2];   /* sum of P * w over packs */
+  uint64_t packs[2];
+  uint64_t widths[18];        /* [part][w]: packs of width w = 0..8 */
+  uint32_t code_mask[16];     /* [part][8]: bit c set if code c occurs */
+  uint64_t raw_blocks;
+  uint64_t ordered_blocks;
+  double max_error[2];        /* max |x' - x| over packed blocks; the rest 0 without originals */
+  double max_error_over_scale[2];
+  double squared_error[2];    /* sum of (x' - x)^2 */
+  uint64_t compared[2];       /* values compared */
+} ph_kv_statistics;
+
+/* Sizes in bytes for a codec; UINT64_MAX if the codec is invalid. */
+PH_API uint64_t ph_kv_records_capacity(const ph_kv_codec* codec);   /* most bytes the records can take */
+PH_API uint64_t ph_kv_workspace_bytes(const ph_kv_codec* codec);    /* scratch for encode, repack and pack */
+PH_API uint64_t ph_kv_groups(const ph_kv_codec* codec, uint32_t part); /* scale groups per block (a count) */
+
+/* Step 1. x [heads, tokens, head_dim] of dtype -> codes u8 [blocks, 64, heads, head_dim],
+ * scales f32 [blocks, groups], zeros i32 [blocks, groups]. `part` picks keys or values.
+ * `status` is a device buffer of 16 bytes that encode and quantize set: u64 first non-finite group as
+ * (token << 24 | head << 8 | part), UINT64_MAX if there is none; u64 bytes of all records (encode, pack).
+ * The codes of a block with a non-finite group are undefined. */
+PH_API int32_t ph_kv_quantize(ph_device* device, const ph_kv_codec* codec, uint32_t part, const ph_buffer* x,
+                              uint64_t x_offset, ph_buffer* codes, ph_buffer* scales, ph_buffer* zeros,
+                              ph_buffer* status, char* error, uint32_t error_bytes);
+
+/* Step 2. Codes of keys and values -> order u8 [blocks, 64]. */
+PH_API int32_t ph_kv_repack(ph_device* device, const ph_kv_codec* codec, const ph_buffer* key_codes,
+                            const ph_buffer* value_codes, ph_buffer* order, char* error, uint32_t error_bytes);
+
+/* Step 3. Codes, scales, zeros and order -> records, one after another, and offsets u64 [blocks + 1]. The
+ * scales must be values of dtype. Blocks with a non-finite scale are an error of the caller. */
+PH_API int32_t ph_kv_pack(ph_device* device, const ph_kv_codec* codec, const ph_buffer* key_codes,
+                          const ph_buffer* key_scales, const ph_buffer* key_zeros, const ph_buffer* value_codes,
+                          const ph_buffer* value_scales, const ph_buffer* value_zeros, const ph_buffer* order,
+                          ph_buffer* records, ph_buffer* offsets, ph_buffer* workspace, ph_buffer* status,
+                          char* error, uint32_t error_bytes);
+
+/* All three steps at once. For none and median one kernel reads each block once. */
+PH_API int32_t ph_kv_encode(ph_device* device, const ph_kv_codec* codec, const ph_buffer* keys,
+                            uint64_t keys_offset, const ph_buffer* values, uint64_t values_offset,
+                            ph_buffer* records, ph_buffer* offsets, ph_buffer* workspace, ph_buffer* status,
+                            char* error, uint32_t error_bytes);
+
+/* Inverse of step 3, in the original order of tokens. Raw blocks have none: codes and zeros 0, scales NaN. The
+ * records are untrusted: the lowest block whose record is not well formed goes to `status` (its first u64,
+ * else UINT64_MAX), such blocks are skipped, and nothing outside the given buffers is touched. */
+PH_API int32_t ph_kv_unpack(ph_device* device, const ph_kv_codec* codec, const ph_buffer* records,
+                            uint64_t records_bytes, const ph_buffer* offsets, ph_buffer* key_codes,
+                            ph_buffer* key_scales, ph_buffer* key_zeros, ph_buffer* value_codes,
+                            ph_buffer* value_scales, ph_buffer* value_zeros, ph_buffer* order, ph_buffer* status,
+                            char* error, uint32_t error_bytes);
+
+/* Inverse of step 1: x' = (code + zero) * scale, rounded to dtype, into the first blocks * 64 tokens of x. */
+PH_API int32_t ph_kv_dequantize(ph_device* device, const ph_kv_codec* codec, uint32_t part,
+                                const ph_buffer* codes, const ph_buffer* scales, const ph_buffer* zeros,
+                                ph_buffer* x, uint64_t x_offset, char* error, uint32_t error_bytes);
+
+/* Records -> keys and values [heads, tokens, head_dim] of dtype, first blocks * 64 tokens, in the original
+ * order. Untrusted records as in ph_kv_unpack. */
+PH_API int32_t ph_kv_decode(ph_device* device, const ph_kv_codec* codec, const ph_buffer* records,
+                            uint64_t records_bytes, const ph_buffer* offsets, ph_buffer* keys,
+                            uint64_t keys_offset, ph_buffer* values, uint64_t values_offset, ph_buffer* status,
+                            char* error, uint32_t error_bytes);
+
+/* Statistics of records into `statistics` (one ph_kv_statistics). With keys and values (NULL for neither)
+ * also the errors, measured in float32 before rounding to dtype. Untrusted records as in ph_kv_unpack.
+ * Deterministic. */
+PH_API int32_t ph_kv_measure(ph_device* device, const ph_kv_codec* codec, const ph_buffer* records,
+                             uint64_t records_bytes, const ph_buffer* offsets, const ph_buffer* keys,
+                             uint64_t keys_offset, const ph_buffer* values, uint64_t values_offset,
+                             ph_buffer* statistics, ph_buffer* workspace, ph_buffer* status, char* error,
+                             uint32_t error_bytes);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* PACKHORSE_H */

@@ -1,0 +1,160 @@
+import { BYTES_PER_ELEMENT, type DType, elementCount } from "../dtype.ts";
+import { PackhorseError } from "../error.ts";
+import { InputFile } from "./input_file.ts";
+
+/** What {@linkcode readNpy} returns. */
+export interface NpyArray {
+  /** Type of the elements. */
+  readonly dtype: DType;
+  /** Sizes, outermost first; `[]` is a scalar. */
+  readonly shape: readonly number[];
+  /** The elements in row-major order, little-endian. */
+  readonly data: Uint8Array<ArrayBuffer>;
+}
+
+type Fail = (reason: string, code?: "corrupt" | "truncated" | "unsupported") => never;
+
+const MAGIC = Uint8Array.of(0x93, ...new TextEncoder().encode("NUMPY"));
+/** NumPy's own limit is 10,000 for files of unknown origin. */
+const MOST_HEADER_BYTES = 2 ** 16;
+const DTYPE_OF_DESCR: ReadonlyMap<string, DType> = new Map([
+  ["<f2", "f16"],
+  ["<f4", "f32"],
+  ["<i4", "i32"],
+  ["|u1", "u8"],
+]);
+
+/**
+ * Reads an array that `numpy.save` wrote, format versions 1.0 to 3.0: row-major,
+ * little-endian, of float16, float32, int32 or uint8.
+ *
+ * Throws `not-found` or `io` if the file cannot be read, `unsupported` for other
+ * element types and column-major order (the message says how to convert them),
+ * `corrupt` or `truncated` if it breaks the format.
+ *
+ * @example
+ * ```ts
+ * import { readNpy } from "@packhorse/packhorse/io";
+ * import { assertEquals } from "@std/assert";
+ *
+ * const header = "{'descr': '|u1', 'fortran_order': False, 'shape': (2, 2), }\n";
+ * const path = await Deno.makeTempFile({ suffix: ".npy" });
+ * await Deno.writeFile(path, Uint8Array.of(
+ *   0x93, ...new TextEncoder().encode("NUMPY"), 1, 0, header.length, 0,
+ *   ...new TextEncoder().encode(header), 1, 2, 3, 4,
+ * ));
+ * const { dtype, shape, data } = await readNpy(path);
+ * assertEquals(dtype, "u8");
+ * assertEquals(shape, [2, 2]);
+ * assertEquals(data, Uint8Array.of(1, 2, 3, 4));
+ * ```
+ */
+export async function readNpy(path: string): Promise<NpyArray> {
+  using file = await InputFile.open(path);
+  const fail: Fail = (reason, code = "corrupt") => {
+    throw new PackhorseError(code, `Cannot read ${path}: ${reason}`);
+  };
+  const start = await file.read(0, Math.min(file.size, 12));
+  if (!MAGIC.every((byte, i) => byte === start[i])) {
+    return fail("it is not a .npy file (numpy.save writes one; an .npz must be unzipped)");
+  }
+  const [major, minor] = start.subarray(6);
+  const headerStart = major === 1 ? 10 : 12;
+  if (file.size < headerStart) {
+    return fail(`it ends in its header, at byte ${file.size}`, "truncated");
+  }
+  if (minor !== 0 || major === undefined || major < 1 || major > 3) {
+    return fail(
+      `its format version is ${major}.${minor}; 1.0, 2.0 and 3.0 are known`,
+      "unsupported",
+    );
+  }
+  const view = new DataView(start.buffer);
+  const headerBytes = major === 1 ? view.getUint16(8, true) : view.getUint32(8, true);
+  if (headerBytes > MOST_HEADER_BYTES) {
+    return fail(`its header claims ${headerBytes} bytes; at most ${MOST_HEADER_BYTES} are allowed`);
+  }
+  const dataStart = headerStart + headerBytes;
+  if (dataStart > file.size) {
+    return fail(`its header ends at byte ${dataStart}, the file has ${file.size}`, "truncated");
+  }
+  const header = new TextDecoder(major === 3 ? "utf-8" : "latin1")
+    .decode(await file.read(headerStart, headerBytes));
+  const { dtype, shape } = parseHeader(header, fail);
+
+  const expected = byteLength(dtype, shape, fail);
+  const actual = file.size - dataStart;
+  const sizes = `its shape [${
+    shape.join(", ")
+  }] takes ${expected} bytes, ${actual} follow its header`;
+  if (actual < expected) return fail(sizes, "truncated");
+  if (actual > expected) return fail(sizes);
+  return { dtype, shape, data: await file.read(dataStart, expected) };
+}
+
+/** Parses a Python dict of exactly 'descr', 'fortran_order' and 'shape', in any order. */
+function parseHeader(header: string, fail: Fail): { dtype: DType; shape: number[] } {
+  let position = 0;
+  const take = (pattern: RegExp): string | undefined => {
+    const sticky = new RegExp(`[ \\n]*(${pattern.source})`, "y");
+    sticky.lastIndex = position;
+    const match = sticky.exec(header);
+    if (match) position = sticky.lastIndex;
+    return match?.[1];
+  };
+  const expect = (pattern: RegExp, what: string): string =>
+    take(pattern) ?? fail(`its header has no ${what} at character ${position}`);
+
+  const values = new Map<string, string>();
+  expect(/\{/, "{");
+  while (take(/\}/) === undefined) {
+    const key = expect(/'\w*'|"\w*"/, "name").slice(1, -1);
+    expect(/:/, ":");
+    if (values.has(key)) return fail(`its header gives ${key} twice`);
+    if (key === "descr") {
+      values.set(
+        key,
+        take(/'[^'\\]*'|"[^"\\]*"/)?.slice(1, -1) ?? unsupportedType("a structure", fail),
+      );
+    } else if (key === "fortran_order") {
+      values.set(key, expect(/True|False/, "True or False"));
+    } else if (key === "shape") {
+      values.set(key, expect(/\((?: *\d+ *,)*(?: *\d+)? *\)/, "shape"));
+    } else {
+      return fail(`its header has the unknown entry ${key}`);
+    }
+    if (take(/,/) === undefined) {
+      expect(/\}/, ", or }");
+      break;
+    }
+  }
+  expect(/$/, "end");
+
+  const [descr, order, shape] = ["descr", "fortran_order", "shape"].map((key) =>
+    values.get(key) ?? fail(`its header lacks ${key}`)
+  ) as [string, string, string];
+  const dtype = DTYPE_OF_DESCR.get(descr) ?? unsupportedType(`'${descr}'`, fail);
+  if (order === "True") {
+    return fail(
+      "it is in column-major (Fortran) order; save np.ascontiguousarray(x) instead",
+      "unsupported",
+    );
+  }
+  return { dtype, shape: (shape.match(/\d+/g) ?? []).map(Number) };
+}
+
+function unsupportedType(descr: string, fail: Fail): never {
+  return fail(
+    `its element type is ${descr}, supported are '<f2', '<f4', '<i4' and '|u1'; ` +
+      "save x.astype(np.float32) instead",
+    "unsupported",
+  );
+}
+
+function byteLength(dtype: DType, shape: readonly number[], fail: Fail): number {
+  try {
+    return elementCount([...shape, BYTES_PER_ELEMENT[dtype]]);
+  } catch {
+    return fail(`its shape [${shape.join(", ")}] is too large`);
+  }
+}

@@ -1,0 +1,14 @@
+import { assertInstanceOf, assertRejects, assertStringIncludes } from "@std/assert";
+import { type ErrorCode, PackhorseError } from "../src/error.ts";
+
+/** Asserts that `work` rejects with a PackhorseError of this code whose message contains each fragment. */
+export async function rejectsWith(
+  work: () => Promise<unknown>,
+  code: ErrorCode,
+  ...fragments: string[]
+): Promise<void> {
+  const error = await assertRejects(work);
+  assertInstanceOf(error, PackhorseError);
+  assertStringIncludes(`${error.code}: ${error.message}`, `${code}: `);
+  for (const fragment of fragments) assertStringIncludes(error.message, fragment);
+}
