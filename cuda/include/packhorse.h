@@ -124,8 +124,9 @@ PH_API int32_t ph_device_timer_end(ph_device* device, float* milliseconds, char*
  *      code  = clamp(round(x / scale) - zero, 0, L)
  *      x'    = (code + zero) * scale, clamped to the finite range of T
  *    store rounds to the input's type T (f16, bf16, f32) to nearest, store_up upwards; both then clamp to
- *    [smallest positive T, largest finite T]. For f32 alone the scale is also at least max|x| * 2^-23, so
- *    that zero and code + zero are exact in float32 (|zero| <= 2^23).
+ *    [smallest positive T, largest finite T]. If L * scale < max - min (a scale that lost its digits among
+ *    subnormals), it is the next larger T. For f32 alone the scale is also at least max|x| * 2^-23, so that
+ *    zero and code + zero are exact in float32.
  *    A constant group is exact: scale = |x| and zero = sign(x), or scale = 1 and zero = 0 for x = 0; codes 0.
  *    Error: |x' - x| <= scale / 2 plus two float32 ulps of the group's largest |x|.
  *    A group is non-finite if it holds a NaN or an infinity, or if max - min overflows float32.
@@ -218,7 +219,8 @@ PH_API uint64_t ph_kv_groups(const ph_kv_codec* codec, uint32_t part); /* scale 
 /* Step 1. x [heads, tokens, head_dim] of dtype -> codes u8 [blocks, 64, heads, head_dim],
  * scales f32 [blocks, groups], zeros i32 [blocks, groups]. `part` picks keys or values.
  * `status` is a device buffer of 16 bytes that encode and quantize set: u64 first non-finite group as
- * (token << 24 | head << 8 | part), UINT64_MAX if there is none; u64 bytes of all records (encode, pack).
+ * (token << 24 | head << 8 | part), of its first non-finite
+ * value where it has one, UINT64_MAX if there is none; u64 bytes of all records (encode, pack).
  * The codes of a block with a non-finite group are undefined. */
 PH_API int32_t ph_kv_quantize(ph_device* device, const ph_kv_codec* codec, uint32_t part, const ph_buffer* x,
                               uint64_t x_offset, ph_buffer* codes, ph_buffer* scales, ph_buffer* zeros,

@@ -842,12 +842,67 @@ bool unpack(const Codec& codec, uint32_t part, const RecordView& view, uint8_t* 
   return true;
 }
 
+// ---- measure -----------------------------------------------------------------------------------------------
+
+template <typename Element>
+void measure_errors(const Codec& codec, uint32_t part, const uint8_t* codes, const float* scales,
+                    const int32_t* zeros, uint64_t block, const uint8_t* x, ph_kv_statistics& statistics) {
+  for (uint32_t head = 0; head < codec.heads; ++head) {
+    for (uint32_t token = 0; token < kBlockTokens; ++token) {
+      const uint8_t* row = x + row_offset(codec, block, head, token);
+      const uint8_t* code_row = codes + token * codec.channels + head * codec.head_dim;
+      for (uint32_t channel = 0; channel < codec.head_dim; channel += kLanes) {
+        const Floats original = Element::read(row + channel * Element::kBytes);
+        Floats scale, zero;
+        for (uint32_t lane = 0; lane < kLanes; ++lane) {
+          const uint32_t group = group_index(codec, part, head, token, channel + lane);
+          scale[lane] = scales[group];
+          zero[lane] = static_cast<float>(zeros[group]);
+        }
+        const Floats restored = restore<Element>(code_row + channel, scale, zero);
+        for (uint32_t lane = 0; lane < kLanes; ++lane) {
+          const double error = __builtin_fabs(static_cast<double>(restored[lane]) - static_cast<double>(original[lane]));
+          const double over_scale = error / static_cast<double>(scale[lane]);
+          if (error > statistics.max_error[part]) statistics.max_error[part] = error;
+          if (over_scale > statistics.max_error_over_scale[part]) statistics.max_error_over_scale[part] = over_scale;
+          statistics.squared_error[part] += error * error;
+        }
+      }
+    }
+  }
+  statistics.compared[part] += static_cast<uint64_t>(codec.channels) * kBlockTokens;
+}
+
+void measure(const Codec& codec, uint32_t part, const RecordView& view, const uint8_t* codes, const float* scales,
+             const int32_t* zeros, uint64_t block, const void* x, ph_kv_statistics& statistics) {
+  const PartHeader header = view.part[part];
+  const PartLayout layout = part_layout(codec, part, header);
+  const uint32_t field = header.minimum_bits + header.width_bits;
+  for (uint32_t row = 0; row < codec.rows; ++row) {
+    const BitReader headers(view.part_bytes(part) + layout.pack_headers + row * layout.header_row_bytes,
+                            view.bytes + view.size);
+    for (uint32_t channel = 0; channel < codec.head_dim; ++channel) {
+      const uint64_t width = headers.read(channel * field, field) >> header.minimum_bits;
+      statistics.widths[part * 9 + width] += 1;
+      statistics.payload_bits[part] += codec.pack * width;
+    }
+  }
+  statistics.packs[part] += static_cast<uint64_t>(codec.rows) * codec.head_dim;
+  for (uint32_t i = 0; i < codec.channels * kBlockTokens; ++i) {
+    statistics.code_mask[part * 8 + codes[i] / 32] |= 1u << codes[i] % 32;
+  }
+  if (x == nullptr) return;
+  with_element(codec.dtype, [&](auto element) {
+    measure_errors<decltype(element)>(codec, part, codes, scales, zeros, block, static_cast<const uint8_t*>(x), statistics);
+  });
+}
+
 }  // namespace
 
 #define PH_TEXT_OF(x) #x
 #define PH_TEXT(x) PH_TEXT_OF(x)
 
 extern const BlockKernels kBlockKernels;
-const BlockKernels kBlockKernels = {PH_TEXT(PH_INSTRUCTION_SET), quantize, dequantize, repack, pack, unpack};
+const BlockKernels kBlockKernels = {PH_TEXT(PH_INSTRUCTION_SET), quantize, dequantize, repack, pack, unpack, measure};
 
 }  // namespace ph::kv::PH_INSTRUCTION_SET

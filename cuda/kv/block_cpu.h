@@ -30,6 +30,12 @@ struct BlockKernels {
   // Reads a part of a packed record; false if its payloads do not fit it.
   bool (*unpack)(const Codec& codec, uint32_t part, const RecordView& view, uint8_t* codes, float* scales,
                  int32_t* zeros);
+
+  // Adds what one part of a block shows to `statistics`: widths and codes, and the errors against `x` unless it is
+  // null. Takes what unpack gave.
+  void (*measure)(const Codec& codec, uint32_t part, const RecordView& view, const uint8_t* codes,
+                  const float* scales, const int32_t* zeros, uint64_t block, const void* x,
+                  ph_kv_statistics& statistics);
 };
 
 // The fastest table that this processor runs, or the one that PACKHORSE_INSTRUCTION_SET names.

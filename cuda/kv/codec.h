@@ -104,6 +104,9 @@ PH_HOST_DEVICE Affine group_affine(const Codec& codec, uint32_t part, float mini
   const float range = maximum - minimum;
   const float wanted = kivi ? divide(range, static_cast<float>(codec.code_limit[part])) : multiply(range, codec.rel[part]);
   float scale = store_scale(codec.dtype, wanted, kivi);
+  if (multiply(static_cast<float>(codec.code_limit[part]), scale) < range) {
+    scale = scale_from_bits(codec.dtype, scale_bits(codec.dtype, scale) + 1);
+  }
   if (codec.dtype == PH_F32) {
     const float largest = -minimum > maximum ? -minimum : maximum;
     const float least = multiply(largest, 0x1p-23f);

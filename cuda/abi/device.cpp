@@ -1,0 +1,95 @@
+// extern "C": devices and buffers.
+#include "abi/arguments.h"
+
+using ph::checked;
+using ph::checked_range;
+using ph::guard;
+
+extern "C" {
+
+uint32_t ph_device_count(void) { return ph::device_count(); }
+
+ph_device* ph_device_open(uint32_t ordinal, int32_t* status, char* error, uint32_t error_bytes) {
+  ph_device* device = nullptr;
+  *status = guard(error, error_bytes, [&] { device = ph::open_device(ordinal); });
+  return device;
+}
+
+int32_t ph_device_close(ph_device* device, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] { ph::close_device(&checked(device)); });
+}
+
+int32_t ph_device_get_info(ph_device* device, ph_device_info* info, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] { ph::device_info(checked(device), *info); });
+}
+
+int32_t ph_device_synchronize(ph_device* device, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] { ph::synchronize(checked(device)); });
+}
+
+ph_buffer* ph_buffer_create(ph_device* device, uint64_t bytes, int32_t* status, char* error, uint32_t error_bytes) {
+  ph_buffer* buffer = nullptr;
+  *status = guard(error, error_bytes, [&] {
+    if (bytes == 0) throw ph::Error(PH_ERROR_INVALID_ARGUMENT, "Cannot create a buffer of 0 bytes");
+    buffer = new ph_buffer{nullptr, bytes};
+    try {
+      buffer->data = ph::allocate(checked(device), bytes);
+    } catch (...) {
+      delete buffer;
+      buffer = nullptr;
+      throw;
+    }
+  });
+  return buffer;
+}
+
+int32_t ph_buffer_destroy(ph_device* device, ph_buffer* buffer, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    ph::release(checked(device), checked_range(buffer, 0, 0, "destroy"));
+    delete buffer;
+  });
+}
+
+int32_t ph_buffer_upload(ph_device* device, ph_buffer* buffer, uint64_t offset, const void* source, uint64_t bytes,
+                         char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    ph::upload(checked(device), checked_range(buffer, offset, bytes, "an upload"), source, bytes);
+  });
+}
+
+int32_t ph_buffer_download(ph_device* device, const ph_buffer* buffer, uint64_t offset, void* target, uint64_t bytes,
+                           char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    ph::download(checked(device), target, checked_range(buffer, offset, bytes, "a download"), bytes);
+  });
+}
+
+int32_t ph_buffer_copy(ph_device* device, ph_buffer* target, uint64_t target_offset, const ph_buffer* source,
+                       uint64_t source_offset, uint64_t bytes, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    uint8_t* to = checked_range(target, target_offset, bytes, "the target of a copy");
+    const uint8_t* from = checked_range(source, source_offset, bytes, "the source of a copy");
+    if (target == source && target_offset < source_offset + bytes && source_offset < target_offset + bytes) {
+      throw ph::Error(PH_ERROR_INVALID_ARGUMENT, "Cannot copy between overlapping ranges of a buffer");
+    }
+    ph::copy(checked(device), to, from, bytes);
+  });
+}
+
+int32_t ph_buffer_fill(ph_device* device, ph_buffer* buffer, uint64_t offset, uint32_t value, uint64_t bytes,
+                       char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    if (value > 255) throw ph::Error(PH_ERROR_INVALID_ARGUMENT, "Cannot fill with %u: a byte is 0 to 255", value);
+    ph::fill(checked(device), checked_range(buffer, offset, bytes, "a fill"), static_cast<uint8_t>(value), bytes);
+  });
+}
+
+int32_t ph_device_timer_begin(ph_device* device, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] { ph::timer_begin(checked(device)); });
+}
+
+int32_t ph_device_timer_end(ph_device* device, float* milliseconds, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] { *milliseconds = ph::timer_end(checked(device)); });
+}
+
+}  // extern "C"

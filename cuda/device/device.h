@@ -1,0 +1,35 @@
+// What each backend implements under the device part of the C ABI.
+#pragma once
+
+#include "packhorse.h"
+
+// A region of device memory.
+struct ph_buffer {
+  uint8_t* data;
+  uint64_t bytes;
+};
+
+namespace ph {
+
+uint32_t device_count();
+ph_device* open_device(uint32_t ordinal);
+void close_device(ph_device* device);
+void device_info(ph_device& device, ph_device_info& info);
+
+// Makes the device current for the calling thread; every exported function starts with it.
+void enter(ph_device& device);
+void synchronize(ph_device& device);
+
+uint8_t* allocate(ph_device& device, uint64_t bytes);
+void release(ph_device& device, uint8_t* data);
+
+// Copies in stream order; upload and download wait until the host memory is free or filled.
+void upload(ph_device& device, uint8_t* target, const void* source, uint64_t bytes);
+void download(ph_device& device, void* target, const uint8_t* source, uint64_t bytes);
+void copy(ph_device& device, uint8_t* target, const uint8_t* source, uint64_t bytes);
+void fill(ph_device& device, uint8_t* target, uint8_t value, uint64_t bytes);
+
+void timer_begin(ph_device& device);
+float timer_end(ph_device& device);
+
+}  // namespace ph

@@ -1,0 +1,104 @@
+// The CPU as a device: memory is the host's and work is done when a call returns.
+#include "device/device.h"
+
+#include <omp.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "common/error.h"
+#include "kv/block_cpu.h"
+
+struct ph_device {
+  std::chrono::steady_clock::time_point timer;
+};
+
+namespace ph {
+
+namespace {
+
+void processor_name(char* name, size_t bytes) {
+  snprintf(name, bytes, "CPU");
+  FILE* file = fopen("/proc/cpuinfo", "r");
+  if (file == nullptr) return;
+  char line[256];
+  while (fgets(line, sizeof line, file) != nullptr) {
+    if (strncmp(line, "model name", 10) != 0) continue;
+    const char* value = strchr(line, ':');
+    if (value != nullptr) snprintf(name, bytes, "%.*s", static_cast<int>(strcspn(value + 2, "\n")), value + 2);
+    break;
+  }
+  fclose(file);
+}
+
+}  // namespace
+
+uint32_t device_count() { return 1; }
+
+ph_device* open_device(uint32_t ordinal) {
+  if (ordinal != 0) throw Error(PH_ERROR_INVALID_ARGUMENT, "Cannot open CPU device %u: there is only device 0", ordinal);
+  kv::block_kernels();  // reports an unknown PACKHORSE_INSTRUCTION_SET here rather than in the first kernel
+  return new ph_device{};
+}
+
+void close_device(ph_device* device) { delete device; }
+
+void device_info(ph_device&, ph_device_info& info) {
+  info = {};
+  processor_name(info.name, sizeof info.name);
+  snprintf(info.instruction_set, sizeof info.instruction_set, "%s", kv::block_kernels().instruction_set);
+  const uint64_t page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  info.total_bytes = page * static_cast<uint64_t>(sysconf(_SC_PHYS_PAGES));
+  info.free_bytes = page * static_cast<uint64_t>(sysconf(_SC_AVPHYS_PAGES));
+  info.processors = static_cast<uint32_t>(omp_get_max_threads());
+}
+
+void enter(ph_device&) {}
+void synchronize(ph_device&) {}
+
+uint8_t* allocate(ph_device&, uint64_t bytes) {
+  constexpr uint64_t kAlignment = 256;
+  if (bytes > UINT64_MAX - kAlignment) throw std::bad_alloc();
+  void* data = aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  if (data == nullptr) {
+    throw Error(PH_ERROR_OUT_OF_MEMORY, "Cannot allocate %llu bytes of host memory",
+                static_cast<unsigned long long>(bytes));
+  }
+  return static_cast<uint8_t*>(data);
+}
+
+void release(ph_device&, uint8_t* data) { free(data); }
+
+namespace {
+
+// One core does not fill the memory bus.
+void copy_parallel(uint8_t* target, const uint8_t* source, uint64_t bytes) {
+  constexpr uint64_t kChunk = 4u << 20;
+  const int64_t chunks = static_cast<int64_t>((bytes + kChunk - 1) / kChunk);
+#pragma omp parallel for schedule(static) if (chunks > 1)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const uint64_t begin = static_cast<uint64_t>(chunk) * kChunk;
+    memcpy(target + begin, source + begin, bytes - begin < kChunk ? bytes - begin : kChunk);
+  }
+}
+
+}  // namespace
+
+void upload(ph_device&, uint8_t* target, const void* source, uint64_t bytes) {
+  copy_parallel(target, static_cast<const uint8_t*>(source), bytes);
+}
+void download(ph_device&, void* target, const uint8_t* source, uint64_t bytes) {
+  copy_parallel(static_cast<uint8_t*>(target), source, bytes);
+}
+void copy(ph_device&, uint8_t* target, const uint8_t* source, uint64_t bytes) { copy_parallel(target, source, bytes); }
+void fill(ph_device&, uint8_t* target, uint8_t value, uint64_t bytes) { memset(target, value, bytes); }
+
+void timer_begin(ph_device& device) { device.timer = std::chrono::steady_clock::now(); }
+float timer_end(ph_device& device) {
+  return std::chrono::duration<float, std::milli>(std::chrono::steady_clock::now() - device.timer).count();
+}
+
+}  // namespace ph
