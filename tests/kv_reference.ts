@@ -11,6 +11,7 @@ import {
   roundHalfEven,
   roundToNearest,
   roundUp,
+  unitInLastPlace,
 } from "./float16.ts";
 
 /** Tokens of a block. */
@@ -169,6 +170,8 @@ function scaleAndZero(
     ? roundToNearest(dtype, fround(range * fround(codec.rel[part])))
     : roundUp(dtype, fround(range / codeLimit(codec, part)));
   let scale = Math.min(Math.max(stored, smallest), largest);
+  // A subnormal scale, rounded down, may leave the largest codes past their limit: the next value never does.
+  if (fround(codeLimit(codec, part) * scale) < range) scale += unitInLastPlace(dtype, scale);
   if (dtype === "f32") {
     scale = Math.max(scale, fround(Math.max(Math.abs(min), Math.abs(max)) * 2 ** -23));
   }

@@ -16,8 +16,9 @@ inline ph_device& checked(ph_device* device) {
 inline uint8_t* checked_range(const ph_buffer* buffer, uint64_t offset, uint64_t bytes, const char* what) {
   if (buffer == nullptr) throw Error(PH_ERROR_INVALID_ARGUMENT, "The buffer for %s is null", what);
   if (offset > buffer->bytes || bytes > buffer->bytes - offset) {
-    throw Error(PH_ERROR_INVALID_ARGUMENT, "The buffer for %s is too small: it holds %llu bytes, but %llu from byte %llu on are needed", what,
-                static_cast<unsigned long long>(buffer->bytes), static_cast<unsigned long long>(bytes),
+    throw Error(PH_ERROR_INVALID_ARGUMENT,
+                "The buffer for %s is too small: it holds %llu bytes, but %llu from byte %llu on are needed",
+                what, static_cast<unsigned long long>(buffer->bytes), static_cast<unsigned long long>(bytes),
                 static_cast<unsigned long long>(offset));
   }
   return buffer->data + offset;
@@ -26,8 +27,8 @@ inline uint8_t* checked_range(const ph_buffer* buffer, uint64_t offset, uint64_t
 // The same for a tensor, which must be aligned for 16-byte accesses.
 inline uint8_t* checked_tensor(const ph_buffer* buffer, uint64_t offset, uint64_t bytes, const char* what) {
   if (offset % 16 != 0) {
-    throw Error(PH_ERROR_INVALID_ARGUMENT, "The offset of %s must be a multiple of 16: current value is %llu", what,
-                static_cast<unsigned long long>(offset));
+    throw Error(PH_ERROR_INVALID_ARGUMENT, "The offset of %s must be a multiple of 16: current value is %llu",
+                what, static_cast<unsigned long long>(offset));
   }
   return checked_range(buffer, offset, bytes, what);
 }

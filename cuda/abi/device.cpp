@@ -27,7 +27,8 @@ int32_t ph_device_synchronize(ph_device* device, char* error, uint32_t error_byt
   return guard(error, error_bytes, [&] { ph::synchronize(checked(device)); });
 }
 
-ph_buffer* ph_buffer_create(ph_device* device, uint64_t bytes, int32_t* status, char* error, uint32_t error_bytes) {
+ph_buffer* ph_buffer_create(ph_device* device, uint64_t bytes, int32_t* status, char* error,
+                            uint32_t error_bytes) {
   ph_buffer* buffer = nullptr;
   *status = guard(error, error_bytes, [&] {
     if (bytes == 0) throw ph::Error(PH_ERROR_INVALID_ARGUMENT, "Cannot create a buffer of 0 bytes");
@@ -50,15 +51,15 @@ int32_t ph_buffer_destroy(ph_device* device, ph_buffer* buffer, char* error, uin
   });
 }
 
-int32_t ph_buffer_upload(ph_device* device, ph_buffer* buffer, uint64_t offset, const void* source, uint64_t bytes,
-                         char* error, uint32_t error_bytes) {
+int32_t ph_buffer_upload(ph_device* device, ph_buffer* buffer, uint64_t offset, const void* source,
+                         uint64_t bytes, char* error, uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
     ph::upload(checked(device), checked_range(buffer, offset, bytes, "an upload"), source, bytes);
   });
 }
 
-int32_t ph_buffer_download(ph_device* device, const ph_buffer* buffer, uint64_t offset, void* target, uint64_t bytes,
-                           char* error, uint32_t error_bytes) {
+int32_t ph_buffer_download(ph_device* device, const ph_buffer* buffer, uint64_t offset, void* target,
+                           uint64_t bytes, char* error, uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
     ph::download(checked(device), target, checked_range(buffer, offset, bytes, "a download"), bytes);
   });
@@ -79,8 +80,10 @@ int32_t ph_buffer_copy(ph_device* device, ph_buffer* target, uint64_t target_off
 int32_t ph_buffer_fill(ph_device* device, ph_buffer* buffer, uint64_t offset, uint32_t value, uint64_t bytes,
                        char* error, uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
-    if (value > 255) throw ph::Error(PH_ERROR_INVALID_ARGUMENT, "Cannot fill with %u: a byte is 0 to 255", value);
-    ph::fill(checked(device), checked_range(buffer, offset, bytes, "a fill"), static_cast<uint8_t>(value), bytes);
+    if (value > 255)
+      throw ph::Error(PH_ERROR_INVALID_ARGUMENT, "Cannot fill with %u: a byte is 0 to 255", value);
+    ph::fill(checked(device), checked_range(buffer, offset, bytes, "a fill"), static_cast<uint8_t>(value),
+             bytes);
   });
 }
 

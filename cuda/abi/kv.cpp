@@ -17,7 +17,9 @@ Codec checked_codec(const ph_kv_codec* codec) {
 }
 
 uint32_t checked_part(uint32_t part) {
-  if (part >= kParts) throw Error(PH_ERROR_INVALID_ARGUMENT, "The part must be keys (0) or values (1): current value is %u", part);
+  if (part >= kParts)
+    throw Error(PH_ERROR_INVALID_ARGUMENT, "The part must be keys (0) or values (1): current value is %u",
+                part);
   return part;
 }
 
@@ -29,8 +31,8 @@ T* typed(const ph_buffer* buffer, uint64_t count, const char* what) {
   return reinterpret_cast<T*>(checked_range(buffer, 0, count * sizeof(T), what));
 }
 
-QuantizedOutput checked_quantized(const Codec& codec, uint32_t part, const ph_buffer* codes, const ph_buffer* scales,
-                                  const ph_buffer* zeros) {
+QuantizedOutput checked_quantized(const Codec& codec, uint32_t part, const ph_buffer* codes,
+                                  const ph_buffer* scales, const ph_buffer* zeros) {
   const uint64_t groups = codec.blocks * codec.groups[part];
   return {typed<uint8_t>(codes, codes_bytes(codec), "codes"), typed<float>(scales, groups, "scales"),
           typed<int32_t>(zeros, groups, "zero points")};
@@ -40,8 +42,10 @@ QuantizedInput input(const QuantizedOutput& part) { return {part.codes, part.sca
 
 Status* checked_status(const ph_buffer* status) { return typed<Status>(status, 1, "the status"); }
 
-Records checked_records(const Codec& codec, const ph_buffer* records, uint64_t bytes, const ph_buffer* offsets) {
-  return {checked_range(records, 0, bytes, "records"), bytes, typed<uint64_t>(offsets, codec.blocks + 1, "offsets")};
+Records checked_records(const Codec& codec, const ph_buffer* records, uint64_t bytes,
+                        const ph_buffer* offsets) {
+  return {checked_range(records, 0, bytes, "records"), bytes,
+          typed<uint64_t>(offsets, codec.blocks + 1, "offsets")};
 }
 
 uint8_t* checked_capacity(const Codec& codec, const ph_buffer* records) {
@@ -77,11 +81,12 @@ uint64_t ph_kv_groups(const ph_kv_codec* codec, uint32_t part) {
 }
 
 int32_t ph_kv_quantize(ph_device* device, const ph_kv_codec* codec, uint32_t part, const ph_buffer* x,
-                       uint64_t x_offset, ph_buffer* codes, ph_buffer* scales, ph_buffer* zeros, ph_buffer* status,
-                       char* error, uint32_t error_bytes) {
+                       uint64_t x_offset, ph_buffer* codes, ph_buffer* scales, ph_buffer* zeros,
+                       ph_buffer* status, char* error, uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
     const Codec valid = checked_codec(codec);
-    quantize(checked(device), valid, checked_part(part), checked_tensor(x, x_offset, tensor_bytes(valid), "x"),
+    quantize(checked(device), valid, checked_part(part),
+             checked_tensor(x, x_offset, tensor_bytes(valid), "x"),
              checked_quantized(valid, part, codes, scales, zeros), checked_status(status));
   });
 }
@@ -99,8 +104,8 @@ int32_t ph_kv_repack(ph_device* device, const ph_kv_codec* codec, const ph_buffe
 int32_t ph_kv_pack(ph_device* device, const ph_kv_codec* codec, const ph_buffer* key_codes,
                    const ph_buffer* key_scales, const ph_buffer* key_zeros, const ph_buffer* value_codes,
                    const ph_buffer* value_scales, const ph_buffer* value_zeros, const ph_buffer* order,
-                   ph_buffer* records, ph_buffer* offsets, ph_buffer* workspace, ph_buffer* status, char* error,
-                   uint32_t error_bytes) {
+                   ph_buffer* records, ph_buffer* offsets, ph_buffer* workspace, ph_buffer* status,
+                   char* error, uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
     const Codec valid = checked_codec(codec);
     const QuantizedInput parts[kParts] = {
@@ -117,18 +122,20 @@ int32_t ph_kv_encode(ph_device* device, const ph_kv_codec* codec, const ph_buffe
                      ph_buffer* workspace, ph_buffer* status, char* error, uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
     const Codec valid = checked_codec(codec);
-    const void* const tensors[kParts] = {checked_tensor(keys, keys_offset, tensor_bytes(valid), "keys"),
-                                         checked_tensor(values, values_offset, tensor_bytes(valid), "values")};
+    const void* const tensors[kParts] = {
+        checked_tensor(keys, keys_offset, tensor_bytes(valid), "keys"),
+        checked_tensor(values, values_offset, tensor_bytes(valid), "values")};
     encode(checked(device), valid, tensors, checked_capacity(valid, records),
            typed<uint64_t>(offsets, valid.blocks + 1, "offsets"), checked_workspace(valid, workspace),
            checked_status(status));
   });
 }
 
-int32_t ph_kv_unpack(ph_device* device, const ph_kv_codec* codec, const ph_buffer* records, uint64_t records_bytes,
-                     const ph_buffer* offsets, ph_buffer* key_codes, ph_buffer* key_scales, ph_buffer* key_zeros,
-                     ph_buffer* value_codes, ph_buffer* value_scales, ph_buffer* value_zeros, ph_buffer* order,
-                     ph_buffer* status, char* error, uint32_t error_bytes) {
+int32_t ph_kv_unpack(ph_device* device, const ph_kv_codec* codec, const ph_buffer* records,
+                     uint64_t records_bytes, const ph_buffer* offsets, ph_buffer* key_codes,
+                     ph_buffer* key_scales, ph_buffer* key_zeros, ph_buffer* value_codes,
+                     ph_buffer* value_scales, ph_buffer* value_zeros, ph_buffer* order, ph_buffer* status,
+                     char* error, uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
     const Codec valid = checked_codec(codec);
     const QuantizedOutput parts[kParts] = {
@@ -150,9 +157,10 @@ int32_t ph_kv_dequantize(ph_device* device, const ph_kv_codec* codec, uint32_t p
   });
 }
 
-int32_t ph_kv_decode(ph_device* device, const ph_kv_codec* codec, const ph_buffer* records, uint64_t records_bytes,
-                     const ph_buffer* offsets, ph_buffer* keys, uint64_t keys_offset, ph_buffer* values,
-                     uint64_t values_offset, ph_buffer* status, char* error, uint32_t error_bytes) {
+int32_t ph_kv_decode(ph_device* device, const ph_kv_codec* codec, const ph_buffer* records,
+                     uint64_t records_bytes, const ph_buffer* offsets, ph_buffer* keys, uint64_t keys_offset,
+                     ph_buffer* values, uint64_t values_offset, ph_buffer* status, char* error,
+                     uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
     const Codec valid = checked_codec(codec);
     void* const tensors[kParts] = {checked_tensor(keys, keys_offset, tensor_bytes(valid), "keys"),
@@ -162,14 +170,16 @@ int32_t ph_kv_decode(ph_device* device, const ph_kv_codec* codec, const ph_buffe
   });
 }
 
-int32_t ph_kv_measure(ph_device* device, const ph_kv_codec* codec, const ph_buffer* records, uint64_t records_bytes,
-                      const ph_buffer* offsets, const ph_buffer* keys, uint64_t keys_offset, const ph_buffer* values,
-                      uint64_t values_offset, ph_buffer* statistics, ph_buffer* workspace, ph_buffer* status,
-                      char* error, uint32_t error_bytes) {
+int32_t ph_kv_measure(ph_device* device, const ph_kv_codec* codec, const ph_buffer* records,
+                      uint64_t records_bytes, const ph_buffer* offsets, const ph_buffer* keys,
+                      uint64_t keys_offset, const ph_buffer* values, uint64_t values_offset,
+                      ph_buffer* statistics, ph_buffer* workspace, ph_buffer* status, char* error,
+                      uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
     const Codec valid = checked_codec(codec);
     if ((keys == nullptr) != (values == nullptr)) {
-      throw Error(PH_ERROR_INVALID_ARGUMENT, "Cannot measure errors of keys or values alone: give both or neither");
+      throw Error(PH_ERROR_INVALID_ARGUMENT,
+                  "Cannot measure errors of keys or values alone: give both or neither");
     }
     const void* tensors[kParts] = {nullptr, nullptr};
     if (keys != nullptr) {

@@ -20,20 +20,12 @@ std::vector<uint32_t> layout_of(uint32_t which) {
               FIELD(ph_device_info, runtime_version),
               FIELD(ph_device_info, is_gpu)};
     case PH_STRUCT_KV_CODEC:
-      return {sizeof(ph_kv_codec),
-              FIELD(ph_kv_codec, heads),
-              FIELD(ph_kv_codec, head_dim),
-              FIELD(ph_kv_codec, tokens),
-              FIELD(ph_kv_codec, dtype),
-              FIELD(ph_kv_codec, quantizer),
-              FIELD(ph_kv_codec, grouping),
-              FIELD(ph_kv_codec, key_bits),
-              FIELD(ph_kv_codec, value_bits),
-              FIELD(ph_kv_codec, key_rel),
-              FIELD(ph_kv_codec, value_rel),
-              FIELD(ph_kv_codec, repack),
-              FIELD(ph_kv_codec, pack),
-              FIELD(ph_kv_codec, keep_non_finite)};
+      return {
+          sizeof(ph_kv_codec),          FIELD(ph_kv_codec, heads),          FIELD(ph_kv_codec, head_dim),
+          FIELD(ph_kv_codec, tokens),   FIELD(ph_kv_codec, dtype),          FIELD(ph_kv_codec, quantizer),
+          FIELD(ph_kv_codec, grouping), FIELD(ph_kv_codec, key_bits),       FIELD(ph_kv_codec, value_bits),
+          FIELD(ph_kv_codec, key_rel),  FIELD(ph_kv_codec, value_rel),      FIELD(ph_kv_codec, repack),
+          FIELD(ph_kv_codec, pack),     FIELD(ph_kv_codec, keep_non_finite)};
     case PH_STRUCT_KV_STATISTICS:
       return {sizeof(ph_kv_statistics),
               FIELD(ph_kv_statistics, bytes),

@@ -37,9 +37,7 @@ PH_HOST_DEVICE float f16_to_float(uint16_t half) {
   return bits_float(sign | bits);
 }
 
-PH_HOST_DEVICE float bf16_to_float(uint16_t value) {
-  return bits_float(static_cast<uint32_t>(value) << 16);
-}
+PH_HOST_DEVICE float bf16_to_float(uint16_t value) { return bits_float(static_cast<uint32_t>(value) << 16); }
 
 // Rounds a finite float to nearest even; overflows to infinity.
 PH_HOST_DEVICE uint16_t float_to_f16(float value) {

@@ -1,6 +1,4 @@
 // The CPU as a device: memory is the host's and work is done when a call returns.
-#include "device/device.h"
-
 #include <omp.h>
 #include <unistd.h>
 
@@ -10,6 +8,7 @@
 #include <cstring>
 
 #include "common/error.h"
+#include "device/device.h"
 #include "kv/block_cpu.h"
 
 struct ph_device {
@@ -28,7 +27,8 @@ void processor_name(char* name, size_t bytes) {
   while (fgets(line, sizeof line, file) != nullptr) {
     if (strncmp(line, "model name", 10) != 0) continue;
     const char* value = strchr(line, ':');
-    if (value != nullptr) snprintf(name, bytes, "%.*s", static_cast<int>(strcspn(value + 2, "\n")), value + 2);
+    if (value != nullptr)
+      snprintf(name, bytes, "%.*s", static_cast<int>(strcspn(value + 2, "\n")), value + 2);
     break;
   }
   fclose(file);
@@ -39,7 +39,8 @@ void processor_name(char* name, size_t bytes) {
 uint32_t device_count() { return 1; }
 
 ph_device* open_device(uint32_t ordinal) {
-  if (ordinal != 0) throw Error(PH_ERROR_INVALID_ARGUMENT, "Cannot open CPU device %u: there is only device 0", ordinal);
+  if (ordinal != 0)
+    throw Error(PH_ERROR_INVALID_ARGUMENT, "Cannot open CPU device %u: there is only device 0", ordinal);
   kv::block_kernels();  // reports an unknown PACKHORSE_INSTRUCTION_SET here rather than in the first kernel
   return new ph_device{};
 }
@@ -93,7 +94,9 @@ void upload(ph_device&, uint8_t* target, const void* source, uint64_t bytes) {
 void download(ph_device&, void* target, const uint8_t* source, uint64_t bytes) {
   copy_parallel(static_cast<uint8_t*>(target), source, bytes);
 }
-void copy(ph_device&, uint8_t* target, const uint8_t* source, uint64_t bytes) { copy_parallel(target, source, bytes); }
+void copy(ph_device&, uint8_t* target, const uint8_t* source, uint64_t bytes) {
+  copy_parallel(target, source, bytes);
+}
 void fill(ph_device&, uint8_t* target, uint8_t value, uint64_t bytes) { memset(target, value, bytes); }
 
 void timer_begin(ph_device& device) { device.timer = std::chrono::steady_clock::now(); }

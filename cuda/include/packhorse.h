@@ -61,14 +61,14 @@ typedef struct ph_device ph_device;
 typedef struct ph_buffer ph_buffer;
 
 typedef struct ph_device_info {
-  char name[128];             /* "NVIDIA H200", or the CPU's model name */
-  char instruction_set[32];   /* "sm_90", or "avx512", "avx2", "baseline" */
-  uint64_t total_bytes;       /* memory of the device */
-  uint64_t free_bytes;        /* memory free now */
-  uint32_t processors;        /* streaming multiprocessors, or threads used */
-  uint32_t driver_version;    /* CUDA driver, 1000 * major + 10 * minor; 0 on the CPU */
-  uint32_t runtime_version;   /* CUDA runtime, likewise */
-  uint32_t is_gpu;            /* 1 on CUDA */
+  char name[128];           /* "NVIDIA H200", or the CPU's model name */
+  char instruction_set[32]; /* "sm_90", or "avx512", "avx2", "baseline" */
+  uint64_t total_bytes;     /* memory of the device */
+  uint64_t free_bytes;      /* memory free now */
+  uint32_t processors;      /* streaming multiprocessors, or threads used */
+  uint32_t driver_version;  /* CUDA driver, 1000 * major + 10 * minor; 0 on the CPU */
+  uint32_t runtime_version; /* CUDA runtime, likewise */
+  uint32_t is_gpu;          /* 1 on CUDA */
 } ph_device_info;
 
 /* Number of devices this library can open: 1 for the CPU library; GPUs for the CUDA one, 0 without a driver. */
@@ -176,44 +176,49 @@ PH_API int32_t ph_device_timer_end(ph_device* device, float* milliseconds, char*
 
 enum ph_kv_quantizer { PH_KV_PACKKV = 0, PH_KV_KIVI = 1 };
 enum ph_kv_grouping { PH_KV_PER_TOKEN = 0, PH_KV_PER_HEAD = 1 };
-enum ph_kv_repack { PH_KV_REPACK_NONE = 0, PH_KV_REPACK_MEDIAN = 1, PH_KV_REPACK_GREEDY = 2, PH_KV_REPACK_AUTO = 3 };
+enum ph_kv_repack {
+  PH_KV_REPACK_NONE = 0,
+  PH_KV_REPACK_MEDIAN = 1,
+  PH_KV_REPACK_GREEDY = 2,
+  PH_KV_REPACK_AUTO = 3
+};
 enum ph_kv_part { PH_KV_KEYS = 0, PH_KV_VALUES = 1 };
 
 /* Shape and codec of one layer. */
 typedef struct ph_kv_codec {
-  uint32_t heads;      /* kv heads, 1..4096 */
-  uint32_t head_dim;   /* multiple of 16, 16..256 */
-  uint64_t tokens;     /* tokens of the tensors; tokens / 64 blocks are packed */
-  uint32_t dtype;      /* PH_F16, PH_BF16 or PH_F32 */
-  uint32_t quantizer;  /* ph_kv_quantizer */
-  uint32_t grouping;   /* ph_kv_grouping; PH_KV_PER_TOKEN for kivi */
-  uint32_t key_bits;   /* kivi: 2, 3, 4 or 8; else 0 */
+  uint32_t heads;     /* kv heads, 1..4096 */
+  uint32_t head_dim;  /* multiple of 16, 16..256 */
+  uint64_t tokens;    /* tokens of the tensors; tokens / 64 blocks are packed */
+  uint32_t dtype;     /* PH_F16, PH_BF16 or PH_F32 */
+  uint32_t quantizer; /* ph_kv_quantizer */
+  uint32_t grouping;  /* ph_kv_grouping; PH_KV_PER_TOKEN for kivi */
+  uint32_t key_bits;  /* kivi: 2, 3, 4 or 8; else 0 */
   uint32_t value_bits;
-  float key_rel;       /* packkv: 1/254..1; else 0 */
+  float key_rel; /* packkv: 1/254..1; else 0 */
   float value_rel;
-  uint32_t repack;     /* ph_kv_repack */
-  uint32_t pack;       /* P: 4, 8, 16 or 32 */
+  uint32_t repack;          /* ph_kv_repack */
+  uint32_t pack;            /* P: 4, 8, 16 or 32 */
   uint32_t keep_non_finite; /* 1: store blocks with a NaN or an infinity raw; 0: report them */
 } ph_kv_codec;
 
 /* What measuring packed blocks found; arrays are [keys, values]. */
 typedef struct ph_kv_statistics {
-  uint64_t bytes;             /* of all records */
-  uint64_t payload_bits[2];   /* sum of P * w over packs */
+  uint64_t bytes;           /* of all records */
+  uint64_t payload_bits[2]; /* sum of P * w over packs */
   uint64_t packs[2];
-  uint64_t widths[18];        /* [part][w]: packs of width w = 0..8 */
-  uint32_t code_mask[16];     /* [part][8]: bit c set if code c occurs */
+  uint64_t widths[18];    /* [part][w]: packs of width w = 0..8 */
+  uint32_t code_mask[16]; /* [part][8]: bit c set if code c occurs */
   uint64_t raw_blocks;
   uint64_t ordered_blocks;
-  double max_error[2];        /* max |x' - x| over packed blocks; the rest 0 without originals */
+  double max_error[2]; /* max |x' - x| over packed blocks; the rest 0 without originals */
   double max_error_over_scale[2];
-  double squared_error[2];    /* sum of (x' - x)^2 */
-  uint64_t compared[2];       /* values compared */
+  double squared_error[2]; /* sum of (x' - x)^2 */
+  uint64_t compared[2];    /* values compared */
 } ph_kv_statistics;
 
 /* Sizes in bytes for a codec; UINT64_MAX if the codec is invalid. */
-PH_API uint64_t ph_kv_records_capacity(const ph_kv_codec* codec);   /* most bytes the records can take */
-PH_API uint64_t ph_kv_workspace_bytes(const ph_kv_codec* codec);    /* scratch for encode, repack and pack */
+PH_API uint64_t ph_kv_records_capacity(const ph_kv_codec* codec); /* most bytes the records can take */
+PH_API uint64_t ph_kv_workspace_bytes(const ph_kv_codec* codec);  /* scratch for encode, repack and pack */
 PH_API uint64_t ph_kv_groups(const ph_kv_codec* codec, uint32_t part); /* scale groups per block (a count) */
 
 /* Step 1. x [heads, tokens, head_dim] of dtype -> codes u8 [blocks, 64, heads, head_dim],
@@ -228,15 +233,17 @@ PH_API int32_t ph_kv_quantize(ph_device* device, const ph_kv_codec* codec, uint3
 
 /* Step 2. Codes of keys and values -> order u8 [blocks, 64]. */
 PH_API int32_t ph_kv_repack(ph_device* device, const ph_kv_codec* codec, const ph_buffer* key_codes,
-                            const ph_buffer* value_codes, ph_buffer* order, char* error, uint32_t error_bytes);
+                            const ph_buffer* value_codes, ph_buffer* order, char* error,
+                            uint32_t error_bytes);
 
 /* Step 3. Codes, scales, zeros and order -> records, one after another, and offsets u64 [blocks + 1]. The
  * scales must be values of dtype. Blocks with a non-finite scale are an error of the caller. */
 PH_API int32_t ph_kv_pack(ph_device* device, const ph_kv_codec* codec, const ph_buffer* key_codes,
-                          const ph_buffer* key_scales, const ph_buffer* key_zeros, const ph_buffer* value_codes,
-                          const ph_buffer* value_scales, const ph_buffer* value_zeros, const ph_buffer* order,
-                          ph_buffer* records, ph_buffer* offsets, ph_buffer* workspace, ph_buffer* status,
-                          char* error, uint32_t error_bytes);
+                          const ph_buffer* key_scales, const ph_buffer* key_zeros,
+                          const ph_buffer* value_codes, const ph_buffer* value_scales,
+                          const ph_buffer* value_zeros, const ph_buffer* order, ph_buffer* records,
+                          ph_buffer* offsets, ph_buffer* workspace, ph_buffer* status, char* error,
+                          uint32_t error_bytes);
 
 /* All three steps at once. For none and median one kernel reads each block once. */
 PH_API int32_t ph_kv_encode(ph_device* device, const ph_kv_codec* codec, const ph_buffer* keys,
@@ -250,8 +257,8 @@ PH_API int32_t ph_kv_encode(ph_device* device, const ph_kv_codec* codec, const p
 PH_API int32_t ph_kv_unpack(ph_device* device, const ph_kv_codec* codec, const ph_buffer* records,
                             uint64_t records_bytes, const ph_buffer* offsets, ph_buffer* key_codes,
                             ph_buffer* key_scales, ph_buffer* key_zeros, ph_buffer* value_codes,
-                            ph_buffer* value_scales, ph_buffer* value_zeros, ph_buffer* order, ph_buffer* status,
-                            char* error, uint32_t error_bytes);
+                            ph_buffer* value_scales, ph_buffer* value_zeros, ph_buffer* order,
+                            ph_buffer* status, char* error, uint32_t error_bytes);
 
 /* Inverse of step 1: x' = (code + zero) * scale, rounded to dtype, into the first blocks * 64 tokens of x. */
 PH_API int32_t ph_kv_dequantize(ph_device* device, const ph_kv_codec* codec, uint32_t part,
@@ -262,8 +269,8 @@ PH_API int32_t ph_kv_dequantize(ph_device* device, const ph_kv_codec* codec, uin
  * order. Untrusted records as in ph_kv_unpack. */
 PH_API int32_t ph_kv_decode(ph_device* device, const ph_kv_codec* codec, const ph_buffer* records,
                             uint64_t records_bytes, const ph_buffer* offsets, ph_buffer* keys,
-                            uint64_t keys_offset, ph_buffer* values, uint64_t values_offset, ph_buffer* status,
-                            char* error, uint32_t error_bytes);
+                            uint64_t keys_offset, ph_buffer* values, uint64_t values_offset,
+                            ph_buffer* status, char* error, uint32_t error_bytes);
 
 /* Statistics of records into `statistics` (one ph_kv_statistics). With keys and values (NULL for neither)
  * also the errors, measured in float32 before rounding to dtype. Untrusted records as in ph_kv_unpack.

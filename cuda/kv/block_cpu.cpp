@@ -1,9 +1,9 @@
 // The codec's work on one block, on one CPU core; see block_cpu.h.
 //
-// Compiled once per instruction set with PH_INSTRUCTION_SET set to its name. All arithmetic is IEEE float32 with
-// contraction off (CMakeLists.txt), so the wider forms give the same bits.
+// Compiled once per instruction set with PH_INSTRUCTION_SET set to its name. All arithmetic is IEEE float32
+// with contraction off (CMakeLists.txt), so the wider forms give the same bits.
 //
-// Vectors are GCC's own, 64 bytes wide, which the compiler splits where registers are narrower.
+// Vectors are GCC's own, as wide as the instruction set's registers.
 #include "kv/block_cpu.h"
 
 #include <vector>
@@ -16,13 +16,20 @@ namespace ph::kv::PH_INSTRUCTION_SET {
 
 namespace {
 
-constexpr uint32_t kLanes = 16;  // head_dim is a multiple of it
+#if defined(__AVX512F__)
+constexpr uint32_t kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr uint32_t kVectorBytes = 32;
+#else
+constexpr uint32_t kVectorBytes = 16;
+#endif
+constexpr uint32_t kLanes = kVectorBytes / 4;  // head_dim is a multiple of it
 constexpr uint32_t kMaximumHeadDim = 256;
-using Floats = float __attribute__((vector_size(64)));
-using Integers = int32_t __attribute__((vector_size(64)));
-using Words = uint32_t __attribute__((vector_size(64)));
+using Floats = float __attribute__((vector_size(kVectorBytes)));
+using Words = uint32_t __attribute__((vector_size(kVectorBytes)));
+using Integers = int32_t __attribute__((vector_size(kVectorBytes)));
+using Bytes = uint8_t __attribute__((vector_size(kVectorBytes)));
 using Bytes16 = uint8_t __attribute__((vector_size(16)));
-using Halves16 = uint16_t __attribute__((vector_size(32)));
 
 template <typename Vector>
 Vector load(const void* source) {
@@ -41,19 +48,71 @@ Floats splat(float value) { return Floats{} + value; }
 Floats round_even(Floats x) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined(__AVX__)
-  __m256 half[2];
-  memcpy(half, &x, sizeof x);
-  for (__m256& part : half) part = _mm256_round_ps(part, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  memcpy(&x, half, sizeof x);
-  return x;
+#elif defined(__AVX2__)
+  return (Floats)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   for (uint32_t lane = 0; lane < kLanes; ++lane) x[lane] = __builtin_rintf(x[lane]);
   return x;
 #endif
 }
 
-// ---- elements ----------------------------------------------------------------------------------------------
+// Conversions between widths. GCC 12 takes __builtin_convertvector between these apart element by element, hence the
+// intrinsics.
+
+Floats floats_of_codes(const uint8_t* codes) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtepi32_ps(
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtepi32_ps(
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
+#else
+  Floats x;
+  for (uint32_t lane = 0; lane < kLanes; ++lane) x[lane] = codes[lane];
+  return x;
+#endif
+}
+
+// Stores integers 0..255 held in floats.
+void store_codes(uint8_t* target, Floats code) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target),
+                   _mm512_cvtepi32_epi8(_mm512_cvttps_epi32((__m512)code)));
+#elif defined(__AVX2__)
+  const __m256i words = _mm256_cvttps_epi32((__m256)code);
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(target), _mm_packus_epi16(halves, halves));
+#else
+  for (uint32_t lane = 0; lane < kLanes; ++lane) target[lane] = static_cast<uint8_t>(code[lane]);
+#endif
+}
+
+Words words_of_halves(const uint8_t* halves) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
+#else
+  Words words;
+  for (uint32_t lane = 0; lane < kLanes; ++lane) words[lane] = load<uint16_t>(halves + 2 * lane);
+  return words;
+#endif
+}
+
+// Stores integers below 2^16.
+void store_halves(uint8_t* target, Words words) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtepi32_epi16((__m512i)words));
+#elif defined(__AVX2__)
+  const __m128i low = _mm256_castsi256_si128((__m256i)words),
+                high = _mm256_extracti128_si256((__m256i)words, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm_packus_epi32(low, high));
+#else
+  for (uint32_t lane = 0; lane < kLanes; ++lane) store(target + 2 * lane, static_cast<uint16_t>(words[lane]));
+#endif
+}
+
+// ---- elements
 
 struct F16 {
   static constexpr uint32_t kBytes = 2;
@@ -61,10 +120,8 @@ struct F16 {
   static Floats read(const uint8_t* source) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
-#elif defined(__F16C__)
-    __m256 half[2];
-    for (int i = 0; i < 2; ++i) half[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source) + i));
-    return load<Floats>(half);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
 #else
     Floats x;
     for (uint32_t lane = 0; lane < kLanes; ++lane) x[lane] = f16_to_float(load<uint16_t>(source + 2 * lane));
@@ -73,13 +130,11 @@ struct F16 {
   }
   static void write(uint8_t* target, Floats x) {
 #if defined(__AVX512F__)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
-    __m256 half[2];
-    memcpy(half, &x, sizeof x);
-    for (int i = 0; i < 2; ++i) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(target) + i, _mm256_cvtps_ph(half[i], _MM_FROUND_TO_NEAREST_INT));
-    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target),
+                        _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target),
+                     _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 #else
     for (uint32_t lane = 0; lane < kLanes; ++lane) {
       store<uint16_t>(target + 2 * lane, x[lane] == x[lane] ? float_to_f16(x[lane]) : 0x7e00);
@@ -91,14 +146,12 @@ struct F16 {
 struct BF16 {
   static constexpr uint32_t kBytes = 2;
   static constexpr float kLargest = 0x1.fep127f;
-  static Floats read(const uint8_t* source) {
-    return (Floats)(__builtin_convertvector(load<Halves16>(source), Words) << 16);
-  }
+  static Floats read(const uint8_t* source) { return (Floats)(words_of_halves(source) << 16); }
   static void write(uint8_t* target, Floats x) {
     const Words bits = (Words)x;
     const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     const Words quiet = bits >> 16 | 0x40;
-    store(target, __builtin_convertvector(x == x ? rounded : quiet, Halves16));
+    store_halves(target, x == x ? rounded : quiet);
   }
 };
 
@@ -120,7 +173,7 @@ uint64_t row_offset(const Codec& codec, uint64_t block, uint32_t head, uint32_t 
   return (head * codec.tokens + block * kBlockTokens + token) * codec.head_dim * codec.element_bytes;
 }
 
-// ---- step 1: quantise --------------------------------------------------------------------------------------
+// ---- step 1: quantise
 
 struct Extremes {
   Floats minimum = splat(__builtin_inff());
@@ -146,7 +199,9 @@ struct Quantizer {
   int32_t* const zeros;
   uint64_t first_non_finite = kAllFinite;
 
-  const uint8_t* row(uint32_t head, uint32_t token) const { return x + row_offset(codec, block, head, token); }
+  const uint8_t* row(uint32_t head, uint32_t token) const {
+    return x + row_offset(codec, block, head, token);
+  }
   uint8_t* code_row(uint32_t head, uint32_t token) const {
     return codes + token * codec.channels + head * codec.head_dim;
   }
@@ -169,14 +224,6 @@ struct Quantizer {
     Floats code = round_even(value / scale) - zero;
     code = code < 0.0f ? Floats{} : code;
     return code > limit ? limit : code;
-  }
-
-  static void store_codes(uint8_t* target, Floats code) {
-#if defined(__AVX512F__)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32((__m512)code)));
-#else
-    store(target, __builtin_convertvector(__builtin_convertvector(code, Integers), Bytes16));
-#endif
   }
 
   static bool finite(const uint8_t* row, uint32_t channel) {
@@ -209,7 +256,8 @@ struct Quantizer {
   void tokens() {
     for (uint32_t token = 0; token < kBlockTokens; ++token) {
       Extremes extremes;
-      for (uint32_t head = 0; head < codec.heads; ++head) add_row(extremes, row(head, token), 0, codec.head_dim);
+      for (uint32_t head = 0; head < codec.heads; ++head)
+        add_row(extremes, row(head, token), 0, codec.head_dim);
       const Affine affine = close_group(token, extremes, first_bad_head(extremes, token), token);
       for (uint32_t head = 0; head < codec.heads; ++head) {
         quantize_row(row(head, token), 0, codec.head_dim, affine, code_row(head, token));
@@ -238,7 +286,8 @@ struct Quantizer {
           const uint32_t end = begin + width < codec.head_dim ? begin + width : codec.head_dim;
           Extremes extremes;
           add_row(extremes, row(head, token), begin, end);
-          const Affine affine = close_group(group_index(codec, part, head, token, begin), extremes, head, token);
+          const Affine affine =
+              close_group(group_index(codec, part, head, token, begin), extremes, head, token);
           quantize_row(row(head, token), begin, end, affine, code_row(head, token));
         }
       }
@@ -250,7 +299,8 @@ struct Quantizer {
     for (uint32_t head = 0; head < codec.heads; ++head) {
       for (uint32_t channel = 0; channel < codec.head_dim; channel += kLanes) {
         Extremes extremes;
-        for (uint32_t token = 0; token < kBlockTokens; ++token) add_row(extremes, row(head, token), channel, channel + kLanes);
+        for (uint32_t token = 0; token < kBlockTokens; ++token)
+          add_row(extremes, row(head, token), channel, channel + kLanes);
         Floats scale, zero;
         for (uint32_t lane = 0; lane < kLanes; ++lane) {
           Extremes one;
@@ -287,10 +337,11 @@ struct Quantizer {
   }
 };
 
-uint64_t quantize(const Codec& codec, uint32_t part, const void* x, uint64_t block, uint8_t* codes, float* scales,
-                  int32_t* zeros) {
+uint64_t quantize(const Codec& codec, uint32_t part, const void* x, uint64_t block, uint8_t* codes,
+                  float* scales, int32_t* zeros) {
   return with_element(codec.dtype, [&](auto element) {
-    Quantizer<decltype(element)> quantizer{codec, part, static_cast<const uint8_t*>(x), block, codes, scales, zeros};
+    Quantizer<decltype(element)> quantizer{codec,  part, static_cast<const uint8_t*>(x), block, codes,
+                                           scales, zeros};
     quantizer.run();
     return quantizer.first_non_finite;
   });
@@ -298,8 +349,7 @@ uint64_t quantize(const Codec& codec, uint32_t part, const void* x, uint64_t blo
 
 template <typename Element>
 Floats restore(const uint8_t* codes, Floats scale, Floats zero) {
-  const Floats code = __builtin_convertvector(__builtin_convertvector(load<Bytes16>(codes), Integers), Floats);
-  Floats x = (code + zero) * scale;
+  Floats x = (floats_of_codes(codes) + zero) * scale;
   x = x > Element::kLargest ? splat(Element::kLargest) : x;
   return x < -Element::kLargest ? splat(-Element::kLargest) : x;
 }
@@ -313,7 +363,8 @@ void dequantize_block(const Codec& codec, uint32_t part, const uint8_t* codes, c
       const uint8_t* code_row = codes + token * codec.channels + head * codec.head_dim;
       uint8_t* row = x + row_offset(codec, block, head, token);
       for (uint32_t begin = 0; begin < codec.head_dim; begin += kGroupChannels) {
-        const uint32_t end = begin + kGroupChannels < codec.head_dim ? begin + kGroupChannels : codec.head_dim;
+        const uint32_t end =
+            begin + kGroupChannels < codec.head_dim ? begin + kGroupChannels : codec.head_dim;
         const uint32_t group = group_index(codec, part, head, token, begin);
         Floats scale = splat(scales[group]), zero = splat(static_cast<float>(zeros[group]));
         for (uint32_t channel = begin; channel < end; channel += kLanes) {
@@ -328,17 +379,18 @@ void dequantize_block(const Codec& codec, uint32_t part, const uint8_t* codes, c
   }
 }
 
-void dequantize(const Codec& codec, uint32_t part, const uint8_t* codes, const float* scales, const int32_t* zeros,
-                uint64_t block, void* x) {
+void dequantize(const Codec& codec, uint32_t part, const uint8_t* codes, const float* scales,
+                const int32_t* zeros, uint64_t block, void* x) {
   with_element(codec.dtype, [&](auto element) {
     dequantize_block<decltype(element)>(codec, part, codes, scales, zeros, block, static_cast<uint8_t*>(x));
   });
 }
 
-// ---- step 2: repack ----------------------------------------------------------------------------------------
+// ---- step 2: repack
 
 void identity_order(uint8_t* order) {
-  for (uint32_t position = 0; position < kBlockTokens; ++position) order[position] = static_cast<uint8_t>(position);
+  for (uint32_t position = 0; position < kBlockTokens; ++position)
+    order[position] = static_cast<uint8_t>(position);
 }
 
 bool is_identity(const uint8_t* order) {
@@ -354,7 +406,8 @@ uint32_t lower_median(const uint8_t* codes, uint32_t n) {
     const uint32_t middle = (low + high) / 2;
     uint32_t count = 0;
     for (uint32_t i = 0; i < n; ++i) count += codes[i] <= middle;
-    if (count >= (n - 1) / 2 + 1) high = middle; else low = middle + 1;
+    if (count >= (n - 1) / 2 + 1) high = middle;
+    else low = middle + 1;
   }
   return low;
 }
@@ -385,40 +438,32 @@ uint64_t dot(const uint8_t* a, const uint8_t* b, uint32_t n) {
   return total;
 }
 
-constexpr uint32_t kStride = 32;  // codes a cost loop takes at once; head_dim * 2 is a multiple
-
-// Sum over channels of bit_width(max - min) once `candidate` joins a pack with these extremes.
+// Sum over channels of bit_width(max - min) once `candidate` joins a pack with these extremes, for n codes
+// below 2^kLevels, n a multiple of 64. The width of a range is the number of powers of two that it reaches.
+template <int kLevels>
 uint32_t pack_cost(const uint8_t* minimum, const uint8_t* maximum, const uint8_t* candidate, uint32_t n) {
   uint32_t total = 0;
   uint32_t begin = 0;
   while (begin < n) {
     // 31 widths of at most 8 fit a byte.
-    const uint32_t end = begin + 31 * kStride < n ? begin + 31 * kStride : n;
-    uint8_t sums[kStride] = {};
-    for (; begin < end; begin += kStride) {
-      for (uint32_t lane = 0; lane < kStride; ++lane) {
-        const uint8_t code = candidate[begin + lane];
-        const uint8_t low = minimum[begin + lane] < code ? minimum[begin + lane] : code;
-        const uint8_t high = maximum[begin + lane] > code ? maximum[begin + lane] : code;
-        const uint8_t range = static_cast<uint8_t>(high - low);
-        uint8_t width = range >= 1;
-        width = static_cast<uint8_t>(width + (range >= 2));
-        width = static_cast<uint8_t>(width + (range >= 4));
-        width = static_cast<uint8_t>(width + (range >= 8));
-        width = static_cast<uint8_t>(width + (range >= 16));
-        width = static_cast<uint8_t>(width + (range >= 32));
-        width = static_cast<uint8_t>(width + (range >= 64));
-        width = static_cast<uint8_t>(width + (range >= 128));
-        sums[lane] = static_cast<uint8_t>(sums[lane] + width);
+    const uint32_t end = begin + 31 * kVectorBytes < n ? begin + 31 * kVectorBytes : n;
+    Bytes sums = {};
+    for (; begin < end; begin += kVectorBytes) {
+      const Bytes code = load<Bytes>(candidate + begin);
+      const Bytes lowest = load<Bytes>(minimum + begin), highest = load<Bytes>(maximum + begin);
+      const Bytes range = (highest > code ? highest : code) - (lowest < code ? lowest : code);
+#pragma GCC unroll 8
+      for (int level = 0; level < kLevels; ++level) {
+        sums -= (Bytes)(range > static_cast<uint8_t>((1 << level) - 1));
       }
     }
-    for (uint32_t lane = 0; lane < kStride; ++lane) total += sums[lane];
+    for (uint32_t lane = 0; lane < kVectorBytes; ++lane) total += sums[lane];
   }
   return total;
 }
 
 void greedy_order(const Codec& codec, const uint8_t* key_codes, const uint8_t* value_codes, uint8_t* order) {
-  const uint32_t n = 2 * codec.channels;
+  const uint32_t n = round_up(2 * codec.channels, kVectorBytes);  // padded with zeros, which cost nothing
   std::vector<uint8_t> scratch(static_cast<size_t>(kBlockTokens + 3) * n);
   std::vector<uint32_t> sums(n);
   uint8_t* codes = scratch.data();
@@ -428,14 +473,19 @@ void greedy_order(const Codec& codec, const uint8_t* key_codes, const uint8_t* v
   uint64_t norms[kBlockTokens];
   uint8_t left[kBlockTokens];
   uint32_t remaining = kBlockTokens;
+  uint8_t every_code = 0;
   for (uint32_t token = 0; token < kBlockTokens; ++token) {
     uint8_t* row = codes + static_cast<size_t>(token) * n;
     memcpy(row, key_codes + token * codec.channels, codec.channels);
     memcpy(row + codec.channels, value_codes + token * codec.channels, codec.channels);
     norms[token] = dot(row, row, n);
-    for (uint32_t i = 0; i < n; ++i) sums[i] += row[i];
+    for (uint32_t i = 0; i < n; ++i) {
+      sums[i] += row[i];
+      every_code |= row[i];
+    }
     left[token] = static_cast<uint8_t>(token);
   }
+  const auto cost_of = every_code < 16 ? pack_cost<4> : pack_cost<8>;
   const auto take = [&](uint32_t index) {
     const uint8_t token = left[index];
     for (uint32_t i = index; i + 1 < remaining; ++i) left[i] = left[i + 1];
@@ -448,7 +498,8 @@ void greedy_order(const Codec& codec, const uint8_t* key_codes, const uint8_t* v
   while (remaining > 0) {
     for (uint32_t i = 0; i < n; ++i) {
       const uint32_t quotient = sums[i] / remaining, rest = 2 * (sums[i] - quotient * remaining);
-      mean[i] = static_cast<uint8_t>(quotient + (rest > remaining || (rest == remaining && quotient % 2 == 1)));
+      mean[i] =
+          static_cast<uint8_t>(quotient + (rest > remaining || (rest == remaining && quotient % 2 == 1)));
     }
     uint32_t best = 0;
     double best_similarity = -1;
@@ -464,7 +515,7 @@ void greedy_order(const Codec& codec, const uint8_t* key_codes, const uint8_t* v
     for (uint32_t position = 1; position < codec.pack; ++position) {
       uint32_t cheapest = 0, least = ~0u;
       for (uint32_t index = 0; index < remaining; ++index) {
-        const uint32_t cost = pack_cost(minimum, maximum, codes + static_cast<size_t>(left[index]) * n, n);
+        const uint32_t cost = cost_of(minimum, maximum, codes + static_cast<size_t>(left[index]) * n, n);
         if (cost < least) cheapest = index, least = cost;
       }
       const uint8_t* row = take(cheapest);
@@ -476,7 +527,7 @@ void greedy_order(const Codec& codec, const uint8_t* key_codes, const uint8_t* v
   }
 }
 
-// ---- step 3: pack ------------------------------------------------------------------------------------------
+// ---- step 3: pack
 
 struct PackRow {
   uint8_t minimum[kMaximumHeadDim];
@@ -523,7 +574,8 @@ void repack(const Codec& codec, const uint8_t* key_codes, const uint8_t* value_c
   uint64_t least = cost(order);
   uint8_t candidate[kBlockTokens];
   for (const bool greedy : {false, true}) {
-    greedy ? greedy_order(codec, key_codes, value_codes, candidate) : median_order(codec, value_codes, candidate);
+    greedy ? greedy_order(codec, key_codes, value_codes, candidate)
+           : median_order(codec, value_codes, candidate);
     const uint64_t bits = cost(candidate);
     if (bits < least) least = bits, memcpy(order, candidate, kBlockTokens);
   }
@@ -536,8 +588,8 @@ void transpose16(Bytes16 rows[16]) {
     for (int i = 0; i < 8; ++i) {
       next[2 * i] = __builtin_shuffle(rows[i], rows[i + 8],
                                       Bytes16{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + 8],
-                                          Bytes16{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+      next[2 * i + 1] = __builtin_shuffle(
+          rows[i], rows[i + 8], Bytes16{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
     }
     memcpy(rows, next, sizeof next);
   }
@@ -550,7 +602,8 @@ void gather_head(const Codec& codec, const uint8_t* head_codes, const uint8_t* o
   for (uint32_t channel = 0; channel < codec.head_dim; channel += 16) {
     for (uint32_t first = 0; first < kBlockTokens; first += 16) {
       Bytes16 rows[16];
-      for (uint32_t i = 0; i < 16; ++i) rows[i] = load<Bytes16>(head_codes + order[first + i] * codec.channels + channel);
+      for (uint32_t i = 0; i < 16; ++i)
+        rows[i] = load<Bytes16>(head_codes + order[first + i] * codec.channels + channel);
       transpose16(rows);
       for (uint32_t i = 0; i < 16; ++i) store(target[channel + i] + first, rows[i]);
     }
@@ -563,7 +616,8 @@ void scatter_head(const Codec& codec, const HeadCodes& source, const uint8_t* or
       Bytes16 rows[16];
       for (uint32_t i = 0; i < 16; ++i) rows[i] = load<Bytes16>(source[channel + i] + first);
       transpose16(rows);
-      for (uint32_t i = 0; i < 16; ++i) store(head_codes + order[first + i] * codec.channels + channel, rows[i]);
+      for (uint32_t i = 0; i < 16; ++i)
+        store(head_codes + order[first + i] * codec.channels + channel, rows[i]);
     }
   }
 }
@@ -591,8 +645,8 @@ uint64_t expand_bytes(uint64_t bits, uint32_t width) {
 #endif
 }
 
-// Appends fields of up to 32 bits, lowest bit first. Stores whole words ahead of what is written, so the target
-// needs 8 bytes of slack.
+// Appends fields of up to 32 bits, lowest bit first. Stores whole words ahead of what is written, so the
+// target needs 8 bytes of slack.
 class BitWriter {
  public:
   explicit BitWriter(uint8_t* target) : target_(target) {}
@@ -677,8 +731,8 @@ uint32_t write_zero_points(const int32_t* zeros, uint32_t count, uint32_t bytes,
   return written;
 }
 
-uint32_t pack_part(const Codec& codec, uint32_t part, const uint8_t* codes, const float* scales, const int32_t* zeros,
-                   const uint8_t* order, uint8_t* target) {
+uint32_t pack_part(const Codec& codec, uint32_t part, const uint8_t* codes, const float* scales,
+                   const int32_t* zeros, const uint8_t* order, uint8_t* target) {
   PackHeaders headers;
   collect_headers(codec, codes, order, headers);
   uint32_t zero_bytes = 1;
@@ -686,8 +740,8 @@ uint32_t pack_part(const Codec& codec, uint32_t part, const uint8_t* codes, cons
     const uint32_t needed = zero_point_bytes(zeros[group]);
     zero_bytes = needed > zero_bytes ? needed : zero_bytes;
   }
-  const PartHeader header = {static_cast<uint8_t>(headers.minimum_bits), static_cast<uint8_t>(headers.width_bits),
-                             static_cast<uint8_t>(zero_bytes), 0};
+  const PartHeader header = {static_cast<uint8_t>(headers.minimum_bits),
+                             static_cast<uint8_t>(headers.width_bits), static_cast<uint8_t>(zero_bytes), 0};
   const PartLayout layout = part_layout(codec, part, header);
   memcpy(target, &header, sizeof header);
 
@@ -746,7 +800,7 @@ uint32_t pack(const Codec& codec, const uint8_t* const codes[kParts], const floa
   return bytes;
 }
 
-// ---- unpack ------------------------------------------------------------------------------------------------
+// ---- unpack
 
 // Reads up to 57 bits at a bit offset; stays within the record by stepping back from its end.
 class BitReader {
@@ -842,7 +896,7 @@ bool unpack(const Codec& codec, uint32_t part, const RecordView& view, uint8_t* 
   return true;
 }
 
-// ---- measure -----------------------------------------------------------------------------------------------
+// ---- measure
 
 template <typename Element>
 void measure_errors(const Codec& codec, uint32_t part, const uint8_t* codes, const float* scales,
@@ -861,10 +915,12 @@ void measure_errors(const Codec& codec, uint32_t part, const uint8_t* codes, con
         }
         const Floats restored = restore<Element>(code_row + channel, scale, zero);
         for (uint32_t lane = 0; lane < kLanes; ++lane) {
-          const double error = __builtin_fabs(static_cast<double>(restored[lane]) - static_cast<double>(original[lane]));
+          const double error =
+              __builtin_fabs(static_cast<double>(restored[lane]) - static_cast<double>(original[lane]));
           const double over_scale = error / static_cast<double>(scale[lane]);
           if (error > statistics.max_error[part]) statistics.max_error[part] = error;
-          if (over_scale > statistics.max_error_over_scale[part]) statistics.max_error_over_scale[part] = over_scale;
+          if (over_scale > statistics.max_error_over_scale[part])
+            statistics.max_error_over_scale[part] = over_scale;
           statistics.squared_error[part] += error * error;
         }
       }
@@ -873,8 +929,9 @@ void measure_errors(const Codec& codec, uint32_t part, const uint8_t* codes, con
   statistics.compared[part] += static_cast<uint64_t>(codec.channels) * kBlockTokens;
 }
 
-void measure(const Codec& codec, uint32_t part, const RecordView& view, const uint8_t* codes, const float* scales,
-             const int32_t* zeros, uint64_t block, const void* x, ph_kv_statistics& statistics) {
+void measure(const Codec& codec, uint32_t part, const RecordView& view, const uint8_t* codes,
+             const float* scales, const int32_t* zeros, uint64_t block, const void* x,
+             ph_kv_statistics& statistics) {
   const PartHeader header = view.part[part];
   const PartLayout layout = part_layout(codec, part, header);
   const uint32_t field = header.minimum_bits + header.width_bits;
@@ -893,7 +950,8 @@ void measure(const Codec& codec, uint32_t part, const RecordView& view, const ui
   }
   if (x == nullptr) return;
   with_element(codec.dtype, [&](auto element) {
-    measure_errors<decltype(element)>(codec, part, codes, scales, zeros, block, static_cast<const uint8_t*>(x), statistics);
+    measure_errors<decltype(element)>(codec, part, codes, scales, zeros, block,
+                                      static_cast<const uint8_t*>(x), statistics);
   });
 }
 
@@ -903,6 +961,7 @@ void measure(const Codec& codec, uint32_t part, const RecordView& view, const ui
 #define PH_TEXT(x) PH_TEXT_OF(x)
 
 extern const BlockKernels kBlockKernels;
-const BlockKernels kBlockKernels = {PH_TEXT(PH_INSTRUCTION_SET), quantize, dequantize, repack, pack, unpack, measure};
+const BlockKernels kBlockKernels = {
+    PH_TEXT(PH_INSTRUCTION_SET), quantize, dequantize, repack, pack, unpack, measure};
 
 }  // namespace ph::kv::PH_INSTRUCTION_SET

@@ -1,5 +1,5 @@
-// The codec's work on one block, on one CPU core. block_cpu.cpp is compiled once per instruction set, and every
-// compilation fills a table like this one; the results are the same to the bit.
+// The codec's work on one block, on one CPU core. block_cpu.cpp is compiled once per instruction set, and
+// every compilation fills a table like this one; the results are the same to the bit.
 #pragma once
 
 #include "kv/record.h"
@@ -31,8 +31,8 @@ struct BlockKernels {
   bool (*unpack)(const Codec& codec, uint32_t part, const RecordView& view, uint8_t* codes, float* scales,
                  int32_t* zeros);
 
-  // Adds what one part of a block shows to `statistics`: widths and codes, and the errors against `x` unless it is
-  // null. Takes what unpack gave.
+  // Adds what one part of a block shows to `statistics`: widths and codes, and the errors against `x` unless
+  // it is null. Takes what unpack gave.
   void (*measure)(const Codec& codec, uint32_t part, const RecordView& view, const uint8_t* codes,
                   const float* scales, const int32_t* zeros, uint64_t block, const void* x,
                   ph_kv_statistics& statistics);

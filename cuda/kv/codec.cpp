@@ -8,8 +8,8 @@ namespace {
 
 void require(bool condition, const char* field, double value, const char* range) {
   if (!condition) {
-    throw Error(PH_ERROR_INVALID_ARGUMENT, "Cannot use the kv codec as %s must be %s: current value is %g", field,
-                range, value);
+    throw Error(PH_ERROR_INVALID_ARGUMENT, "Cannot use the kv codec as %s must be %s: current value is %g",
+                field, range, value);
   }
 }
 
@@ -29,7 +29,8 @@ Codec make_codec(const ph_kv_codec& raw) {
   require(raw.quantizer <= PH_KV_KIVI, "quantizer", raw.quantizer, "packkv or kivi");
   require(raw.grouping <= PH_KV_PER_HEAD, "grouping", raw.grouping, "token or head");
   require(raw.repack <= PH_KV_REPACK_AUTO, "repack", raw.repack, "none, median, greedy or auto");
-  require(raw.pack == 4 || raw.pack == 8 || raw.pack == 16 || raw.pack == 32, "pack", raw.pack, "4, 8, 16 or 32");
+  require(raw.pack == 4 || raw.pack == 8 || raw.pack == 16 || raw.pack == 32, "pack", raw.pack,
+          "4, 8, 16 or 32");
   require(raw.keep_non_finite <= 1, "keep_non_finite", raw.keep_non_finite, "0 or 1");
 
   Codec codec{};
@@ -50,7 +51,8 @@ Codec make_codec(const ph_kv_codec& raw) {
     codec.rel[PH_KV_KEYS] = raw.key_rel;
     codec.rel[PH_KV_VALUES] = raw.value_rel;
   } else {
-    require(raw.grouping == PH_KV_PER_TOKEN, "grouping", raw.grouping, "token for kivi, whose groups are fixed");
+    require(raw.grouping == PH_KV_PER_TOKEN, "grouping", raw.grouping,
+            "token for kivi, whose groups are fixed");
     require(valid_bits(raw.key_bits), "key_bits", raw.key_bits, "2, 3, 4 or 8");
     require(valid_bits(raw.value_bits), "value_bits", raw.value_bits, "2, 3, 4 or 8");
     codec.groups[PH_KV_KEYS] = codec.channels;

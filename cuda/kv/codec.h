@@ -69,7 +69,8 @@ PH_HOST_DEVICE float scale_from_bits(uint32_t dtype, uint32_t bits) {
   return bits_float(bits);
 }
 
-// Rounds a positive float to a value of dtype (`up`: never below it), within [smallest positive, largest finite].
+// Rounds a positive float to a value of dtype (`up`: never below it), within [smallest positive, largest
+// finite].
 PH_HOST_DEVICE float store_scale(uint32_t dtype, float scale, bool up) {
   const uint32_t largest = dtype == PH_F16 ? 0x7bffu : dtype == PH_BF16 ? 0x7f7fu : 0x7f7fffffu;
   uint32_t bits = scale_bits(dtype, scale);
@@ -102,7 +103,8 @@ PH_HOST_DEVICE Affine group_affine(const Codec& codec, uint32_t part, float mini
   }
   const bool kivi = codec.quantizer == PH_KV_KIVI;
   const float range = maximum - minimum;
-  const float wanted = kivi ? divide(range, static_cast<float>(codec.code_limit[part])) : multiply(range, codec.rel[part]);
+  const float wanted =
+      kivi ? divide(range, static_cast<float>(codec.code_limit[part])) : multiply(range, codec.rel[part]);
   float scale = store_scale(codec.dtype, wanted, kivi);
   if (multiply(static_cast<float>(codec.code_limit[part]), scale) < range) {
     scale = scale_from_bits(codec.dtype, scale_bits(codec.dtype, scale) + 1);

@@ -43,7 +43,8 @@ void encode(ph_device& device, const Codec& codec, const void* const tensors[kPa
 void unpack(ph_device& device, const Codec& codec, Records records, const QuantizedOutput parts[kParts],
             uint8_t* order, Status* status);
 void dequantize(ph_device& device, const Codec& codec, uint32_t part, QuantizedInput input, void* x);
-void decode(ph_device& device, const Codec& codec, Records records, void* const tensors[kParts], Status* status);
+void decode(ph_device& device, const Codec& codec, Records records, void* const tensors[kParts],
+            Status* status);
 // Without originals both tensors are null.
 void measure(ph_device& device, const Codec& codec, Records records, const void* const tensors[kParts],
              ph_kv_statistics* statistics, uint8_t* workspace, Status* status);

@@ -1,6 +1,4 @@
 // The kv operations on the CPU: blocks are spread over the cores; block_cpu.cpp does the work on each.
-#include "kv/operations.h"
-
 #include <omp.h>
 
 #include <algorithm>
@@ -10,22 +8,30 @@
 
 #include "common/error.h"
 #include "kv/block_cpu.h"
+#include "kv/operations.h"
 #include "kv/statistics.h"
 
 namespace ph::kv {
 
 #if defined(__x86_64__)
-namespace avx512 { extern const BlockKernels kBlockKernels; }
-namespace avx2 { extern const BlockKernels kBlockKernels; }
+namespace avx512 {
+extern const BlockKernels kBlockKernels;
+}
+namespace avx2 {
+extern const BlockKernels kBlockKernels;
+}
 #endif
-namespace baseline { extern const BlockKernels kBlockKernels; }
+namespace baseline {
+extern const BlockKernels kBlockKernels;
+}
 
 namespace {
 
 std::vector<const BlockKernels*> supported_kernels() {
   std::vector<const BlockKernels*> tables;
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     tables.push_back(&avx512::kBlockKernels);
@@ -43,7 +49,8 @@ const BlockKernels& choose_kernels() {
   for (const BlockKernels* table : tables) {
     if (strcmp(table->instruction_set, wanted) == 0) return *table;
   }
-  throw Error(PH_ERROR_UNSUPPORTED, "Cannot use instruction set \"%s\" of PACKHORSE_INSTRUCTION_SET: this processor's best is %s",
+  throw Error(PH_ERROR_UNSUPPORTED,
+              "Cannot use instruction set \"%s\" of PACKHORSE_INSTRUCTION_SET: this processor's best is %s",
               wanted, tables.front()->instruction_set);
 }
 
@@ -94,16 +101,18 @@ void lower(uint64_t& shared, uint64_t value) {
   shared = std::min(shared, value);
 }
 
-
 uint32_t write_raw(const Codec& codec, const void* const tensors[kParts], uint64_t block, uint8_t* record) {
   const uint32_t part_bytes = raw_part_bytes(codec), head_bytes = part_bytes / codec.heads;
   const uint32_t keys = kRecordHeaderBytes + part_bytes;
   const RecordHeader header = {keys + part_bytes, kRaw, 0, 0, keys, 0};
   memcpy(record, &header, sizeof header);
   for (uint32_t head = 0; head < codec.heads; ++head) {
-    const uint64_t source = (head * codec.tokens + block * kBlockTokens) * codec.head_dim * codec.element_bytes;
-    memcpy(record + kRecordHeaderBytes + head * head_bytes, static_cast<const uint8_t*>(tensors[PH_KV_VALUES]) + source, head_bytes);
-    memcpy(record + keys + head * head_bytes, static_cast<const uint8_t*>(tensors[PH_KV_KEYS]) + source, head_bytes);
+    const uint64_t source =
+        (head * codec.tokens + block * kBlockTokens) * codec.head_dim * codec.element_bytes;
+    memcpy(record + kRecordHeaderBytes + head * head_bytes,
+           static_cast<const uint8_t*>(tensors[PH_KV_VALUES]) + source, head_bytes);
+    memcpy(record + keys + head * head_bytes, static_cast<const uint8_t*>(tensors[PH_KV_KEYS]) + source,
+           head_bytes);
   }
   return header.bytes;
 }
@@ -112,8 +121,10 @@ void read_raw(const Codec& codec, const RecordView& view, uint64_t block, void* 
   const uint32_t head_bytes = raw_part_bytes(codec) / codec.heads;
   for (uint32_t part = 0; part < kParts; ++part) {
     for (uint32_t head = 0; head < codec.heads; ++head) {
-      const uint64_t target = (head * codec.tokens + block * kBlockTokens) * codec.head_dim * codec.element_bytes;
-      memcpy(static_cast<uint8_t*>(tensors[part]) + target, view.part_bytes(part) + head * head_bytes, head_bytes);
+      const uint64_t target =
+          (head * codec.tokens + block * kBlockTokens) * codec.head_dim * codec.element_bytes;
+      memcpy(static_cast<uint8_t*>(tensors[part]) + target, view.part_bytes(part) + head * head_bytes,
+             head_bytes);
     }
   }
 }
@@ -121,7 +132,8 @@ void read_raw(const Codec& codec, const RecordView& view, uint64_t block, void* 
 // Lets every thread write the records of its blocks back to back, then closes the gaps between threads.
 // `write_block(block, scratch, record)` returns a record's size. `records` holds capacity for every block.
 template <typename WriteBlock>
-void write_records(const Codec& codec, uint8_t* records, uint64_t* offsets, Status* status, WriteBlock write_block) {
+void write_records(const Codec& codec, uint8_t* records, uint64_t* offsets, Status* status,
+                   WriteBlock write_block) {
   const uint64_t capacity = record_capacity(codec);
   std::vector<Range> written(static_cast<size_t>(omp_get_max_threads()), Range{0, 0});
   for_each_thread(codec, [&](Range blocks, Scratch& scratch) {
@@ -134,7 +146,8 @@ void write_records(const Codec& codec, uint8_t* records, uint64_t* offsets, Stat
       offsets[block + 1] = bytes;
       target += bytes;
     }
-    written[static_cast<size_t>(omp_get_thread_num())] = {blocks.begin * capacity, static_cast<uint64_t>(target - records)};
+    written[static_cast<size_t>(omp_get_thread_num())] = {blocks.begin * capacity,
+                                                          static_cast<uint64_t>(target - records)};
   });
   uint64_t end = 0;
   for (const Range& range : written) {
@@ -154,7 +167,8 @@ void read_records(const Codec& codec, Records records, Status* status, Body body
   for_each_thread(codec, [&](Range blocks, Scratch& scratch) {
     for (uint64_t block = blocks.begin; block < blocks.end; ++block) {
       RecordView view;
-      if (!view_record(codec, records.bytes, records.size, records.offsets, block, &view) || !body(block, view, scratch)) {
+      if (!view_record(codec, records.bytes, records.size, records.offsets, block, &view) ||
+          !body(block, view, scratch)) {
         lower(status->first, block);
       }
     }
@@ -162,7 +176,8 @@ void read_records(const Codec& codec, Records records, Status* status, Body body
 }
 
 bool unpack_part(const Codec& codec, uint32_t part, const RecordView& view, Scratch& scratch) {
-  return block_kernels().unpack(codec, part, view, scratch.codes[part].data(), scratch.scales[part].data(), scratch.zeros[part].data());
+  return block_kernels().unpack(codec, part, view, scratch.codes[part].data(), scratch.scales[part].data(),
+                                scratch.zeros[part].data());
 }
 
 }  // namespace
@@ -174,12 +189,14 @@ const BlockKernels& block_kernels() {
 
 uint64_t workspace_bytes(const Codec&) { return 0; }
 
-void quantize(ph_device&, const Codec& codec, uint32_t part, const void* x, QuantizedOutput output, Status* status) {
+void quantize(ph_device&, const Codec& codec, uint32_t part, const void* x, QuantizedOutput output,
+              Status* status) {
   uint64_t first = kAllFinite;
 #pragma omp parallel for schedule(static) reduction(min : first)
   for (uint64_t block = 0; block < codec.blocks; ++block) {
-    const uint64_t key = block_kernels().quantize(codec, part, x, block, output.codes + block * codec.channels * kBlockTokens,
-                                                  output.scales + block * codec.groups[part], output.zeros + block * codec.groups[part]);
+    const uint64_t key = block_kernels().quantize(
+        codec, part, x, block, output.codes + block * codec.channels * kBlockTokens,
+        output.scales + block * codec.groups[part], output.zeros + block * codec.groups[part]);
     first = std::min(first, key);
   }
   *status = {first, 0};
@@ -189,11 +206,13 @@ void dequantize(ph_device&, const Codec& codec, uint32_t part, QuantizedInput in
 #pragma omp parallel for schedule(static)
   for (uint64_t block = 0; block < codec.blocks; ++block) {
     block_kernels().dequantize(codec, part, input.codes + block * codec.channels * kBlockTokens,
-                               input.scales + block * codec.groups[part], input.zeros + block * codec.groups[part], block, x);
+                               input.scales + block * codec.groups[part],
+                               input.zeros + block * codec.groups[part], block, x);
   }
 }
 
-void repack(ph_device&, const Codec& codec, const uint8_t* key_codes, const uint8_t* value_codes, uint8_t* order) {
+void repack(ph_device&, const Codec& codec, const uint8_t* key_codes, const uint8_t* value_codes,
+            uint8_t* order) {
   for_each_thread(codec, [&](Range blocks, Scratch&) {
     for (uint64_t block = blocks.begin; block < blocks.end; ++block) {
       const uint64_t codes = block * codec.channels * kBlockTokens;
@@ -202,8 +221,8 @@ void repack(ph_device&, const Codec& codec, const uint8_t* key_codes, const uint
   });
 }
 
-void pack(ph_device&, const Codec& codec, const QuantizedInput parts[kParts], const uint8_t* order, uint8_t* records,
-          uint64_t* offsets, uint8_t*, Status* status) {
+void pack(ph_device&, const Codec& codec, const QuantizedInput parts[kParts], const uint8_t* order,
+          uint8_t* records, uint64_t* offsets, uint8_t*, Status* status) {
   write_records(codec, records, offsets, status, [&](uint64_t block, Scratch&, uint8_t* record) {
     const uint8_t* codes[kParts];
     const float* scales[kParts];
@@ -218,8 +237,8 @@ void pack(ph_device&, const Codec& codec, const QuantizedInput parts[kParts], co
   status->first = kAllFinite;
 }
 
-void encode(ph_device&, const Codec& codec, const void* const tensors[kParts], uint8_t* records, uint64_t* offsets,
-            uint8_t*, Status* status) {
+void encode(ph_device&, const Codec& codec, const void* const tensors[kParts], uint8_t* records,
+            uint64_t* offsets, uint8_t*, Status* status) {
   uint64_t first = kAllFinite;
   const BlockKernels& kernels = block_kernels();
   write_records(codec, records, offsets, status, [&](uint64_t block, Scratch& scratch, uint8_t* record) {
@@ -242,8 +261,8 @@ void encode(ph_device&, const Codec& codec, const void* const tensors[kParts], u
   status->first = codec.keep_non_finite ? kAllFinite : first;
 }
 
-void unpack(ph_device&, const Codec& codec, Records records, const QuantizedOutput parts[kParts], uint8_t* order,
-            Status* status) {
+void unpack(ph_device&, const Codec& codec, Records records, const QuantizedOutput parts[kParts],
+            uint8_t* order, Status* status) {
   read_records(codec, records, status, [&](uint64_t block, const RecordView& view, Scratch&) {
     for (uint32_t part = 0; part < kParts; ++part) {
       uint8_t* codes = parts[part].codes + block * codec.channels * kBlockTokens;
@@ -258,7 +277,8 @@ void unpack(ph_device&, const Codec& codec, Records records, const QuantizedOutp
       }
     }
     for (uint32_t position = 0; position < kBlockTokens; ++position) {
-      const uint32_t token = view.ordered ? stored_order(view.bytes + kRecordHeaderBytes, position) : position;
+      const uint32_t token =
+          view.ordered ? stored_order(view.bytes + kRecordHeaderBytes, position) : position;
       order[block * kBlockTokens + position] = static_cast<uint8_t>(token);
     }
     return true;

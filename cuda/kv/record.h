@@ -1,5 +1,5 @@
-// The record of a packed block ("packs" layout of packhorse.h): where its sections lie, and the checks that make
-// an untrusted record safe to read.
+// The record of a packed block ("packs" layout of packhorse.h): where its sections lie, and the checks that
+// make an untrusted record safe to read.
 #pragma once
 
 #include "kv/codec.h"
@@ -64,14 +64,15 @@ PH_HOST_DEVICE uint32_t record_capacity(const Codec& codec) {
   uint32_t bytes = kRecordHeaderBytes + kOrderBytes;
   for (uint32_t part = 0; part < kParts; ++part) {
     const PartLayout layout = part_layout(codec, part, {8, 4, 4, 0});
-    bytes += round_up(layout.payloads + codec.rows * payload_row_bytes(codec.pack, codec.head_dim * kMaximumWidth), 16);
+    bytes += round_up(
+        layout.payloads + codec.rows * payload_row_bytes(codec.pack, codec.head_dim * kMaximumWidth), 16);
   }
   const uint32_t raw = kRecordHeaderBytes + 2 * raw_part_bytes(codec);
   return bytes > raw ? bytes : raw;
 }
 
-// A record whose structure was checked: reading it through these offsets stays inside it, but for the payloads,
-// whose readers check row by row.
+// A record whose structure was checked: reading it through these offsets stays inside it, but for the
+// payloads, whose readers check row by row.
 struct RecordView {
   const uint8_t* bytes;
   uint32_t size;
@@ -94,7 +95,8 @@ PH_HOST_DEVICE uint32_t read_u32(const uint8_t* bytes) {
 #endif
 }
 
-PH_HOST_DEVICE bool part_well_formed(const Codec& codec, uint32_t part, PartHeader header, uint32_t available) {
+PH_HOST_DEVICE bool part_well_formed(const Codec& codec, uint32_t part, PartHeader header,
+                                     uint32_t available) {
   if (header.minimum_bits > 8 || header.width_bits > 4 || header.reserved != 0) return false;
   if (header.zero_bytes != 1 && header.zero_bytes != 2 && header.zero_bytes != 4) return false;
   return part_layout(codec, part, header).payloads <= available;

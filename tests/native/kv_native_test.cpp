@@ -1,5 +1,5 @@
-// The kv codec through the C ABI alone, for the sanitizers and for every instruction set: round trips within the
-// bound, the steps against the fused operations, and damaged records.
+// The kv codec through the C ABI alone, for the sanitizers and for every instruction set: round trips within
+// the bound, the steps against the fused operations, and damaged records.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -58,7 +58,8 @@ std::vector<float> random_tensor(const ph_kv_codec& codec, std::mt19937& random)
   std::normal_distribution<float> normal;
   std::vector<float> x(codec.heads * codec.tokens * codec.head_dim);
   for (size_t i = 0; i < x.size(); ++i) x[i] = normal(random) * (i % codec.head_dim == 3 ? 40.0f : 1.0f);
-  for (uint32_t i = 0; i < codec.head_dim && i < x.size(); ++i) x[i] = codec.heads == 1 ? 2.5f : x[i];  // a constant token
+  for (uint32_t i = 0; i < codec.head_dim && i < x.size(); ++i)
+    x[i] = codec.heads == 1 ? 2.5f : x[i];  // a constant token
   return x;
 }
 
@@ -67,13 +68,13 @@ bool same(const Buffer& a, const Buffer& b) { return a.download<uint8_t>() == b.
 void round_trip(ph_kv_codec codec, std::mt19937& random) {
   const uint64_t tensor_bytes = static_cast<uint64_t>(codec.heads) * codec.tokens * codec.head_dim * 4;
   const uint64_t blocks = codec.tokens / 64;
-  Buffer keys(tensor_bytes), values(tensor_bytes), records(ph_kv_records_capacity(&codec)), offsets(8 * (blocks + 1)),
-      workspace(ph_kv_workspace_bytes(&codec)), status(16), restored_keys(tensor_bytes), restored_values(tensor_bytes),
-      statistics(sizeof(ph_kv_statistics));
+  Buffer keys(tensor_bytes), values(tensor_bytes), records(ph_kv_records_capacity(&codec)),
+      offsets(8 * (blocks + 1)), workspace(ph_kv_workspace_bytes(&codec)), status(16),
+      restored_keys(tensor_bytes), restored_values(tensor_bytes), statistics(sizeof(ph_kv_statistics));
   keys.upload(random_tensor(codec, random));
   values.upload(random_tensor(codec, random));
-  OK(ph_kv_encode(device, &codec, keys.handle, 0, values.handle, 0, records.handle, offsets.handle, workspace.handle,
-                  status.handle, error, sizeof error));
+  OK(ph_kv_encode(device, &codec, keys.handle, 0, values.handle, 0, records.handle, offsets.handle,
+                  workspace.handle, status.handle, error, sizeof error));
   std::vector<uint64_t> found = status.download<uint64_t>();
   CHECK(found[0] == UINT64_MAX);
   const uint64_t bytes = found[1];
@@ -85,12 +86,14 @@ void round_trip(ph_kv_codec codec, std::mt19937& random) {
   Buffer order(64 * blocks), step_records(records.size), step_offsets(offsets.size);
   OK(ph_kv_quantize(device, &codec, PH_KV_KEYS, keys.handle, 0, key_part.codes.handle, key_part.scales.handle,
                     key_part.zeros.handle, status.handle, error, sizeof error));
-  OK(ph_kv_quantize(device, &codec, PH_KV_VALUES, values.handle, 0, value_part.codes.handle, value_part.scales.handle,
-                    value_part.zeros.handle, status.handle, error, sizeof error));
-  OK(ph_kv_repack(device, &codec, key_part.codes.handle, value_part.codes.handle, order.handle, error, sizeof error));
+  OK(ph_kv_quantize(device, &codec, PH_KV_VALUES, values.handle, 0, value_part.codes.handle,
+                    value_part.scales.handle, value_part.zeros.handle, status.handle, error, sizeof error));
+  OK(ph_kv_repack(device, &codec, key_part.codes.handle, value_part.codes.handle, order.handle, error,
+                  sizeof error));
   OK(ph_kv_pack(device, &codec, key_part.codes.handle, key_part.scales.handle, key_part.zeros.handle,
                 value_part.codes.handle, value_part.scales.handle, value_part.zeros.handle, order.handle,
-                step_records.handle, step_offsets.handle, workspace.handle, status.handle, error, sizeof error));
+                step_records.handle, step_offsets.handle, workspace.handle, status.handle, error,
+                sizeof error));
   CHECK(same(offsets, step_offsets));
   std::vector<uint8_t> packed = records.download<uint8_t>(), step_packed = step_records.download<uint8_t>();
   CHECK(bytes == 0 || memcmp(packed.data(), step_packed.data(), bytes) == 0);
@@ -98,17 +101,18 @@ void round_trip(ph_kv_codec codec, std::mt19937& random) {
   // Both ways back agree, and stay within the bound.
   Quantized key_back(codec, PH_KV_KEYS), value_back(codec, PH_KV_VALUES);
   Buffer order_back(order.size);
-  OK(ph_kv_unpack(device, &codec, records.handle, bytes, offsets.handle, key_back.codes.handle, key_back.scales.handle,
-                  key_back.zeros.handle, value_back.codes.handle, value_back.scales.handle, value_back.zeros.handle,
-                  order_back.handle, status.handle, error, sizeof error));
+  OK(ph_kv_unpack(device, &codec, records.handle, bytes, offsets.handle, key_back.codes.handle,
+                  key_back.scales.handle, key_back.zeros.handle, value_back.codes.handle,
+                  value_back.scales.handle, value_back.zeros.handle, order_back.handle, status.handle, error,
+                  sizeof error));
   CHECK(status.download<uint64_t>()[0] == UINT64_MAX);
   CHECK(same(key_part.codes, key_back.codes) && same(key_part.scales, key_back.scales));
   CHECK(same(value_part.zeros, value_back.zeros) && same(order, order_back));
   OK(ph_kv_decode(device, &codec, records.handle, bytes, offsets.handle, restored_keys.handle, 0,
                   restored_values.handle, 0, status.handle, error, sizeof error));
   Buffer step_keys(tensor_bytes);
-  OK(ph_kv_dequantize(device, &codec, PH_KV_KEYS, key_back.codes.handle, key_back.scales.handle, key_back.zeros.handle,
-                      step_keys.handle, 0, error, sizeof error));
+  OK(ph_kv_dequantize(device, &codec, PH_KV_KEYS, key_back.codes.handle, key_back.scales.handle,
+                      key_back.zeros.handle, step_keys.handle, 0, error, sizeof error));
   CHECK(same(restored_keys, step_keys));
   OK(ph_kv_measure(device, &codec, records.handle, bytes, offsets.handle, keys.handle, 0, values.handle, 0,
                    statistics.handle, workspace.handle, status.handle, error, sizeof error));
@@ -123,7 +127,8 @@ void round_trip(ph_kv_codec codec, std::mt19937& random) {
   for (int trial = 0; trial < 24 && bytes > 0; ++trial) {
     std::vector<uint8_t> damaged = packed;
     std::vector<uint64_t> damaged_offsets = ends;
-    for (int flip = 0; flip <= trial % 4; ++flip) damaged[random() % bytes] ^= static_cast<uint8_t>(1 << random() % 8);
+    for (int flip = 0; flip <= trial % 4; ++flip)
+      damaged[random() % bytes] ^= static_cast<uint8_t>(1 << random() % 8);
     if (trial % 5 == 0) damaged_offsets[random() % damaged_offsets.size()] = random() % (2 * bytes);
     if (trial % 7 == 0) damaged_offsets[random() % damaged_offsets.size()] = ~0ull - random() % 64;
     const uint64_t length = trial % 6 == 0 ? random() % (bytes + 1) : bytes;
@@ -132,8 +137,8 @@ void round_trip(ph_kv_codec codec, std::mt19937& random) {
     step_offsets.upload(damaged_offsets);
     OK(ph_kv_decode(device, &codec, cut.handle, length, step_offsets.handle, restored_keys.handle, 0,
                     restored_values.handle, 0, status.handle, error, sizeof error));
-    OK(ph_kv_measure(device, &codec, cut.handle, length, step_offsets.handle, nullptr, 0, nullptr, 0, statistics.handle,
-                     workspace.handle, status.handle, error, sizeof error));
+    OK(ph_kv_measure(device, &codec, cut.handle, length, step_offsets.handle, nullptr, 0, nullptr, 0,
+                     statistics.handle, workspace.handle, status.handle, error, sizeof error));
   }
 }
 
@@ -149,7 +154,8 @@ int main(int count, char** arguments) {
   ph_device_info info;
   OK(ph_device_get_info(device, &info, error, sizeof error));
   fprintf(stderr, "%s, %s\n", info.name, info.instruction_set);
-  const uint32_t shapes[][3] = {{1, 16, 64}, {2, 64, 200}, {3, 80, 129}, {2, 256, 64}, {5, 128, 320}, {1, 48, 10}};
+  const uint32_t shapes[][3] = {{1, 16, 64},  {2, 64, 200},  {3, 80, 129},
+                                {2, 256, 64}, {5, 128, 320}, {1, 48, 10}};
   int cases = 0;
   for (const auto& shape : shapes) {
     for (uint32_t quantizer = 0; quantizer < 2; ++quantizer) {
