@@ -493,6 +493,19 @@ Deno.test("the .phkv writer refuses a header that the reader would", async () =>
   assertEquals(folder.list(), []);
 });
 
+Deno.test("a .phkv file copied from its reader's own description is the same", async () => {
+  using folder = new TemporaryFolder();
+  const content = example();
+  await writeFile(folder.file("x.phkv"), content);
+  using reader = await PhkvReader.open(folder.file("x.phkv"));
+  const { layout, codec, layers, metadata } = reader;
+  await writeFile(folder.file("y.phkv"), { ...content, layout, codec, layers, metadata });
+  const [x, y] = [folder.file("x.phkv"), folder.file("y.phkv")].map((path) =>
+    Deno.readFileSync(path)
+  );
+  assertEquals(x, y);
+});
+
 Deno.test("an interrupted .phkv writer leaves nothing", async () => {
   using folder = new TemporaryFolder();
   const path = folder.file("x.phkv");

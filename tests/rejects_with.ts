@@ -1,4 +1,4 @@
-import { assertInstanceOf, assertRejects, assertStringIncludes } from "@std/assert";
+import { assertEquals, assertInstanceOf, assertRejects, assertStringIncludes } from "@std/assert";
 import { type ErrorCode, PackhorseError } from "../src/error.ts";
 
 /** Asserts that `work` rejects with a PackhorseError of this code whose message contains each fragment. */
@@ -9,6 +9,6 @@ export async function rejectsWith(
 ): Promise<void> {
   const error = await assertRejects(work);
   assertInstanceOf(error, PackhorseError);
-  assertStringIncludes(`${error.code}: ${error.message}`, `${code}: `);
+  assertEquals(error.code, code, error.message);
   for (const fragment of fragments) assertStringIncludes(error.message, fragment);
 }

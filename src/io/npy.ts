@@ -1,5 +1,6 @@
-import { BYTES_PER_ELEMENT, type DType, elementCount } from "../dtype.ts";
+import type { DType } from "../dtype.ts";
 import { PackhorseError } from "../error.ts";
+import { byteLengthOf } from "./byte_length.ts";
 import { InputFile } from "./input_file.ts";
 
 /** What {@linkcode readNpy} returns. */
@@ -82,13 +83,12 @@ export async function readNpy(path: string): Promise<NpyArray> {
     .decode(await file.read(headerStart, headerBytes));
   const { dtype, shape } = parseHeader(header, fail);
 
-  const expected = byteLength(dtype, shape, fail);
+  const sizes = `its shape [${shape.join(", ")}]`;
+  const expected = byteLengthOf(dtype, shape) ?? fail(`${sizes} is too large`);
   const actual = file.size - dataStart;
-  const sizes = `its shape [${
-    shape.join(", ")
-  }] takes ${expected} bytes, ${actual} follow its header`;
-  if (actual < expected) return fail(sizes, "truncated");
-  if (actual > expected) return fail(sizes);
+  const flaw = `${sizes} takes ${expected} bytes, ${actual} follow its header`;
+  if (actual < expected) return fail(flaw, "truncated");
+  if (actual > expected) return fail(flaw);
   return { dtype, shape, data: await file.read(dataStart, expected) };
 }
 
@@ -149,12 +149,4 @@ function unsupportedType(descr: string, fail: Fail): never {
       "save x.astype(np.float32) instead",
     "unsupported",
   );
-}
-
-function byteLength(dtype: DType, shape: readonly number[], fail: Fail): number {
-  try {
-    return elementCount([...shape, BYTES_PER_ELEMENT[dtype]]);
-  } catch {
-    return fail(`its shape [${shape.join(", ")}] is too large`);
-  }
 }

@@ -178,14 +178,11 @@ export class PhkvReader implements Disposable {
     const lost: number[] = [];
     let kept = 0;
     for (let i = 0; i < count; i++) {
-      const record = this.#checkEntry(
-        bytes,
-        first,
-        first + i,
-        () => blockLabel(layer, firstBlock + i),
-      );
-      if (record) {
-        bytes.copyWithin(kept, record.byteOffset, record.byteOffset + record.byteLength);
+      const begin = this.#positions[first + i]! - this.#positions[first]!;
+      const end = this.#positions[first + i + 1]! - this.#positions[first]!;
+      const record = bytes.subarray(begin, end);
+      if (this.#isIntact(record, first + i, () => blockLabel(layer, firstBlock + i))) {
+        if (kept !== begin) bytes.copyWithin(kept, begin, end);
         kept += record.byteLength;
       } else {
         lost.push(firstBlock + i);
@@ -206,7 +203,7 @@ export class PhkvReader implements Disposable {
     const layer = this.#layer(layerIndex);
     const entry = this.#firstEntry[layerIndex]! + layer.blocks;
     const bytes = await this.#readEntries(entry, entry + 1);
-    return this.#checkEntry(bytes, entry, entry, () => tailLabel(layer));
+    return this.#isIntact(bytes, entry, () => tailLabel(layer)) ? bytes : null;
   }
 
   /** Closes the file. */
@@ -229,19 +226,12 @@ export class PhkvReader implements Disposable {
     return await this.#file.read(begin, end - begin);
   }
 
-  /** An entry out of the bytes from entry `first` on; null, or an error, if it is damaged. */
-  #checkEntry(
-    bytes: Uint8Array<ArrayBuffer>,
-    first: number,
-    entry: number,
-    label: () => string,
-  ): Uint8Array<ArrayBuffer> | null {
-    const begin = this.#positions[entry]! - this.#positions[first]!;
-    const end = this.#positions[entry + 1]! - this.#positions[first]!;
-    const content = bytes.subarray(begin, end);
+  /** Whether an entry is what was written; throws if not, unless recovering. */
+  #isIntact(content: Uint8Array, entry: number, label: () => string): boolean {
+    const byteLength = this.#positions[entry + 1]! - this.#positions[entry]!;
     const [actual, expected] = [checksum(content), this.#checksums[entry]!];
-    if (content.byteLength === end - begin && actual === expected) return content;
-    if (this.#recover) return null;
+    if (content.byteLength === byteLength && actual === expected) return true;
+    if (this.#recover) return false;
     const message = `Cannot read ${this.path}: ${label()} is damaged: its checksum is ` +
       `${hex(actual)}, expected ${hex(expected)}`;
     throw new PackhorseError("corrupt", message);

@@ -99,9 +99,11 @@ export class PhkvWriter implements Disposable {
     let json: Uint8Array;
     let description: PhkvDescription;
     try {
-      json = encodeDescription({ layout, codec, layers, metadata });
-      // The reader's own checks, so that no file is written that cannot be read.
-      description = decodeDescription(json, `Cannot write ${path}: its header`);
+      // The reader's own checks, so that no file is written that cannot be read. They also drop what
+      // the format does not have, such as the sizes in a reader's layers.
+      const given = encodeDescription({ layout, codec, layers, metadata });
+      description = decodeDescription(given, `Cannot write ${path}: its header`);
+      json = encodeDescription(description);
       headerByteLength(json.byteLength, entryCount(description.layers));
     } catch (cause) {
       const message = cause instanceof PackhorseError

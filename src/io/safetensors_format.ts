@@ -7,7 +7,7 @@
  *
  * The tensors' ranges cover the data without gaps or overlaps.
  */
-import { BYTES_PER_ELEMENT, type DType, elementCount } from "../dtype.ts";
+import { BYTES_PER_ELEMENT, type DType } from "../dtype.ts";
 
 /** What a safetensors file says of a tensor. */
 export interface TensorInfo {
@@ -27,11 +27,6 @@ export const LENGTH_BYTES = 8;
 export const MOST_HEADER_BYTES = 100_000_000;
 /** The entry of a header that is no tensor. */
 export const METADATA = "__metadata__";
-
-/** Throws `invalid-argument` if the shape is not one, or the tensor too large to address. */
-export function tensorByteLength(dtype: DType, shape: readonly number[]): number {
-  return elementCount([...shape, BYTES_PER_ELEMENT[dtype]]);
-}
 
 /** The format's word for a type: "F16" for f16. */
 export function dtypeWord(dtype: DType): string {

@@ -1,13 +1,13 @@
 import { dirname, join } from "node:path";
 import type { DType } from "../dtype.ts";
 import { PackhorseError } from "../error.ts";
+import { byteLengthOf } from "./byte_length.ts";
 import { InputFile } from "./input_file.ts";
 import {
   dtypeOfWord,
   LENGTH_BYTES,
   METADATA,
   MOST_HEADER_BYTES,
-  tensorByteLength,
   type TensorInfo,
 } from "./safetensors_format.ts";
 import { isCount, isObject, isStringRecord, parseJsonObject } from "./untrusted_json.ts";
@@ -223,19 +223,10 @@ function checkEntry(name: string, entry: unknown, fail: Fail): Entry {
   const [begin, end] = offsets as [number, number];
   if (end < begin) return fail(`gives ${tensor} data_offsets that run backwards: ${offsets}`);
   const dtype = dtypeOfWord(word);
-  if (dtype !== undefined && end - begin !== byteLengthOrNone(dtype, shape)) {
+  if (dtype !== undefined && end - begin !== byteLengthOf(dtype, shape)) {
     return fail(`gives ${tensor} ${end - begin} bytes, which is not ${word} [${shape.join(", ")}]`);
   }
   return { name, word, dtype, shape, begin, end };
-}
-
-/** The bytes of a tensor, or undefined if they are too many to count. */
-function byteLengthOrNone(dtype: DType, shape: readonly number[]): number | undefined {
-  try {
-    return tensorByteLength(dtype, shape);
-  } catch {
-    return undefined;
-  }
 }
 
 async function readIndex(index: InputFile, files: DisposableStack): Promise<Contents> {

@@ -1,11 +1,11 @@
 import { PackhorseError } from "../error.ts";
 import { AtomicFile, type AtomicFileOptions } from "./atomic_file.ts";
+import { byteLengthOf } from "./byte_length.ts";
 import {
   dtypeWord,
   LENGTH_BYTES,
   METADATA,
   MOST_HEADER_BYTES,
-  tensorByteLength,
   type TensorInfo,
 } from "./safetensors_format.ts";
 import { isCount } from "./untrusted_json.ts";
@@ -152,7 +152,9 @@ function plan(
   let dataBytes = 0;
   for (const { name, dtype, shape } of options.tensors) {
     if (name === METADATA || ranges.has(name)) fail(`the name ${JSON.stringify(name)} is taken`);
-    const range = { begin: dataBytes, end: dataBytes + tensorByteLength(dtype, shape) };
+    const byteLength = byteLengthOf(dtype, shape) ??
+      fail(`tensor ${JSON.stringify(name)} cannot have the shape [${shape.join(", ")}]`);
+    const range = { begin: dataBytes, end: dataBytes + byteLength };
     ranges.set(name, range);
     dataBytes = range.end;
     add(name, { dtype: dtypeWord(dtype), shape, data_offsets: [range.begin, range.end] });

@@ -157,6 +157,9 @@ async function readPhkvOnce(path: string, recover: boolean): Promise<Uint8Array[
       .filter((block) => offsets[block + 1] === offsets[block]);
     assertEquals(lost, empty);
     const tail = await reader.readTail(i);
+    const tailTokens = layer.tokens - 64 * layer.blocks;
+    const tailShape = [2, layer.heads, tailTokens, layer.headDim];
+    assertEquals(layer.tailByteLength, sizeOf(tailShape, BYTES_PER_ELEMENT[layer.dtype]));
     if (tail) assertEquals(tail.byteLength, layer.tailByteLength);
     if (!recover) assert(lost.length === 0 && tail);
     contents.push(records, tail ?? new Uint8Array());

@@ -1,0 +1,106 @@
+// A CUDA GPU as a device: one stream, memory from the stream-ordered pool.
+#include <cstring>
+
+#include "device/device_cuda.h"
+
+namespace ph {
+
+uint32_t device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return static_cast<uint32_t>(count);
+}
+
+ph_device* open_device(uint32_t ordinal) {
+  int count = 0;
+  const cudaError_t found = cudaGetDeviceCount(&count);
+  if (found != cudaSuccess || count == 0) {
+    cudaGetLastError();
+    throw Error(PH_ERROR_NO_GPU, "Cannot open a GPU: %s",
+                found == cudaSuccess ? "none is present" : cudaGetErrorString(found));
+  }
+  if (ordinal >= static_cast<uint32_t>(count)) {
+    throw Error(PH_ERROR_INVALID_ARGUMENT, "Cannot open GPU %u: there are %d, numbered from 0", ordinal, count);
+  }
+  ph_device device{};
+  device.ordinal = static_cast<int>(ordinal);
+  PH_CUDA_TRY(cudaSetDevice(device.ordinal));
+  PH_CUDA_TRY(cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, device.ordinal));
+  PH_CUDA_TRY(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.ordinal));
+  PH_CUDA_TRY(cudaStreamCreateWithFlags(&device.stream, cudaStreamNonBlocking));
+  PH_CUDA_TRY(cudaEventCreate(&device.timer_begin));
+  PH_CUDA_TRY(cudaEventCreate(&device.timer_end));
+  return new ph_device(device);
+}
+
+void close_device(ph_device* device) {
+  PH_CUDA_TRY(cudaStreamSynchronize(device->stream));
+  PH_CUDA_TRY(cudaEventDestroy(device->timer_begin));
+  PH_CUDA_TRY(cudaEventDestroy(device->timer_end));
+  PH_CUDA_TRY(cudaStreamDestroy(device->stream));
+  delete device;
+}
+
+void device_info(ph_device& device, ph_device_info& info) {
+  info = {};
+  cudaDeviceProp properties;
+  PH_CUDA_TRY(cudaGetDeviceProperties(&properties, device.ordinal));
+  snprintf(info.name, sizeof info.name, "%s", properties.name);
+  snprintf(info.instruction_set, sizeof info.instruction_set, "sm_%d%d", properties.major, properties.minor);
+  size_t free_bytes = 0, total_bytes = 0;
+  PH_CUDA_TRY(cudaMemGetInfo(&free_bytes, &total_bytes));
+  info.total_bytes = total_bytes;
+  info.free_bytes = free_bytes;
+  info.processors = static_cast<uint32_t>(device.processors);
+  int version = 0;
+  PH_CUDA_TRY(cudaDriverGetVersion(&version));
+  info.driver_version = static_cast<uint32_t>(version);
+  PH_CUDA_TRY(cudaRuntimeGetVersion(&version));
+  info.runtime_version = static_cast<uint32_t>(version);
+  info.is_gpu = 1;
+}
+
+void enter(ph_device& device) { PH_CUDA_TRY(cudaSetDevice(device.ordinal)); }
+
+void synchronize(ph_device& device) { PH_CUDA_TRY(cudaStreamSynchronize(device.stream)); }
+
+uint8_t* allocate(ph_device& device, uint64_t bytes) {
+  void* data = nullptr;
+  PH_CUDA_TRY(cudaMallocAsync(&data, bytes, device.stream));
+  return static_cast<uint8_t*>(data);
+}
+
+void release(ph_device& device, uint8_t* data) { PH_CUDA_TRY(cudaFreeAsync(data, device.stream)); }
+
+void upload(ph_device& device, uint8_t* target, const void* source, uint64_t bytes) {
+  PH_CUDA_TRY(cudaMemcpyAsync(target, source, bytes, cudaMemcpyHostToDevice, device.stream));
+  synchronize(device);
+}
+
+void download(ph_device& device, void* target, const uint8_t* source, uint64_t bytes) {
+  PH_CUDA_TRY(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDeviceToHost, device.stream));
+  synchronize(device);
+}
+
+void copy(ph_device& device, uint8_t* target, const uint8_t* source, uint64_t bytes) {
+  PH_CUDA_TRY(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDeviceToDevice, device.stream));
+}
+
+void fill(ph_device& device, uint8_t* target, uint8_t value, uint64_t bytes) {
+  PH_CUDA_TRY(cudaMemsetAsync(target, value, bytes, device.stream));
+}
+
+void timer_begin(ph_device& device) { PH_CUDA_TRY(cudaEventRecord(device.timer_begin, device.stream)); }
+
+float timer_end(ph_device& device) {
+  float milliseconds = 0;
+  PH_CUDA_TRY(cudaEventRecord(device.timer_end, device.stream));
+  PH_CUDA_TRY(cudaEventSynchronize(device.timer_end));
+  PH_CUDA_TRY(cudaEventElapsedTime(&milliseconds, device.timer_begin, device.timer_end));
+  return milliseconds;
+}
+
+}  // namespace ph

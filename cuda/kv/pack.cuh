@@ -1,0 +1,268 @@
+// Step 3 on the GPU: one thread block turns the codes of one part of a block into its bytes in a record.
+//
+// A warp works on a row (packs of one head and 64 / P-th of the positions), a lane on four neighbouring channels: it
+// loads a 32-bit word of four codes per position, so neighbouring lanes load neighbouring words. Minima and widths
+// wait in `headers` until the part's widest is known; payloads are assembled in a staging area of the warp and leave
+// it in whole words. Integer arithmetic only: deterministic.
+#pragma once
+
+#include "kv/quantize.cuh"
+#include "kv/record.h"
+
+namespace ph::kv {
+
+constexpr uint32_t kChunkChannels = 4 * kWarpThreads;  // channels that a warp packs at a time
+
+// Staging words of a warp: a chunk of full width, and what the chunk before left of a word.
+PH_HOST_DEVICE uint32_t staging_words(uint32_t pack) { return kChunkChannels * pack / 4 + 2; }
+
+// Memory of the thread block, in shared memory unless it is too large for it.
+struct PackMemory {
+  uint16_t* headers;       // [rows][head_dim]: minimum | width << 8
+  uint32_t* row_offsets;   // [rows + 1]: payload bytes of the rows before
+  uint32_t* staging;       // [warps][staging_words], in shared memory
+  uint32_t* every;         // [2]: minima and ranges, or-ed, in shared memory
+};
+
+struct PackExtremes {
+  uint32_t minimum, range;  // four channels, a byte each
+};
+
+template <int kPack>
+__device__ __forceinline__ void load_words(const Codec& codec, const uint8_t* head_codes, const uint8_t* order,
+                                           uint32_t channel, uint32_t (&words)[kPack]) {
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) {
+    words[i] = *reinterpret_cast<const uint32_t*>(head_codes + order[i] * codec.channels + channel);
+  }
+}
+
+// Byte-wise extremes, through the 16-bit minima and maxima that Hopper has instructions for.
+template <int kPack>
+__device__ __forceinline__ PackExtremes word_extremes(const uint32_t (&words)[kPack]) {
+  constexpr uint32_t kEven = 0x00ff00ffu;
+  uint32_t even_low = words[0] & kEven, odd_low = words[0] >> 8 & kEven;
+  uint32_t even_high = even_low, odd_high = odd_low;
+#pragma unroll
+  for (int i = 1; i < kPack; ++i) {
+    const uint32_t even = words[i] & kEven, odd = words[i] >> 8 & kEven;
+    even_low = __vminu2(even_low, even);
+    odd_low = __vminu2(odd_low, odd);
+    even_high = __vmaxu2(even_high, even);
+    odd_high = __vmaxu2(odd_high, odd);
+  }
+  return {even_low | odd_low << 8, even_high - even_low | (odd_high - odd_low) << 8};
+}
+
+// Transposes four words of four bytes.
+__device__ __forceinline__ void transpose4(const uint32_t* in, uint32_t (&out)[4]) {
+  const uint32_t a = __byte_perm(in[0], in[1], 0x5140), b = __byte_perm(in[2], in[3], 0x5140);
+  const uint32_t c = __byte_perm(in[0], in[1], 0x7362), d = __byte_perm(in[2], in[3], 0x7362);
+  out[0] = __byte_perm(a, b, 0x5410);
+  out[1] = __byte_perm(a, b, 0x7632);
+  out[2] = __byte_perm(c, d, 0x5410);
+  out[3] = __byte_perm(c, d, 0x7632);
+}
+
+// Four bytes below 2^width, next to each other.
+__device__ __forceinline__ uint32_t compress4(uint32_t bytes, uint32_t width) {
+  const uint32_t pairs = (bytes & 0x00ff00ffu) | (bytes >> 8 & 0x00ff00ffu) << width;
+  return (pairs & 0xffffu) | (pairs >> 16) << 2 * width;
+}
+
+__device__ __forceinline__ uint32_t warp_exclusive_sum(uint32_t value, uint32_t* total) {
+  const uint32_t lane = threadIdx.x % kWarpThreads;
+  uint32_t sum = value;
+#pragma unroll
+  for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+    const uint32_t below = __shfl_up_sync(kEveryLane, sum, distance);
+    if (lane >= static_cast<uint32_t>(distance)) sum += below;
+  }
+  *total = __shfl_sync(kEveryLane, sum, kWarpThreads - 1);
+  return sum - value;
+}
+
+// Word `index` of a stream of fields of `bits` bits (1..32), field(i) for i < count.
+template <typename Field>
+__device__ __forceinline__ uint32_t field_word(uint32_t index, uint32_t bits, uint32_t count, Field field) {
+  const uint32_t begin = 32 * index;
+  uint32_t word = 0;
+  for (uint32_t i = begin / bits; i < count && i * bits < begin + 32; ++i) {
+    const uint32_t value = field(i);
+    word |= i * bits >= begin ? value << (i * bits - begin) : value >> (begin - i * bits);
+  }
+  return word;
+}
+
+// Sum of the widths of a row's packs; with `headers`, notes them too.
+template <int kPack>
+__device__ uint32_t scan_row(const Codec& codec, const uint8_t* codes, const uint8_t* order, uint32_t row,
+                             uint16_t* headers, uint32_t* every_minimum, uint32_t* every_range) {
+  const uint32_t lane = threadIdx.x % kWarpThreads;
+  const uint32_t head = row / codec.rows_per_head, first = row % codec.rows_per_head * kPack;
+  uint32_t widths = 0;
+  for (uint32_t channel = 4 * lane; channel < codec.head_dim; channel += kChunkChannels) {
+    uint32_t words[kPack];
+    load_words<kPack>(codec, codes + head * codec.head_dim, order + first, channel, words);
+    const PackExtremes extremes = word_extremes<kPack>(words);
+    uint32_t entries[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t width = bit_width(extremes.range >> 8 * i & 0xff);
+      widths += width;
+      entries[i] = (extremes.minimum >> 8 * i & 0xff) | width << 8;
+    }
+    if (headers != nullptr) {
+      *reinterpret_cast<uint2*>(headers + row * codec.head_dim + channel) =
+          make_uint2(entries[0] | entries[1] << 16, entries[2] | entries[3] << 16);
+      *every_minimum |= extremes.minimum;
+      *every_range |= extremes.range;
+    }
+  }
+  return __reduce_add_sync(kEveryLane, widths);
+}
+
+// The payload of one row, through the warp's staging area (all zero before and after) to 4-aligned `target`.
+template <int kPack>
+__device__ void write_payload_row(const Codec& codec, const uint8_t* codes, const uint8_t* order, uint32_t row,
+                                  const uint16_t* headers, uint32_t* staging, uint32_t* target) {
+  const uint32_t lane = threadIdx.x % kWarpThreads;
+  const uint32_t head = row / codec.rows_per_head, first = row % codec.rows_per_head * kPack;
+  uint32_t pending = 0;  // bits in the staging area's first word
+  for (uint32_t begin = 0; begin < codec.head_dim; begin += kChunkChannels) {
+    const uint32_t channel = begin + 4 * lane;
+    const bool active = channel < codec.head_dim;
+    uint2 entries = make_uint2(0, 0);
+    if (active) entries = *reinterpret_cast<const uint2*>(headers + row * codec.head_dim + channel);
+    const uint32_t width[4] = {entries.x >> 8 & 0xff, entries.x >> 24, entries.y >> 8 & 0xff, entries.y >> 24};
+    const uint32_t minimum = __byte_perm(entries.x, entries.y, 0x6420);
+    uint32_t total;
+    uint32_t bit = warp_exclusive_sum(kPack * (width[0] + width[1] + width[2] + width[3]), &total) + pending;
+    if (active) {
+      uint32_t words[kPack], transposed[kPack / 4][4];
+      load_words<kPack>(codec, codes + head * codec.head_dim, order + first, channel, words);
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) words[i] -= minimum;  // no byte borrows: each is at least its minimum
+#pragma unroll
+      for (int i = 0; i < kPack / 4; ++i) transpose4(words + 4 * i, transposed[i]);
+      uint32_t* word = staging + bit / 32;
+      uint32_t filled = bit % 32;
+      uint64_t bits = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int i = 0; i < kPack / 4; ++i) {
+          bits |= static_cast<uint64_t>(compress4(transposed[i][j], width[j])) << filled;
+          filled += 4 * width[j];
+          if (filled >= 32) {
+            atomicOr(word++, static_cast<uint32_t>(bits));
+            bits >>= 32;
+            filled -= 32;
+          }
+        }
+      }
+      if (filled > 0) atomicOr(word, static_cast<uint32_t>(bits));
+    }
+    __syncwarp();
+    const bool last = begin + kChunkChannels >= codec.head_dim;
+    const uint32_t end = pending + total;
+    const uint32_t whole = last ? (end + 31) / 32 : end / 32;
+    for (uint32_t i = lane; i < whole; i += kWarpThreads) {
+      target[i] = staging[i];
+      staging[i] = 0;
+    }
+    __syncwarp();
+    if (!last && whole > 0 && lane == 0) {
+      staging[0] = staging[whole];
+      staging[whole] = 0;
+    }
+    __syncwarp();
+    target += whole;
+    pending = end % 32;
+  }
+}
+
+// Writes one part at `target` and returns its bytes, a multiple of 16. All threads call it; `staging` is zero before
+// and after, `zero_bytes` is the bytes of the part's widest zero point.
+template <int kPack>
+__device__ uint32_t pack_part(const Codec& codec, uint32_t part, const uint8_t* codes, const float* scales,
+                              const int32_t* zeros, const uint8_t* order, uint32_t zero_bytes, PackMemory memory,
+                              uint8_t* target) {
+  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  if (threadIdx.x < 2) memory.every[threadIdx.x] = 0;
+  __syncthreads();
+
+  uint32_t every_minimum = 0, every_range = 0;
+  for (uint32_t row = warp; row < codec.rows; row += kEncodeWarps) {
+    const uint32_t widths = scan_row<kPack>(codec, codes, order, row, memory.headers, &every_minimum, &every_range);
+    if (lane == 0) memory.row_offsets[row] = payload_row_bytes(kPack, widths);
+  }
+  every_minimum = __reduce_or_sync(kEveryLane, every_minimum);
+  every_range = __reduce_or_sync(kEveryLane, every_range);
+  if (lane == 0) {
+    atomicOr(memory.every, every_minimum);
+    atomicOr(memory.every + 1, every_range);
+  }
+  __syncthreads();
+
+  if (warp == 0) {
+    uint32_t before = 0;
+    for (uint32_t begin = 0; begin < codec.rows; begin += kWarpThreads) {
+      const uint32_t row = begin + lane;
+      uint32_t total;
+      const uint32_t offset = warp_exclusive_sum(row < codec.rows ? memory.row_offsets[row] : 0, &total);
+      if (row < codec.rows) memory.row_offsets[row] = before + offset;
+      before += total;
+    }
+    if (lane == 0) memory.row_offsets[codec.rows] = before;
+  }
+  __syncthreads();
+
+  const auto widest = [](uint32_t bytes) {
+    return bit_width((bytes | bytes >> 8 | bytes >> 16 | bytes >> 24) & 0xff);
+  };
+  const PartHeader header = {static_cast<uint8_t>(widest(memory.every[0])),
+                             static_cast<uint8_t>(bit_width(widest(memory.every[1]))),
+                             static_cast<uint8_t>(zero_bytes), 0};
+  const PartLayout layout = part_layout(codec, part, header);
+
+  if (threadIdx.x == 0) {
+    *reinterpret_cast<uint32_t*>(target) =
+        header.minimum_bits | static_cast<uint32_t>(header.width_bits) << 8 | zero_bytes << 16;
+  }
+  for (uint32_t head = threadIdx.x; head < codec.heads; head += kEncodeThreads) {
+    reinterpret_cast<uint32_t*>(target + layout.heads)[head] = memory.row_offsets[head * codec.rows_per_head];
+  }
+  for (uint32_t group = threadIdx.x; group < codec.groups[part]; group += kEncodeThreads) {
+    // The groups of a part are a multiple of 16, so neither section needs padding.
+    const uint32_t bits = scale_bits(codec.dtype, scales[group]);
+    if (codec.element_bytes == 2) reinterpret_cast<uint16_t*>(target + layout.scales)[group] = static_cast<uint16_t>(bits);
+    else reinterpret_cast<uint32_t*>(target + layout.scales)[group] = bits;
+    const int32_t zero = zeros[group];
+    uint8_t* stored = target + layout.zeros + group * zero_bytes;
+    if (zero_bytes == 1) *stored = static_cast<uint8_t>(zero);
+    else if (zero_bytes == 2) *reinterpret_cast<int16_t*>(stored) = static_cast<int16_t>(zero);
+    else *reinterpret_cast<int32_t*>(stored) = zero;
+  }
+
+  const uint32_t field = header.minimum_bits + header.width_bits, row_words = layout.header_row_bytes / 4;
+  uint32_t* staging = memory.staging + warp * staging_words(kPack);
+  for (uint32_t row = warp; row < codec.rows; row += kEncodeWarps) {
+    uint32_t* headers = reinterpret_cast<uint32_t*>(target + layout.pack_headers + row * layout.header_row_bytes);
+    for (uint32_t index = lane; index < row_words; index += kWarpThreads) {
+      headers[index] = field_word(index, field, codec.head_dim, [&](uint32_t channel) {
+        const uint32_t entry = memory.headers[row * codec.head_dim + channel];
+        return (entry & 0xff) | entry >> 8 << header.minimum_bits;
+      });
+    }
+    write_payload_row<kPack>(codec, codes, order, row, memory.headers, staging,
+                             reinterpret_cast<uint32_t*>(target + layout.payloads + memory.row_offsets[row]));
+  }
+
+  const uint32_t bytes = layout.payloads + memory.row_offsets[codec.rows], padded = round_up(bytes, 16);
+  if (threadIdx.x < (padded - bytes) / 4) reinterpret_cast<uint32_t*>(target + bytes)[threadIdx.x] = 0;
+  __syncthreads();
+  return padded;
+}
+
+}  // namespace ph::kv

@@ -1,0 +1,302 @@
+// Step 1 on the GPU: one thread block quantises one part of a block of 64 tokens into codes in shared memory (or
+// wherever `codes` points). Reads every value once from device memory (packkv; kivi keys twice, the second time from
+// the cache), in 16-byte accesses. Deterministic.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "kv/codec.h"
+
+namespace ph::kv {
+
+constexpr int kWarpThreads = 32;
+constexpr int kEncodeThreads = 512;
+constexpr int kEncodeWarps = kEncodeThreads / kWarpThreads;
+constexpr uint32_t kEveryLane = 0xffffffffu;
+
+// ---- eight consecutive values ----
+
+template <typename Pair, typename ToFloat>
+struct PairVector {
+  Pair pairs[4];
+
+  __device__ __forceinline__ void load(const uint8_t* source) {
+    *reinterpret_cast<uint4*>(pairs) = *reinterpret_cast<const uint4*>(source);
+  }
+  __device__ __forceinline__ float at(int i) const {
+    return i % 2 == 0 ? ToFloat::low(pairs[i / 2]) : ToFloat::high(pairs[i / 2]);
+  }
+  // Folds the values into a lane's extremes; a NaN stays.
+  __device__ __forceinline__ void extremes(float& minimum, float& maximum) const {
+    const Pair low = __hmin2_nan(__hmin2_nan(pairs[0], pairs[1]), __hmin2_nan(pairs[2], pairs[3]));
+    const Pair high = __hmax2_nan(__hmax2_nan(pairs[0], pairs[1]), __hmax2_nan(pairs[2], pairs[3]));
+    const float a = ToFloat::low(low), b = ToFloat::high(low), c = ToFloat::low(high), d = ToFloat::high(high);
+    minimum = fminf(minimum, fminf(a, b));
+    maximum = fmaxf(maximum, fmaxf(c, d));
+    if (!(a == a && b == b)) maximum = INFINITY, minimum = -INFINITY;
+  }
+};
+
+struct HalfToFloat {
+  static __device__ __forceinline__ float low(__half2 pair) { return __low2float(pair); }
+  static __device__ __forceinline__ float high(__half2 pair) { return __high2float(pair); }
+};
+struct BfloatToFloat {
+  static __device__ __forceinline__ float low(__nv_bfloat162 pair) { return __low2float(pair); }
+  static __device__ __forceinline__ float high(__nv_bfloat162 pair) { return __high2float(pair); }
+};
+
+struct F16 {
+  static constexpr uint32_t kBytes = 2;
+  using Vector = PairVector<__half2, HalfToFloat>;
+};
+struct BF16 {
+  static constexpr uint32_t kBytes = 2;
+  using Vector = PairVector<__nv_bfloat162, BfloatToFloat>;
+};
+struct F32 {
+  static constexpr uint32_t kBytes = 4;
+  struct Vector {
+    float values[8];
+    __device__ __forceinline__ void load(const uint8_t* source) {
+      reinterpret_cast<float4*>(values)[0] = reinterpret_cast<const float4*>(source)[0];
+      reinterpret_cast<float4*>(values)[1] = reinterpret_cast<const float4*>(source)[1];
+    }
+    __device__ __forceinline__ float at(int i) const { return values[i]; }
+    __device__ __forceinline__ void extremes(float& minimum, float& maximum) const {
+      bool numbers = true;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        minimum = fminf(minimum, values[i]);
+        maximum = fmaxf(maximum, values[i]);
+        numbers = numbers && values[i] == values[i];
+      }
+      if (!numbers) maximum = INFINITY, minimum = -INFINITY;
+    }
+  };
+};
+
+// Codes of eight values, one byte each.
+template <typename Element>
+struct CodeMaker {
+  Affine affine;
+  int limit;
+  float reciprocal;
+  int zero;
+
+  __device__ CodeMaker(Affine group, uint32_t code_limit)
+      : affine(group), limit(static_cast<int>(code_limit)), reciprocal(__frcp_rn(group.scale)),
+        zero(static_cast<int>(group.zero)) {}
+
+  __device__ __forceinline__ uint32_t code(float x) const {
+    if constexpr (std::is_same_v<Element, F16>) {
+      // The correctly rounded x / scale: with 11-bit operands the quotient is no closer than 2^-36 to a midpoint of
+      // float32, one Newton step leaves 2^-46, and nothing over- or underflows. Then |q| < 2^22 rounds to even by
+      // adding 1.5 * 2^23.
+      const float guess = __fmul_rn(x, reciprocal);
+      const float quotient = __fmaf_rn(__fmaf_rn(-guess, affine.scale, x), reciprocal, guess);
+      const int rounded = __float_as_int(__fadd_rn(quotient, 12582912.0f)) - 0x4b400000;
+      return static_cast<uint32_t>(min(max(rounded - zero, 0), limit));
+    } else {
+      return static_cast<uint32_t>(quantize_value(x, affine, static_cast<float>(limit)));
+    }
+  }
+
+  template <typename Vector>
+  __device__ __forceinline__ uint2 codes(const Vector& vector) const {
+    uint32_t words[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t low = __byte_perm(code(vector.at(4 * half)), code(vector.at(4 * half + 1)), 0x0040);
+      const uint32_t high = __byte_perm(code(vector.at(4 * half + 2)), code(vector.at(4 * half + 3)), 0x0040);
+      words[half] = __byte_perm(low, high, 0x5410);
+    }
+    return make_uint2(words[0], words[1]);
+  }
+};
+
+// Where the quantised part goes; `first_non_finite` and `zero_bytes` are shared by the thread block.
+struct PartTarget {
+  uint8_t* codes;   // [64, channels]
+  float* scales;    // [groups]
+  int32_t* zeros;   // [groups]
+  unsigned long long* first_non_finite;
+  int* zero_bytes;
+};
+
+template <typename Element>
+__device__ __forceinline__ const uint8_t* value_address(const Codec& codec, const uint8_t* x, uint64_t block,
+                                                        uint32_t head, uint32_t token, uint32_t channel) {
+  return x + ((head * codec.tokens + block * kBlockTokens + token) * codec.head_dim + channel) * Element::kBytes;
+}
+
+__device__ __forceinline__ void reduce_extremes(float& minimum, float& maximum, int team) {
+  for (int distance = team / 2; distance > 0; distance /= 2) {
+    minimum = fminf(minimum, __shfl_xor_sync(kEveryLane, minimum, distance));
+    maximum = fmaxf(maximum, __shfl_xor_sync(kEveryLane, maximum, distance));
+  }
+}
+
+__device__ __forceinline__ Affine close_group(const Codec& codec, uint32_t part, float minimum, float maximum) {
+  return group_finite(minimum, maximum) ? group_affine(codec, part, minimum, maximum) : Affine{1.0f, 0.0f};
+}
+
+__device__ __forceinline__ void write_group(const PartTarget& target, uint32_t group, Affine affine) {
+  const int32_t zero = static_cast<int32_t>(affine.zero);
+  target.scales[group] = affine.scale;
+  target.zeros[group] = zero;
+  const int bytes = static_cast<int>(zero_point_bytes(zero));
+  if (bytes > 1) atomicMax(target.zero_bytes, bytes);
+}
+
+template <typename Element>
+__device__ bool vector_finite(const typename Element::Vector& vector) {
+  bool finite = true;
+  for (int i = 0; i < 8; ++i) finite = finite && vector.at(i) * 0.0f == 0.0f;
+  return finite;
+}
+
+// packkv, per token: a warp per token, a lane takes eight values at a time.
+template <typename Element>
+__device__ void quantize_tokens(const Codec& codec, uint32_t part, const uint8_t* x, uint64_t block, PartTarget target) {
+  constexpr int kHeld = 4;  // vectors a lane keeps in registers: 1,024 channels; the rest is read again
+  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  const uint32_t vectors = codec.channels / 8, per_head = codec.head_dim / 8;
+  for (uint32_t token = warp; token < kBlockTokens; token += kEncodeWarps) {
+    const auto address = [&](uint32_t vector) {
+      return value_address<Element>(codec, x, block, vector / per_head, token, vector % per_head * 8);
+    };
+    typename Element::Vector held[kHeld], other;
+    float minimum = INFINITY, maximum = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (lane + kWarpThreads * i < vectors) held[i].load(address(lane + kWarpThreads * i));
+    }
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (lane + kWarpThreads * i < vectors) held[i].extremes(minimum, maximum);
+    }
+    for (uint32_t vector = lane + kWarpThreads * kHeld; vector < vectors; vector += kWarpThreads) {
+      other.load(address(vector));
+      other.extremes(minimum, maximum);
+    }
+    reduce_extremes(minimum, maximum, kWarpThreads);
+    if (!group_finite(minimum, maximum)) {
+      uint32_t head = codec.heads;
+      for (uint32_t vector = lane; vector < vectors; vector += kWarpThreads) {
+        other.load(address(vector));
+        if (!vector_finite<Element>(other)) head = min(head, vector / per_head);
+      }
+      head = __reduce_min_sync(kEveryLane, head);
+      if (head == codec.heads) head = 0;  // the range alone overflows
+      if (lane == 0) atomicMin(target.first_non_finite, non_finite_key(block * kBlockTokens + token, head, part));
+    }
+    const Affine affine = close_group(codec, part, minimum, maximum);
+    if (lane == 0) write_group(target, token, affine);
+    const CodeMaker<Element> maker(affine, codec.code_limit[part]);
+    uint2* codes = reinterpret_cast<uint2*>(target.codes + token * codec.channels);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (lane + kWarpThreads * i < vectors) codes[lane + kWarpThreads * i] = maker.codes(held[i]);
+    }
+    for (uint32_t vector = lane + kWarpThreads * kHeld; vector < vectors; vector += kWarpThreads) {
+      other.load(address(vector));
+      codes[vector] = maker.codes(other);
+    }
+  }
+}
+
+// Groups of up to `width` (<= 8 * 32) consecutive channels of one token and head: a team of lanes per group.
+template <typename Element>
+__device__ void quantize_segments(const Codec& codec, uint32_t part, const uint8_t* x, uint64_t block, uint32_t width,
+                                  PartTarget target) {
+  uint32_t team = 2;
+  while (team * 8 < width) team *= 2;
+  const uint32_t teams = kEncodeThreads / team, member = threadIdx.x % team;
+  const uint32_t per_row = (codec.head_dim + width - 1) / width;
+  const uint32_t segments = codec.heads * kBlockTokens * per_row;
+  // Whole warps stay in the loop for the shuffles.
+  for (uint32_t first = 0; first < segments; first += teams) {
+    const uint32_t segment = first + threadIdx.x / team;
+    const bool present = segment < segments;
+    const uint32_t row = segment / per_row, begin = segment % per_row * width;
+    const uint32_t head = row / kBlockTokens, token = row % kBlockTokens, channel = begin + member * 8;
+    const bool active = present && member * 8 < width && channel < codec.head_dim;
+    typename Element::Vector vector;
+    float minimum = INFINITY, maximum = -INFINITY;
+    if (active) {
+      vector.load(value_address<Element>(codec, x, block, head, token, channel));
+      vector.extremes(minimum, maximum);
+    }
+    reduce_extremes(minimum, maximum, static_cast<int>(team));
+    if (!present) continue;
+    const Affine affine = close_group(codec, part, minimum, maximum);
+    if (member == 0) {
+      write_group(target, group_index(codec, part, head, token, begin), affine);
+      if (!group_finite(minimum, maximum)) {
+        atomicMin(target.first_non_finite, non_finite_key(block * kBlockTokens + token, head, part));
+      }
+    }
+    if (active) {
+      const CodeMaker<Element> maker(affine, codec.code_limit[part]);
+      *reinterpret_cast<uint2*>(target.codes + token * codec.channels + head * codec.head_dim + channel) =
+          maker.codes(vector);
+    }
+  }
+}
+
+template <typename Element>
+__device__ __forceinline__ float value_at(const uint8_t* address) {
+  if constexpr (std::is_same_v<Element, F16>) return __half2float(*reinterpret_cast<const __half*>(address));
+  else if constexpr (std::is_same_v<Element, BF16>) return __bfloat162float(*reinterpret_cast<const __nv_bfloat16*>(address));
+  else return *reinterpret_cast<const float*>(address);
+}
+
+// kivi keys: a thread per channel, over the block's tokens.
+template <typename Element>
+__device__ void quantize_channels(const Codec& codec, uint32_t part, const uint8_t* x, uint64_t block,
+                                  PartTarget target) {
+  for (uint32_t index = threadIdx.x; index < codec.channels; index += kEncodeThreads) {
+    const uint32_t head = index / codec.head_dim, channel = index % codec.head_dim;
+    const auto value = [&](uint32_t token) {
+      return value_at<Element>(value_address<Element>(codec, x, block, head, token, channel));
+    };
+    float minimum = INFINITY, maximum = -INFINITY;
+    uint32_t bad_token = kBlockTokens;
+#pragma unroll 16
+    for (uint32_t token = 0; token < kBlockTokens; ++token) {
+      const float v = value(token);
+      minimum = fminf(minimum, v);
+      maximum = fmaxf(maximum, v);
+      if (!(v * 0.0f == 0.0f)) bad_token = min(bad_token, token);
+    }
+    const bool finite = bad_token == kBlockTokens && group_finite(minimum, maximum);
+    const Affine affine = finite ? group_affine(codec, part, minimum, maximum) : Affine{1.0f, 0.0f};
+    write_group(target, index, affine);
+    if (!finite) {
+      const uint64_t token = block * kBlockTokens + (bad_token == kBlockTokens ? 0 : bad_token);
+      atomicMin(target.first_non_finite, non_finite_key(token, head, part));
+    }
+    const CodeMaker<Element> maker(affine, codec.code_limit[part]);
+#pragma unroll 16
+    for (uint32_t token = 0; token < kBlockTokens; ++token) {
+      target.codes[token * codec.channels + index] = static_cast<uint8_t>(maker.code(value(token)));
+    }
+  }
+}
+
+template <typename Element>
+__device__ void quantize_part(const Codec& codec, uint32_t part, const uint8_t* x, uint64_t block, PartTarget target) {
+  if (codec.quantizer == PH_KV_PACKKV && codec.grouping == PH_KV_PER_TOKEN) {
+    quantize_tokens<Element>(codec, part, x, block, target);
+  } else if (codec.quantizer == PH_KV_PACKKV) {
+    quantize_segments<Element>(codec, part, x, block, codec.head_dim, target);
+  } else if (part == PH_KV_KEYS) {
+    quantize_channels<Element>(codec, part, x, block, target);
+  } else {
+    quantize_segments<Element>(codec, part, x, block, kGroupChannels, target);
+  }
+}
+
+}  // namespace ph::kv

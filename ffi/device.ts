@@ -1,0 +1,225 @@
+import { PackhorseError } from "../src/error.ts";
+import { call, callAsync, create } from "./call.ts";
+import { type Library, loadLibrary, type NativeBackend } from "./library.ts";
+import { DEVICE_INFO } from "./structs.ts";
+
+/** Host memory that the native library reads or writes. */
+export type HostBytes = Uint8Array<ArrayBuffer>;
+
+/** Number of devices that a backend can open. Throws as {@linkcode loadLibrary}. */
+export function countDevices(backend: NativeBackend): number {
+  return loadLibrary(backend).symbols.ph_device_count();
+}
+
+/** Host memory lent to asynchronous calls, so that it is not collected before they return. */
+const lent = new Set<object>();
+
+/**
+ * A `ph_device`. What is closed while an asynchronous call is in flight is freed
+ * when the call returns.
+ */
+export class NativeDevice {
+  readonly library: Library;
+  readonly #handle: Deno.PointerObject;
+  readonly #buffers = new Set<NativeBuffer>();
+  #callsInFlight = 0;
+  #isClosed = false;
+
+  /** Opens a device. Throws as {@linkcode loadLibrary}, and what the library reports. */
+  constructor(backend: NativeBackend, ordinal: number) {
+    this.library = loadLibrary(backend);
+    this.#handle = create(this.library.symbols.ph_device_open, ordinal);
+  }
+
+  /** The `ph_device*`. Throws `disposed` once closed. */
+  get handle(): Deno.PointerObject {
+    if (!this.#isClosed) return this.#handle;
+    throw new PackhorseError("disposed", "Cannot use the device: it was disposed");
+  }
+
+  get isClosed(): boolean {
+    return this.#isClosed;
+  }
+
+  get info(): ReturnType<typeof DEVICE_INFO.read> {
+    const bytes = new Uint8Array(DEVICE_INFO.byteLength);
+    call(this.library.symbols.ph_device_get_info, this.handle, bytes);
+    return DEVICE_INFO.read(bytes);
+  }
+
+  createBuffer(byteLength: number): NativeBuffer {
+    const { symbols } = this.library;
+    const handle = create(symbols.ph_buffer_create, this.handle, BigInt(byteLength));
+    const buffer = new NativeBuffer(this, handle, (destroyed) => {
+      this.#buffers.delete(destroyed);
+      call(symbols.ph_buffer_destroy, this.#handle, handle);
+    });
+    this.#buffers.add(buffer);
+    return buffer;
+  }
+
+  synchronize(): void {
+    call(this.library.symbols.ph_device_synchronize, this.handle);
+  }
+
+  async synchronizeAsync(): Promise<void> {
+    const { handle } = this;
+    await this.during(
+      () => callAsync(this.library.symbols.ph_device_synchronize_async, handle),
+    );
+  }
+
+  beginTimer(): void {
+    call(this.library.symbols.ph_device_timer_begin, this.handle);
+  }
+
+  /** Milliseconds of device work since {@linkcode beginTimer}; waits for it. */
+  endTimer(): number {
+    const milliseconds = new Float32Array(1);
+    call(this.library.symbols.ph_device_timer_end, this.handle, milliseconds);
+    return milliseconds[0]!;
+  }
+
+  /** Runs an asynchronous call; until it is over, the device, the buffers and the host memory stay. */
+  async during(
+    work: () => Promise<void>,
+    buffers: readonly NativeBuffer[] = [],
+    memory?: HostBytes,
+  ): Promise<void> {
+    // An object of its own, for the same memory may be lent twice.
+    const loan = { memory };
+    lent.add(loan);
+    this.#callsInFlight++;
+    for (const buffer of buffers) buffer.hold();
+    try {
+      await work();
+    } finally {
+      for (const buffer of buffers) buffer.release();
+      this.#callsInFlight--;
+      lent.delete(loan);
+      if (this.#isClosed) this.#closeWhenIdle();
+    }
+  }
+
+  /** Closes the device and its buffers. Does nothing the second time. */
+  close(): void {
+    if (this.#isClosed) return;
+    this.#isClosed = true;
+    for (const buffer of this.#buffers) buffer.close();
+    this.#closeWhenIdle();
+  }
+
+  #closeWhenIdle(): void {
+    if (this.#callsInFlight > 0) return;
+    call(this.library.symbols.ph_device_close, this.#handle);
+  }
+}
+
+/** A `ph_buffer`. Offsets and lengths are in bytes, and for the caller to check. */
+export class NativeBuffer {
+  readonly device: NativeDevice;
+  readonly #handle: Deno.PointerObject;
+  readonly #destroy: (buffer: NativeBuffer) => void;
+  #holds = 0;
+  #isClosed = false;
+
+  constructor(
+    device: NativeDevice,
+    handle: Deno.PointerObject,
+    destroy: (buffer: NativeBuffer) => void,
+  ) {
+    this.device = device;
+    this.#handle = handle;
+    this.#destroy = destroy;
+  }
+
+  /** The `ph_buffer*`. Throws `disposed` once closed. */
+  get handle(): Deno.PointerObject {
+    if (!this.#isClosed) return this.#handle;
+    throw new PackhorseError("disposed", "Cannot use the buffer: it, or its device, was disposed");
+  }
+
+  get isClosed(): boolean {
+    return this.#isClosed;
+  }
+
+  upload(source: HostBytes, offset: number): void {
+    const { symbols } = this.device.library;
+    call(symbols.ph_buffer_upload, ...this.#copyArguments(source, offset));
+  }
+
+  async uploadAsync(source: HostBytes, offset: number): Promise<void> {
+    const { symbols } = this.device.library;
+    const parameters = this.#copyArguments(source, offset);
+    await this.device.during(
+      () => callAsync(symbols.ph_buffer_upload_async, ...parameters),
+      [this],
+      source,
+    );
+  }
+
+  download(target: HostBytes, offset: number): void {
+    const { symbols } = this.device.library;
+    call(symbols.ph_buffer_download, ...this.#copyArguments(target, offset));
+  }
+
+  async downloadAsync(target: HostBytes, offset: number): Promise<void> {
+    const { symbols } = this.device.library;
+    const parameters = this.#copyArguments(target, offset);
+    await this.device.during(
+      () => callAsync(symbols.ph_buffer_download_async, ...parameters),
+      [this],
+      target,
+    );
+  }
+
+  copyFrom(source: NativeBuffer, offset: number, sourceOffset: number, byteLength: number): void {
+    call(
+      this.device.library.symbols.ph_buffer_copy,
+      this.device.handle,
+      this.handle,
+      BigInt(offset),
+      source.handle,
+      BigInt(sourceOffset),
+      BigInt(byteLength),
+    );
+  }
+
+  fill(byte: number, offset: number, byteLength: number): void {
+    call(
+      this.device.library.symbols.ph_buffer_fill,
+      this.device.handle,
+      this.handle,
+      BigInt(offset),
+      byte,
+      BigInt(byteLength),
+    );
+  }
+
+  /** Keeps the memory until {@linkcode release}, also when the buffer is closed meanwhile. */
+  hold(): void {
+    this.#holds++;
+  }
+
+  release(): void {
+    this.#holds--;
+    if (this.#isClosed && this.#holds === 0) this.#destroy(this);
+  }
+
+  /** Frees the buffer. Does nothing the second time. */
+  close(): void {
+    if (this.#isClosed) return;
+    this.#isClosed = true;
+    if (this.#holds === 0) this.#destroy(this);
+  }
+
+  #copyArguments(memory: HostBytes, offset: number) {
+    return [
+      this.device.handle,
+      this.handle,
+      BigInt(offset),
+      memory,
+      BigInt(memory.byteLength),
+    ] as const;
+  }
+}

@@ -1,0 +1,12 @@
+// The enums of packhorse.h, by the words that TypeScript has for their values.
+
+/** `ph_dtype` */
+export const DTYPE = { f16: 0, bf16: 1, f32: 2, i32: 3, u8: 4 } as const;
+/** `ph_kv_quantizer` */
+export const KV_QUANTIZER = { packkv: 0, kivi: 1 } as const;
+/** `ph_kv_grouping` */
+export const KV_GROUPING = { token: 0, head: 1 } as const;
+/** `ph_kv_repack` */
+export const KV_REPACK = { none: 0, median: 1, greedy: 2, auto: 3 } as const;
+/** `ph_kv_part` */
+export const KV_PART = { keys: 0, values: 1 } as const;

@@ -1,0 +1,187 @@
+import { countDevices, NativeDevice } from "../../ffi/device.ts";
+import { BYTES_PER_ELEMENT, type DType, elementCount } from "../dtype.ts";
+import { PackhorseError } from "../error.ts";
+import { type Backend, chooseBackend } from "./backend.ts";
+import { adoptBuffer, type DeviceBuffer } from "./device_buffer.ts";
+
+/** Options of {@linkcode Device.open}. */
+export interface DeviceOptions {
+  /**
+   * Where to run: on the `cpu`, on a GPU through `cuda`, or `auto`: on a GPU if the
+   * CUDA library is there and finds one, else on the CPU. Default: the environment
+   * variable `PACKHORSE_BACKEND`, else `auto`.
+   */
+  readonly backend?: Backend | "auto" | undefined;
+  /** Which of the backend's devices. Default: 0. */
+  readonly ordinal?: number | undefined;
+}
+
+/** What a device says of itself. */
+export interface DeviceInfo {
+  /** "NVIDIA H200", or the CPU's model name. */
+  readonly name: string;
+  /** "sm_90", or "avx512", "avx2", "baseline". */
+  readonly instructionSet: string;
+  /** Bytes of its memory. */
+  readonly totalBytes: number;
+  /** Bytes of its memory that are free now. */
+  readonly freeBytes: number;
+  /** Streaming multiprocessors, or threads used. */
+  readonly processors: number;
+  /** CUDA version of the driver, 1000 · major + 10 · minor; 0 on the CPU. */
+  readonly driverVersion: number;
+  /** CUDA version of the runtime, likewise. */
+  readonly runtimeVersion: number;
+}
+
+/** Closes devices that were dropped without being disposed. */
+const dropped = new FinalizationRegistry<NativeDevice>((native) => native.close());
+
+/** The native side of a device; for the operations on devices. */
+export let nativeOf: (device: Device) => NativeDevice;
+
+/**
+ * A CPU or GPU with a queue of work: calls enqueue work, which runs in the order
+ * of the calls. On the CPU it is done when the call returns.
+ *
+ * @example
+ * ```ts
+ * import { Device } from "@packhorse/packhorse/device";
+ * import { assert, assertEquals } from "@std/assert";
+ *
+ * using device = Device.open({ backend: "cpu" });
+ * assert(device.info.processors > 0);
+ * using buffer = device.createBuffer("i32", 3);
+ * buffer.upload(Int32Array.of(1, 2, 3));
+ * assertEquals(buffer.download(), Int32Array.of(1, 2, 3));
+ * ```
+ */
+export class Device implements Disposable {
+  /** Where it runs. */
+  readonly backend: Backend;
+  /** The native library behind it. */
+  readonly library: { readonly path: string; readonly abiVersion: number };
+  readonly #native: NativeDevice;
+
+  private constructor(native: NativeDevice) {
+    const { backend, path, abiVersion } = native.library;
+    this.backend = backend;
+    this.library = { path, abiVersion };
+    this.#native = native;
+    dropped.register(this, native, this);
+  }
+
+  static {
+    nativeOf = (device) => {
+      void device.#native.handle; // throws once disposed
+      return device.#native;
+    };
+  }
+
+  /**
+   * Opens a device; the first time also the native library of its backend, which
+   * then stays loaded.
+   *
+   * Throws `library-missing` if there is no library (or no permission to load it),
+   * `abi-mismatch` if it belongs to another version of Packhorse, `no-gpu` if there
+   * is no GPU, `invalid-argument` for a backend or an ordinal that does not exist.
+   */
+  static open(options: DeviceOptions = {}): Device {
+    const { ordinal = 0 } = options;
+    const backend = chooseBackend(options.backend);
+    if (!(Number.isInteger(ordinal) && ordinal >= 0)) {
+      const message = `Cannot open device ${ordinal}: ordinal must be an integer of 0 or more`;
+      throw new PackhorseError("invalid-argument", message);
+    }
+    const count = countDevices(backend);
+    if (count === 0) {
+      const message = "Cannot open a GPU: there is none, or the NVIDIA driver is missing";
+      throw new PackhorseError("no-gpu", message);
+    }
+    if (ordinal >= count) {
+      const message = `Cannot open device ${ordinal} of ${backend}: it has ${count}`;
+      throw new PackhorseError("invalid-argument", message);
+    }
+    return new Device(new NativeDevice(backend, ordinal));
+  }
+
+  /** What the device is, and how much of its memory is free. Throws `disposed` after disposal. */
+  get info(): DeviceInfo {
+    const info = this.#native.info;
+    return {
+      name: info.name,
+      instructionSet: info.instruction_set,
+      totalBytes: info.total_bytes,
+      freeBytes: info.free_bytes,
+      processors: info.processors,
+      driverVersion: info.driver_version,
+      runtimeVersion: info.runtime_version,
+    };
+  }
+
+  /** Whether it was disposed. */
+  get isDisposed(): boolean {
+    return this.#native.isClosed;
+  }
+
+  /**
+   * Allocates memory for `length` (at least 1) elements, whose values are undefined.
+   *
+   * Throws `out-of-memory`, `invalid-argument` for a dtype or a length that is none,
+   * `disposed` after disposal.
+   */
+  createBuffer<T extends DType>(dtype: T, length: number): DeviceBuffer<T> {
+    if (!Object.hasOwn(BYTES_PER_ELEMENT, dtype)) {
+      const dtypes = Object.keys(BYTES_PER_ELEMENT).join(", ");
+      const message = `Cannot create a buffer of ${dtype}: dtype must be one of ${dtypes}`;
+      throw new PackhorseError("invalid-argument", message);
+    }
+    if (!(Number.isSafeInteger(length) && length > 0)) {
+      const message = `Cannot create a buffer of ${length} elements: it needs at least 1`;
+      throw new PackhorseError("invalid-argument", message);
+    }
+    const byteLength = elementCount([length, BYTES_PER_ELEMENT[dtype]]);
+    return adoptBuffer(this, this.#native.createBuffer(byteLength), { dtype, length });
+  }
+
+  /** Waits, without blocking, until all enqueued work is done. Throws `cuda` if some of it failed. */
+  async synchronize(): Promise<void> {
+    await this.#native.synchronizeAsync();
+  }
+
+  /** As {@linkcode synchronize}, but blocks; quicker where the work is short. */
+  synchronizeNow(): void {
+    this.#native.synchronize();
+  }
+
+  /**
+   * Milliseconds that the work takes which `enqueue` enqueues, by the device's own
+   * clock. Waits for it. Regions do not nest.
+   *
+   * @example
+   * ```ts
+   * import { Device } from "@packhorse/packhorse/device";
+   * import { assert } from "@std/assert";
+   *
+   * using device = Device.open();
+   * using buffer = device.createBuffer("u8", 2 ** 20);
+   * assert(device.time(() => buffer.fill(1)) >= 0);
+   * ```
+   */
+  time(enqueue: () => void): number {
+    this.#native.beginTimer();
+    let milliseconds: number;
+    try {
+      enqueue();
+    } finally {
+      milliseconds = this.#native.endTimer();
+    }
+    return milliseconds;
+  }
+
+  /** Disposes its buffers and closes it, when calls in flight are done. Does nothing the second time. */
+  [Symbol.dispose](): void {
+    dropped.unregister(this);
+    this.#native.close();
+  }
+}
