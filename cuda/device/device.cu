@@ -48,7 +48,7 @@ void device_info(ph_device& device, ph_device_info& info) {
   info = {};
   cudaDeviceProp properties;
   PH_CUDA_TRY(cudaGetDeviceProperties(&properties, device.ordinal));
-  snprintf(info.name, sizeof info.name, "%s", properties.name);
+  snprintf(info.name, sizeof info.name, "%.*s", static_cast<int>(sizeof info.name) - 1, properties.name);
   snprintf(info.instruction_set, sizeof info.instruction_set, "sm_%d%d", properties.major, properties.minor);
   size_t free_bytes = 0, total_bytes = 0;
   PH_CUDA_TRY(cudaMemGetInfo(&free_bytes, &total_bytes));

@@ -224,17 +224,12 @@ struct Restorer {
 };
 
 template <typename Element>
-constexpr float largest() {
-  return std::is_same_v<Element, F16> ? 65504.0f : std::is_same_v<Element, BF16> ? 0x1.fep127f : 0x1.fffffep127f;
-}
-
-template <typename Element>
 __device__ __forceinline__ void saturate(float (&x)[4]) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     // Keeps a NaN.
-    x[j] = x[j] > largest<Element>() ? largest<Element>() : x[j];
-    x[j] = x[j] < -largest<Element>() ? -largest<Element>() : x[j];
+    x[j] = x[j] > Element::kLargest ? Element::kLargest : x[j];
+    x[j] = x[j] < -Element::kLargest ? -Element::kLargest : x[j];
   }
 }
 

@@ -49,14 +49,17 @@ struct BfloatToFloat {
 
 struct F16 {
   static constexpr uint32_t kBytes = 2;
+  static constexpr float kLargest = 65504.0f;
   using Vector = PairVector<__half2, HalfToFloat>;
 };
 struct BF16 {
   static constexpr uint32_t kBytes = 2;
+  static constexpr float kLargest = 0x1.fep127f;
   using Vector = PairVector<__nv_bfloat162, BfloatToFloat>;
 };
 struct F32 {
   static constexpr uint32_t kBytes = 4;
+  static constexpr float kLargest = 0x1.fffffep127f;
   struct Vector {
     float values[8];
     __device__ __forceinline__ void load(const uint8_t* source) {
@@ -86,7 +89,7 @@ struct CodeMaker {
   int zero;
 
   __device__ CodeMaker(Affine group, uint32_t code_limit)
-      : affine(group), limit(static_cast<int>(code_limit)), reciprocal(__frcp_rn(group.scale)),
+      : affine(group), limit(static_cast<int>(code_limit)), reciprocal(divide(1.0f, group.scale)),
         zero(static_cast<int>(group.zero)) {}
 
   __device__ __forceinline__ uint32_t code(float x) const {

@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "common/float16.h"
 #include "packhorse.h"
 
 namespace {
@@ -54,19 +55,32 @@ struct Quantized {
   Buffer codes, scales, zeros;
 };
 
-std::vector<float> random_tensor(const ph_kv_codec& codec, std::mt19937& random) {
-  std::normal_distribution<float> normal;
-  std::vector<float> x(codec.heads * codec.tokens * codec.head_dim);
-  for (size_t i = 0; i < x.size(); ++i) x[i] = normal(random) * (i % codec.head_dim == 3 ? 40.0f : 1.0f);
-  for (uint32_t i = 0; i < codec.head_dim && i < x.size(); ++i)
-    x[i] = codec.heads == 1 ? 2.5f : x[i];  // a constant token
+uint32_t element_bytes(const ph_kv_codec& codec) { return codec.dtype == PH_F32 ? 4 : 2; }
+
+// A tensor with an outlier channel and, for one head, a constant token.
+std::vector<uint8_t> random_tensor(const ph_kv_codec& codec, std::mt19937& random) {
+  const uint32_t bytes = element_bytes(codec);
+  std::vector<uint8_t> x(static_cast<size_t>(codec.heads) * codec.tokens * codec.head_dim * bytes);
+  for (size_t i = 0; i < x.size() / bytes; ++i) {
+    // The sum of four uniform values: unlike std::normal_distribution it is the same with every C++ library.
+    float value = 0;
+    for (int j = 0; j < 4; ++j) value += static_cast<float>(random() % 65536) / 32768.0f - 1.0f;
+    if (i % codec.head_dim == 3) value *= 40.0f;
+    if (codec.heads == 1 && i < codec.head_dim) value = 2.5f;
+    const uint32_t bits = codec.dtype == PH_F16    ? ph::float_to_f16(value)
+                          : codec.dtype == PH_BF16 ? ph::float_to_bf16(value)
+                                                   : ph::float_bits(value);
+    memcpy(x.data() + i * bytes, &bits, bytes);
+  }
   return x;
 }
+
+uint64_t checksum = 0xcbf29ce484222325;  // FNV-1a of all records: the same for every backend and instruction set
 
 bool same(const Buffer& a, const Buffer& b) { return a.download<uint8_t>() == b.download<uint8_t>(); }
 
 void round_trip(ph_kv_codec codec, std::mt19937& random) {
-  const uint64_t tensor_bytes = static_cast<uint64_t>(codec.heads) * codec.tokens * codec.head_dim * 4;
+  const uint64_t tensor_bytes = static_cast<uint64_t>(codec.heads) * codec.tokens * codec.head_dim * element_bytes(codec);
   const uint64_t blocks = codec.tokens / 64;
   Buffer keys(tensor_bytes), values(tensor_bytes), records(ph_kv_records_capacity(&codec)),
       offsets(8 * (blocks + 1)), workspace(ph_kv_workspace_bytes(&codec)), status(16),
@@ -97,6 +111,8 @@ void round_trip(ph_kv_codec codec, std::mt19937& random) {
   CHECK(same(offsets, step_offsets));
   std::vector<uint8_t> packed = records.download<uint8_t>(), step_packed = step_records.download<uint8_t>();
   CHECK(bytes == 0 || memcmp(packed.data(), step_packed.data(), bytes) == 0);
+
+  for (uint64_t i = 0; i < bytes; ++i) checksum = (checksum ^ packed[i]) * 0x100000001b3;
 
   // Both ways back agree, and stay within the bound.
   Quantized key_back(codec, PH_KV_KEYS), value_back(codec, PH_KV_VALUES);
@@ -166,7 +182,7 @@ int main(int count, char** arguments) {
             codec.heads = shape[0];
             codec.head_dim = shape[1];
             codec.tokens = shape[2];
-            codec.dtype = PH_F32;
+            codec.dtype = static_cast<uint32_t>(cases % 3);
             codec.quantizer = quantizer;
             codec.grouping = grouping;
             if (quantizer == PH_KV_KIVI) {
@@ -186,6 +202,6 @@ int main(int count, char** arguments) {
     }
   }
   OK(ph_device_close(device, error, sizeof error));
-  fprintf(stderr, "%d cases\n", cases);
+  fprintf(stderr, "%d cases, checksum %016llx\n", cases, static_cast<unsigned long long>(checksum));
   return 0;
 }
