@@ -52,6 +52,8 @@ export class Struct<F extends Fields> {
   readonly id: number;
   /** `sizeof`. */
   readonly byteLength: number;
+  /** The types of the fields, in declaration order. */
+  readonly fields: F;
   readonly #fields: readonly Field[];
 
   constructor(name: string, id: number, fields: F) {
@@ -68,6 +70,7 @@ export class Struct<F extends Fields> {
       return { name, type, offset, count, isArray: size !== undefined };
     });
     this.name = name;
+    this.fields = fields;
     this.id = id;
     this.byteLength = Math.ceil(end / alignment) * alignment;
   }

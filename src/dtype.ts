@@ -18,7 +18,10 @@ export function elementCount(shape: readonly number[]): number {
   for (const size of shape) {
     count *= size;
     if (!Number.isSafeInteger(size) || size < 0 || !Number.isSafeInteger(count)) {
-      throw new PackhorseError("invalid-argument", `Cannot count the elements of shape [${shape.join(", ")}]`);
+      throw new PackhorseError(
+        "invalid-argument",
+        `Cannot count the elements of shape [${shape.join(", ")}]`,
+      );
     }
   }
   return count;

@@ -21,6 +21,7 @@ export async function kvUnpack(
     signal: interrupt.signal,
   });
   if (options.json) return printJson({ backend: device.backend, ...report });
+  for (const flaw of report.damage) print(`damaged: ${flaw}`);
   for (const lost of report.lost) print(`lost: ${lost}`);
   const layers = report.layers.length === 1 ? "1 layer" : `${report.layers.length} layers`;
   print(`${output} written with ${layers} in ${formatSeconds(report.seconds)}`);

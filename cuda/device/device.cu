@@ -23,13 +23,15 @@ ph_device* open_device(uint32_t ordinal) {
                 found == cudaSuccess ? "none is present" : cudaGetErrorString(found));
   }
   if (ordinal >= static_cast<uint32_t>(count)) {
-    throw Error(PH_ERROR_INVALID_ARGUMENT, "Cannot open GPU %u: there are %d, numbered from 0", ordinal, count);
+    throw Error(PH_ERROR_INVALID_ARGUMENT, "Cannot open GPU %u: there are %d, numbered from 0", ordinal,
+                count);
   }
   ph_device device{};
   device.ordinal = static_cast<int>(ordinal);
   PH_CUDA_TRY(cudaSetDevice(device.ordinal));
   PH_CUDA_TRY(cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, device.ordinal));
-  PH_CUDA_TRY(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.ordinal));
+  PH_CUDA_TRY(
+      cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.ordinal));
   PH_CUDA_TRY(cudaStreamCreateWithFlags(&device.stream, cudaStreamNonBlocking));
   PH_CUDA_TRY(cudaEventCreate(&device.timer_begin));
   PH_CUDA_TRY(cudaEventCreate(&device.timer_end));

@@ -7,12 +7,11 @@
 // greedy and auto need the codes of keys and values at once: the three steps run one after another there.
 //
 // Records do not depend on the order in which thread blocks run: deterministic, and the same bytes as on the CPU.
-#include "kv/operations.h"
-
 #include <algorithm>
 
 #include "device/device_cuda.h"
 #include "kv/launch.cuh"
+#include "kv/operations.h"
 #include "kv/order.cuh"
 #include "kv/pack.cuh"
 
@@ -20,9 +19,9 @@ namespace ph::kv {
 
 namespace {
 
-constexpr uint32_t kMaximumGrid = 1056;                  // thread blocks with an arena of their own
-constexpr uint32_t kSmallestSharedLimit = 99 * 1024;     // of sm_86, among the architectures built for
-constexpr uint32_t kFixedSharedBytes = 1024;             // static shared memory of the kernels, at most
+constexpr uint32_t kMaximumGrid = 1056;               // thread blocks with an arena of their own
+constexpr uint32_t kSmallestSharedLimit = 99 * 1024;  // of sm_86, among the architectures built for
+constexpr uint32_t kFixedSharedBytes = 1024;          // static shared memory of the kernels, at most
 
 // Memory of one thread block that grows with the channels: in shared memory where it fits.
 struct Arena {
@@ -94,7 +93,8 @@ __device__ uint32_t write_raw(const Codec& codec, Tensors tensors, uint64_t bloc
     uint8_t* target = record + kRecordHeaderBytes + section * part_bytes;
     for (uint32_t i = 16 * threadIdx.x; i < part_bytes; i += 16 * blockDim.x) {
       const uint32_t head = i / head_bytes, rest = i % head_bytes;
-      const uint64_t source = (head * codec.tokens + block * kBlockTokens) * codec.head_dim * codec.element_bytes + rest;
+      const uint64_t source =
+          (head * codec.tokens + block * kBlockTokens) * codec.head_dim * codec.element_bytes + rest;
       *reinterpret_cast<uint4*>(target + i) = *reinterpret_cast<const uint4*>(x + source);
     }
   }
@@ -103,15 +103,18 @@ __device__ uint32_t write_raw(const Codec& codec, Tensors tensors, uint64_t bloc
   return bytes;
 }
 
-__device__ void write_record_header(uint32_t bytes, uint32_t keys, const uint8_t* order, bool ordered, uint8_t* record) {
-  if (threadIdx.x == 0) *reinterpret_cast<uint4*>(record) = make_uint4(bytes, static_cast<uint32_t>(ordered) << 8, keys, 0);
+__device__ void write_record_header(uint32_t bytes, uint32_t keys, const uint8_t* order, bool ordered,
+                                    uint8_t* record) {
+  if (threadIdx.x == 0)
+    *reinterpret_cast<uint4*>(record) = make_uint4(bytes, static_cast<uint32_t>(ordered) << 8, keys, 0);
   if (ordered && threadIdx.x < kOrderBytes / 4) {
-    reinterpret_cast<uint32_t*>(record + kRecordHeaderBytes)[threadIdx.x] =
-        field_word(threadIdx.x, 6, kBlockTokens, [&](uint32_t position) { return uint32_t{order[position]}; });
+    reinterpret_cast<uint32_t*>(record + kRecordHeaderBytes)[threadIdx.x] = field_word(
+        threadIdx.x, 6, kBlockTokens, [&](uint32_t position) { return uint32_t{order[position]}; });
   }
 }
 
 struct EncodeShared {
+  alignas(16) uint32_t token_offsets[kBlockTokens];
   uint8_t order[kBlockTokens];
   uint32_t medians[kBlockTokens];
   uint32_t every[2];
@@ -120,15 +123,16 @@ struct EncodeShared {
   int ordered;
 };
 
-__device__ PackMemory pack_memory(EncodeShared& shared, uint8_t* arena, const Arena& layout, uint32_t* staging) {
-  return {reinterpret_cast<uint16_t*>(arena + layout.headers), reinterpret_cast<uint32_t*>(arena + layout.row_offsets),
-          staging, shared.every};
+__device__ PackMemory pack_memory(EncodeShared& shared, uint8_t* arena, const Arena& layout,
+                                  uint32_t* staging) {
+  return {reinterpret_cast<uint16_t*>(arena + layout.headers),
+          reinterpret_cast<uint32_t*>(arena + layout.row_offsets), staging, shared.every};
 }
 
 template <typename Element, int kPack, bool kArenaShared>
-__global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(Codec codec, Tensors tensors, uint8_t* slots,
-                                                               uint64_t capacity, uint8_t* arenas, uint64_t* sizes,
-                                                               unsigned long long* first_non_finite) {
+__global__ void __launch_bounds__(kEncodeThreads, 2)
+    EncodeKernel(const __grid_constant__ Codec codec, Tensors tensors, uint8_t* slots, uint64_t capacity,
+                 uint8_t* arenas, uint64_t* sizes, unsigned long long* first_non_finite) {
   extern __shared__ __align__(16) uint8_t dynamic[];
   __shared__ EncodeShared shared;
   const Arena layout = arena_of(codec);
@@ -145,7 +149,10 @@ __global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(Codec codec, Tens
   for (uint64_t block = blockIdx.x; block < codec.blocks; block += gridDim.x) {
     uint8_t* record = slots + block * capacity;
     uint32_t bytes = kRecordHeaderBytes, keys = 0;
-    if (threadIdx.x < kBlockTokens) shared.order[threadIdx.x] = static_cast<uint8_t>(threadIdx.x);
+    if (threadIdx.x < kBlockTokens) {
+      shared.order[threadIdx.x] = static_cast<uint8_t>(threadIdx.x);
+      shared.token_offsets[threadIdx.x] = threadIdx.x * codec.channels;
+    }
     if (threadIdx.x == 0) {
       shared.first_non_finite = ~0ull;
       shared.ordered = 0;
@@ -157,12 +164,15 @@ __global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(Codec codec, Tens
       __syncthreads();
       if (part == PH_KV_VALUES && codec.repack == PH_KV_REPACK_MEDIAN) {
         median_order(codec, target.codes, shared.medians, shared.order);
-        if (threadIdx.x < kBlockTokens && shared.order[threadIdx.x] != threadIdx.x) shared.ordered = 1;
+        if (threadIdx.x < kBlockTokens) {
+          if (shared.order[threadIdx.x] != threadIdx.x) shared.ordered = 1;
+          shared.token_offsets[threadIdx.x] = shared.order[threadIdx.x] * codec.channels;
+        }
         __syncthreads();
       }
       if (part == PH_KV_VALUES && shared.ordered) bytes += kOrderBytes;
       if (part == PH_KV_KEYS) keys = bytes;
-      bytes += pack_part<kPack>(codec, part, target.codes, target.scales, target.zeros, shared.order,
+      bytes += pack_part<kPack>(codec, part, target.codes, target.scales, target.zeros, shared.token_offsets,
                                 static_cast<uint32_t>(shared.zero_bytes), memory, record + bytes);
     }
     if (shared.first_non_finite == ~0ull) {
@@ -177,17 +187,18 @@ __global__ void __launch_bounds__(kEncodeThreads) EncodeKernel(Codec codec, Tens
 }
 
 template <typename Element>
-__global__ void __launch_bounds__(kEncodeThreads) QuantizeKernel(Codec codec, uint32_t part, const uint8_t* x,
-                                                                 QuantizedOutput output, uint8_t* bad_blocks,
-                                                                 unsigned long long* first_non_finite) {
+__global__ void __launch_bounds__(kEncodeThreads)
+    QuantizeKernel(const __grid_constant__ Codec codec, uint32_t part, const uint8_t* x,
+                   QuantizedOutput output, uint8_t* bad_blocks, unsigned long long* first_non_finite) {
   __shared__ unsigned long long first;
   __shared__ int zero_bytes;  // pack finds it again
   for (uint64_t block = blockIdx.x; block < codec.blocks; block += gridDim.x) {
     if (threadIdx.x == 0) first = ~0ull;
     __syncthreads();
-    quantize_part<Element>(codec, part, x, block,
-                           {output.codes + block * kBlockTokens * codec.channels, output.scales + block * codec.groups[part],
-                            output.zeros + block * codec.groups[part], &first, &zero_bytes});
+    quantize_part<Element>(
+        codec, part, x, block,
+        {output.codes + block * kBlockTokens * codec.channels, output.scales + block * codec.groups[part],
+         output.zeros + block * codec.groups[part], &first, &zero_bytes});
     __syncthreads();
     if (threadIdx.x == 0 && first != ~0ull) {
       if (bad_blocks != nullptr) bad_blocks[block] = 1;
@@ -198,9 +209,9 @@ __global__ void __launch_bounds__(kEncodeThreads) QuantizeKernel(Codec codec, ui
 }
 
 template <int kPack, bool kArenaShared>
-__global__ void __launch_bounds__(kEncodeThreads) PackKernel(Codec codec, QuantizedLayer layer, Tensors tensors,
-                                                             uint8_t* slots, uint64_t capacity, uint8_t* arenas,
-                                                             uint64_t* sizes) {
+__global__ void __launch_bounds__(kEncodeThreads)
+    PackKernel(const __grid_constant__ Codec codec, QuantizedLayer layer, Tensors tensors, uint8_t* slots,
+               uint64_t capacity, uint8_t* arenas, uint64_t* sizes) {
   extern __shared__ __align__(16) uint8_t dynamic[];
   __shared__ EncodeShared shared;
   const Arena layout = arena_of(codec);
@@ -222,6 +233,7 @@ __global__ void __launch_bounds__(kEncodeThreads) PackKernel(Codec codec, Quanti
       if (threadIdx.x < kBlockTokens) {
         shared.order[threadIdx.x] = layer.order[block * kBlockTokens + threadIdx.x] % kBlockTokens;
         if (shared.order[threadIdx.x] != threadIdx.x) shared.ordered = 1;
+        shared.token_offsets[threadIdx.x] = shared.order[threadIdx.x] * codec.channels;
       }
       __syncthreads();
       if (shared.ordered) bytes += kOrderBytes;
@@ -235,13 +247,14 @@ __global__ void __launch_bounds__(kEncodeThreads) PackKernel(Codec codec, Quanti
           if (needed > 1) atomicMax(&shared.zero_bytes, needed);
         }
         // Codes come from the workspace once more than from shared memory, so they are copied there.
-        const uint4* source = reinterpret_cast<const uint4*>(layer.codes[part] + block * kBlockTokens * codec.channels);
+        const uint4* source =
+            reinterpret_cast<const uint4*>(layer.codes[part] + block * kBlockTokens * codec.channels);
         for (uint32_t i = threadIdx.x; i < kBlockTokens * codec.channels / 16; i += kEncodeThreads) {
           reinterpret_cast<uint4*>(arena + layout.codes)[i] = source[i];
         }
         __syncthreads();
         if (part == PH_KV_KEYS) keys = bytes;
-        bytes += pack_part<kPack>(codec, part, arena + layout.codes, scales, zeros, shared.order,
+        bytes += pack_part<kPack>(codec, part, arena + layout.codes, scales, zeros, shared.token_offsets,
                                   static_cast<uint32_t>(shared.zero_bytes), memory, record + bytes);
       }
       write_record_header(bytes, keys, shared.order, shared.ordered, record);
@@ -254,7 +267,8 @@ __global__ void __launch_bounds__(kEncodeThreads) PackKernel(Codec codec, Quanti
 constexpr int kScanThreads = 1024;
 
 // Turns sizes into offsets in place: offsets[0] = 0, offsets[blocks] = the total. One thread block.
-__global__ void __launch_bounds__(kScanThreads) OffsetsKernel(uint64_t blocks, uint64_t* offsets, uint64_t* total) {
+__global__ void __launch_bounds__(kScanThreads)
+    OffsetsKernel(uint64_t blocks, uint64_t* offsets, uint64_t* total) {
   __shared__ uint64_t warp_sums[kScanThreads / kWarpThreads];
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   uint64_t before = 0;
@@ -285,8 +299,8 @@ __global__ void __launch_bounds__(kScanThreads) OffsetsKernel(uint64_t blocks, u
 
 constexpr int kGatherThreads = 256;
 
-__global__ void __launch_bounds__(kGatherThreads) GatherKernel(const uint8_t* slots, uint64_t capacity,
-                                                               const uint64_t* offsets, uint8_t* records) {
+__global__ void __launch_bounds__(kGatherThreads)
+    GatherKernel(const uint8_t* slots, uint64_t capacity, const uint64_t* offsets, uint8_t* records) {
   const uint64_t begin = offsets[blockIdx.x], end = offsets[blockIdx.x + 1];
   const uint4* source = reinterpret_cast<const uint4*>(slots + blockIdx.x * capacity);
   uint4* target = reinterpret_cast<uint4*>(records + begin);
@@ -297,8 +311,8 @@ void gather(ph_device& device, const Codec& codec, const uint8_t* slots, uint8_t
             Status* status) {
   OffsetsKernel<<<1, kScanThreads, 0, device.stream>>>(codec.blocks, offsets, &status->bytes);
   PH_CUDA_TRY(cudaGetLastError());
-  GatherKernel<<<static_cast<uint32_t>(codec.blocks), kGatherThreads, 0, device.stream>>>(slots, record_capacity(codec),
-                                                                                         offsets, records);
+  GatherKernel<<<static_cast<uint32_t>(codec.blocks), kGatherThreads, 0, device.stream>>>(
+      slots, record_capacity(codec), offsets, records);
   PH_CUDA_TRY(cudaGetLastError());
 }
 
@@ -316,11 +330,12 @@ void with_arena(const ph_device& device, const Codec& codec, Run run) {
 
 template <typename Kernel>
 void allow_shared(Kernel kernel, uint32_t bytes) {
-  PH_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  PH_CUDA_TRY(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
 }
 
-void launch_quantize(ph_device& device, const Codec& codec, uint32_t part, const void* x, QuantizedOutput output,
-                     uint8_t* bad_blocks, Status* status) {
+void launch_quantize(ph_device& device, const Codec& codec, uint32_t part, const void* x,
+                     QuantizedOutput output, uint8_t* bad_blocks, Status* status) {
   dispatch_dtype(codec.dtype, [&](auto element) {
     QuantizeKernel<decltype(element)><<<grid_of(codec.blocks), kEncodeThreads, 0, device.stream>>>(
         codec, part, static_cast<const uint8_t*>(x), output, bad_blocks,
@@ -329,16 +344,16 @@ void launch_quantize(ph_device& device, const Codec& codec, uint32_t part, const
   PH_CUDA_TRY(cudaGetLastError());
 }
 
-void launch_pack(ph_device& device, const Codec& codec, const QuantizedLayer& layer, Tensors tensors, uint8_t* records,
-                 uint64_t* offsets, uint8_t* workspace, Status* status) {
+void launch_pack(ph_device& device, const Codec& codec, const QuantizedLayer& layer, Tensors tensors,
+                 uint8_t* records, uint64_t* offsets, uint8_t* workspace, Status* status) {
   const Workspace places = workspace_of(codec);
   with_arena(device, codec, [&](auto arena_shared, uint32_t grid, uint32_t shared_bytes) {
     dispatch_pack(codec.pack, [&](auto pack) {
       const auto kernel = PackKernel<decltype(pack)::value, decltype(arena_shared)::value>;
       allow_shared(kernel, shared_bytes);
-      kernel<<<grid, kEncodeThreads, shared_bytes, device.stream>>>(codec, layer, tensors, workspace + places.slots,
-                                                                    record_capacity(codec), workspace + places.arenas,
-                                                                    offsets + 1);
+      kernel<<<grid, kEncodeThreads, shared_bytes, device.stream>>>(
+          codec, layer, tensors, workspace + places.slots, record_capacity(codec), workspace + places.arenas,
+          offsets + 1);
     });
   });
   PH_CUDA_TRY(cudaGetLastError());
@@ -370,8 +385,11 @@ void pack(ph_device& device, const Codec& codec, const QuantizedInput parts[kPar
           uint8_t* records, uint64_t* offsets, uint8_t* workspace, Status* status) {
   clear_status(device, status);
   if (codec.blocks == 0) return finish_empty(device, offsets);
-  const QuantizedLayer layer = {{parts[0].codes, parts[1].codes}, {parts[0].scales, parts[1].scales},
-                                {parts[0].zeros, parts[1].zeros}, order, nullptr};
+  const QuantizedLayer layer = {{parts[0].codes, parts[1].codes},
+                                {parts[0].scales, parts[1].scales},
+                                {parts[0].zeros, parts[1].zeros},
+                                order,
+                                nullptr};
   launch_pack(device, codec, layer, {}, records, offsets, workspace, status);
 }
 
@@ -385,11 +403,12 @@ void encode(ph_device& device, const Codec& codec, const void* const tensors[kPa
     with_arena(device, codec, [&](auto arena_shared, uint32_t grid, uint32_t shared_bytes) {
       dispatch_dtype(codec.dtype, [&](auto element) {
         dispatch_pack(codec.pack, [&](auto pack) {
-          const auto kernel = EncodeKernel<decltype(element), decltype(pack)::value, decltype(arena_shared)::value>;
+          const auto kernel =
+              EncodeKernel<decltype(element), decltype(pack)::value, decltype(arena_shared)::value>;
           allow_shared(kernel, shared_bytes);
           kernel<<<grid, kEncodeThreads, shared_bytes, device.stream>>>(
-              codec, inputs, workspace + places.slots, record_capacity(codec), workspace + places.arenas, offsets + 1,
-              reinterpret_cast<unsigned long long*>(&status->first));
+              codec, inputs, workspace + places.slots, record_capacity(codec), workspace + places.arenas,
+              offsets + 1, reinterpret_cast<unsigned long long*>(&status->first));
         });
       });
     });

@@ -167,10 +167,9 @@ void read_records(const Codec& codec, Records records, Status* status, Body body
   for_each_thread(codec, [&](Range blocks, Scratch& scratch) {
     for (uint64_t block = blocks.begin; block < blocks.end; ++block) {
       RecordView view;
-      if (!view_record(codec, records.bytes, records.size, records.offsets, block, &view) ||
-          !body(block, view, scratch)) {
-        lower(status->first, block);
-      }
+      const bool formed = view_record(codec, records.bytes, records.size, records.offsets, block, &view) &&
+                          (!view.ordered || order_well_formed(view.bytes + kRecordHeaderBytes));
+      if (!formed || !body(block, view, scratch)) lower(status->first, block);
     }
   });
 }

@@ -12,7 +12,8 @@ __device__ __forceinline__ uint32_t count_at_most(uint32_t word, uint32_t limits
 
 // order[i] for the lower medians of the tokens' value codes, descending, stable. A warp finds a token's median by
 // bisection on its value: at most eight passes over the token's codes. Synchronises before it returns.
-__device__ inline void median_order(const Codec& codec, const uint8_t* value_codes, uint32_t* medians, uint8_t* order) {
+__device__ inline void median_order(const Codec& codec, const uint8_t* value_codes, uint32_t* medians,
+                                    uint8_t* order) {
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   const uint32_t words = codec.channels / 4, wanted = (codec.channels - 1) / 2 + 1;
   for (uint32_t token = warp; token < kBlockTokens; token += blockDim.x / kWarpThreads) {

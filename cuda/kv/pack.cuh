@@ -18,10 +18,10 @@ PH_HOST_DEVICE uint32_t staging_words(uint32_t pack) { return kChunkChannels * p
 
 // Memory of the thread block, in shared memory unless it is too large for it.
 struct PackMemory {
-  uint16_t* headers;       // [rows][head_dim]: minimum | width << 8
-  uint32_t* row_offsets;   // [rows + 1]: payload bytes of the rows before
-  uint32_t* staging;       // [warps][staging_words], in shared memory
-  uint32_t* every;         // [2]: minima and ranges, or-ed, in shared memory
+  uint16_t* headers;      // [rows][head_dim]: minimum | width << 8
+  uint32_t* row_offsets;  // [rows + 1]: payload bytes of the rows before
+  uint32_t* staging;      // [warps][staging_words], in shared memory
+  uint32_t* every;        // [2]: minima and ranges, or-ed, in shared memory
 };
 
 struct PackExtremes {
@@ -29,11 +29,15 @@ struct PackExtremes {
 };
 
 template <int kPack>
-__device__ __forceinline__ void load_words(const Codec& codec, const uint8_t* head_codes, const uint8_t* order,
-                                           uint32_t channel, uint32_t (&words)[kPack]) {
+__device__ __forceinline__ void load_words(const uint8_t* codes, const uint32_t* token_offsets,
+                                           uint32_t (&words)[kPack]) {
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) {
-    words[i] = *reinterpret_cast<const uint32_t*>(head_codes + order[i] * codec.channels + channel);
+  for (int i = 0; i < kPack; i += 4) {
+    const uint4 offsets = *reinterpret_cast<const uint4*>(token_offsets + i);
+    words[i] = *reinterpret_cast<const uint32_t*>(codes + offsets.x);
+    words[i + 1] = *reinterpret_cast<const uint32_t*>(codes + offsets.y);
+    words[i + 2] = *reinterpret_cast<const uint32_t*>(codes + offsets.z);
+    words[i + 3] = *reinterpret_cast<const uint32_t*>(codes + offsets.w);
   }
 }
 
@@ -86,24 +90,23 @@ __device__ __forceinline__ uint32_t warp_exclusive_sum(uint32_t value, uint32_t*
 template <typename Field>
 __device__ __forceinline__ uint32_t field_word(uint32_t index, uint32_t bits, uint32_t count, Field field) {
   const uint32_t begin = 32 * index;
-  uint32_t word = 0;
-  for (uint32_t i = begin / bits; i < count && i * bits < begin + 32; ++i) {
-    const uint32_t value = field(i);
-    word |= i * bits >= begin ? value << (i * bits - begin) : value >> (begin - i * bits);
-  }
+  uint32_t i = begin / bits;
+  uint32_t word = field(i) >> (begin - i * bits);
+  for (uint32_t at = ++i * bits - begin; at < 32 && i < count; ++i, at += bits) word |= field(i) << at;
   return word;
 }
 
 // Sum of the widths of a row's packs; with `headers`, notes them too.
 template <int kPack>
-__device__ uint32_t scan_row(const Codec& codec, const uint8_t* codes, const uint8_t* order, uint32_t row,
-                             uint16_t* headers, uint32_t* every_minimum, uint32_t* every_range) {
+__device__ uint32_t scan_row(const Codec& codec, const uint8_t* codes, const uint32_t* token_offsets,
+                             uint32_t row, uint16_t* headers, uint32_t* every_minimum,
+                             uint32_t* every_range) {
   const uint32_t lane = threadIdx.x % kWarpThreads;
   const uint32_t head = row / codec.rows_per_head, first = row % codec.rows_per_head * kPack;
   uint32_t widths = 0;
   for (uint32_t channel = 4 * lane; channel < codec.head_dim; channel += kChunkChannels) {
     uint32_t words[kPack];
-    load_words<kPack>(codec, codes + head * codec.head_dim, order + first, channel, words);
+    load_words<kPack>(codes + head * codec.head_dim + channel, token_offsets + first, words);
     const PackExtremes extremes = word_extremes<kPack>(words);
     uint32_t entries[4];
 #pragma unroll
@@ -122,10 +125,64 @@ __device__ uint32_t scan_row(const Codec& codec, const uint8_t* codes, const uin
   return __reduce_add_sync(kEveryLane, widths);
 }
 
-// The payload of one row, through the warp's staging area (all zero before and after) to 4-aligned `target`.
+// Adds up to 32 bits to a zeroed stream in shared memory that other lanes write too. Two unconditional additions are
+// cheaper than finding out whether one will do.
+__device__ __forceinline__ void stage(uint32_t* staging, uint32_t bit, uint32_t bits) {
+  uint32_t* word = staging + bit / 32;
+  atomicOr(word, bits << bit % 32);
+  atomicOr(word + 1, __funnelshift_l(bits, 0, bit % 32));
+}
+
+// Copies words of the staging area to `target` and clears them.
+__device__ __forceinline__ void flush(uint32_t* staging, uint32_t words, uint32_t* target) {
+  __syncwarp();
+  for (uint32_t i = threadIdx.x % kWarpThreads; i < words; i += kWarpThreads) {
+    target[i] = staging[i];
+    staging[i] = 0;
+  }
+  __syncwarp();
+}
+
+// What a chunk leaves in the last, partly filled word moves to the front.
+__device__ __forceinline__ void carry(uint32_t* staging, uint32_t words) {
+  if (words > 0 && threadIdx.x % kWarpThreads == 0) {
+    staging[0] = staging[words];
+    staging[words] = 0;
+  }
+  __syncwarp();
+}
+
+// The pack headers of one row, through the warp's staging area (all zero before and after).
+__device__ inline void write_header_row(const Codec& codec, PartHeader header, const uint16_t* row_headers,
+                                        uint32_t row_words, uint32_t* staging, uint32_t* target) {
+  const uint32_t field = header.minimum_bits + header.width_bits;
+  const auto merged = [&](uint32_t two) {  // two entries, minimum | width << 8 each
+    const uint32_t low = (two & 0xff) | (two >> 8 & 0xff) << header.minimum_bits;
+    const uint32_t high = (two >> 16 & 0xff) | (two >> 24) << header.minimum_bits;
+    return low | high << field;
+  };
+  uint32_t written = 0;
+  for (uint32_t begin = 0; begin < codec.head_dim; begin += kChunkChannels) {
+    const uint32_t channel = begin + 4 * (threadIdx.x % kWarpThreads);
+    if (channel < codec.head_dim) {
+      const uint2 entries = *reinterpret_cast<const uint2*>(row_headers + channel);
+      const uint32_t bit = channel * field - 32 * written;
+      stage(staging, bit, merged(entries.x));
+      stage(staging, bit + 2 * field, merged(entries.y));
+    }
+    const bool last = begin + kChunkChannels >= codec.head_dim;
+    const uint32_t words = (last ? row_words : (begin + kChunkChannels) * field / 32) - written;
+    flush(staging, words, target + written);
+    if (!last) carry(staging, words);
+    written += words;
+  }
+}
+
+// The payload of one row, likewise, to 4-aligned `target`.
 template <int kPack>
-__device__ void write_payload_row(const Codec& codec, const uint8_t* codes, const uint8_t* order, uint32_t row,
-                                  const uint16_t* headers, uint32_t* staging, uint32_t* target) {
+__device__ void write_payload_row(const Codec& codec, const uint8_t* codes, const uint32_t* token_offsets,
+                                  uint32_t row, const uint16_t* headers, uint32_t* staging,
+                                  uint32_t* target) {
   const uint32_t lane = threadIdx.x % kWarpThreads;
   const uint32_t head = row / codec.rows_per_head, first = row % codec.rows_per_head * kPack;
   uint32_t pending = 0;  // bits in the staging area's first word
@@ -134,67 +191,80 @@ __device__ void write_payload_row(const Codec& codec, const uint8_t* codes, cons
     const bool active = channel < codec.head_dim;
     uint2 entries = make_uint2(0, 0);
     if (active) entries = *reinterpret_cast<const uint2*>(headers + row * codec.head_dim + channel);
-    const uint32_t width[4] = {entries.x >> 8 & 0xff, entries.x >> 24, entries.y >> 8 & 0xff, entries.y >> 24};
+    const uint32_t width[4] = {entries.x >> 8 & 0xff, entries.x >> 24, entries.y >> 8 & 0xff,
+                               entries.y >> 24};
     const uint32_t minimum = __byte_perm(entries.x, entries.y, 0x6420);
     uint32_t total;
     uint32_t bit = warp_exclusive_sum(kPack * (width[0] + width[1] + width[2] + width[3]), &total) + pending;
+    const bool narrow = __all_sync(kEveryLane, max(max(width[0], width[1]), max(width[2], width[3])) <= 4);
     if (active) {
-      uint32_t words[kPack], transposed[kPack / 4][4];
-      load_words<kPack>(codec, codes + head * codec.head_dim, order + first, channel, words);
+      uint32_t words[kPack];
+      load_words<kPack>(codes + head * codec.head_dim + channel, token_offsets + first, words);
 #pragma unroll
       for (int i = 0; i < kPack; ++i) words[i] -= minimum;  // no byte borrows: each is at least its minimum
+      if constexpr (kPack == 4) {
+        uint32_t fields[4];
+        transpose4(words, fields);
 #pragma unroll
-      for (int i = 0; i < kPack / 4; ++i) transpose4(words + 4 * i, transposed[i]);
-      uint32_t* word = staging + bit / 32;
-      uint32_t filled = bit % 32;
-      uint64_t bits = 0;
+        for (int j = 0; j < 4; ++j) {
+          stage(staging, bit, compress4(fields[j], width[j]));
+          bit += 4 * width[j];
+        }
+      } else {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+        for (int run = 0; run < kPack; run += 8) {
+          // Even positions of each channel and odd ones: joined, a byte has two neighbouring fields.
+          const uint32_t even_words[4] = {words[run], words[run + 2], words[run + 4], words[run + 6]};
+          const uint32_t odd_words[4] = {words[run + 1], words[run + 3], words[run + 5], words[run + 7]};
+          uint32_t even[4], odd[4];
+          transpose4(even_words, even);
+          transpose4(odd_words, odd);
+          uint32_t at = bit;
 #pragma unroll
-        for (int i = 0; i < kPack / 4; ++i) {
-          bits |= static_cast<uint64_t>(compress4(transposed[i][j], width[j])) << filled;
-          filled += 4 * width[j];
-          if (filled >= 32) {
-            atomicOr(word++, static_cast<uint32_t>(bits));
-            bits >>= 32;
-            filled -= 32;
+          for (int j = 0; j < 4; ++j) {
+            const uint32_t offset = at + run * width[j];
+            if (narrow) {
+              stage(staging, offset, compress4(even[j] | odd[j] << width[j], 2 * width[j]));
+            } else {
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                const uint32_t selector = half == 0 ? 0x4140 : 0x4342;
+                const uint32_t pairs = __byte_perm(even[j], 0, selector) | __byte_perm(odd[j], 0, selector)
+                                                                               << width[j];
+                stage(staging, offset + half * 4 * width[j],
+                      (pairs & 0xffffu) | (pairs >> 16) << 2 * width[j]);
+              }
+            }
+            at += kPack * width[j];
           }
         }
       }
-      if (filled > 0) atomicOr(word, static_cast<uint32_t>(bits));
     }
-    __syncwarp();
     const bool last = begin + kChunkChannels >= codec.head_dim;
     const uint32_t end = pending + total;
     const uint32_t whole = last ? (end + 31) / 32 : end / 32;
-    for (uint32_t i = lane; i < whole; i += kWarpThreads) {
-      target[i] = staging[i];
-      staging[i] = 0;
-    }
-    __syncwarp();
-    if (!last && whole > 0 && lane == 0) {
-      staging[0] = staging[whole];
-      staging[whole] = 0;
-    }
-    __syncwarp();
+    flush(staging, whole, target);
+    if (!last) carry(staging, whole);
     target += whole;
     pending = end % 32;
   }
 }
 
 // Writes one part at `target` and returns its bytes, a multiple of 16. All threads call it; `staging` is zero before
-// and after, `zero_bytes` is the bytes of the part's widest zero point.
+// and after, `token_offsets` [64] (16-aligned) says where in `codes` the token of each position starts, `zero_bytes`
+// is the bytes of the part's widest zero point.
 template <int kPack>
 __device__ uint32_t pack_part(const Codec& codec, uint32_t part, const uint8_t* codes, const float* scales,
-                              const int32_t* zeros, const uint8_t* order, uint32_t zero_bytes, PackMemory memory,
-                              uint8_t* target) {
+                              const int32_t* zeros, const uint32_t* token_offsets, uint32_t zero_bytes,
+                              PackMemory memory, uint8_t* target) {
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   if (threadIdx.x < 2) memory.every[threadIdx.x] = 0;
   __syncthreads();
 
   uint32_t every_minimum = 0, every_range = 0;
   for (uint32_t row = warp; row < codec.rows; row += kEncodeWarps) {
-    const uint32_t widths = scan_row<kPack>(codec, codes, order, row, memory.headers, &every_minimum, &every_range);
+    const uint32_t widths =
+        scan_row<kPack>(codec, codes, token_offsets, row, memory.headers, &every_minimum, &every_range);
     if (lane == 0) memory.row_offsets[row] = payload_row_bytes(kPack, widths);
   }
   every_minimum = __reduce_or_sync(kEveryLane, every_minimum);
@@ -236,7 +306,8 @@ __device__ uint32_t pack_part(const Codec& codec, uint32_t part, const uint8_t* 
   for (uint32_t group = threadIdx.x; group < codec.groups[part]; group += kEncodeThreads) {
     // The groups of a part are a multiple of 16, so neither section needs padding.
     const uint32_t bits = scale_bits(codec.dtype, scales[group]);
-    if (codec.element_bytes == 2) reinterpret_cast<uint16_t*>(target + layout.scales)[group] = static_cast<uint16_t>(bits);
+    if (codec.element_bytes == 2)
+      reinterpret_cast<uint16_t*>(target + layout.scales)[group] = static_cast<uint16_t>(bits);
     else reinterpret_cast<uint32_t*>(target + layout.scales)[group] = bits;
     const int32_t zero = zeros[group];
     uint8_t* stored = target + layout.zeros + group * zero_bytes;
@@ -245,17 +316,12 @@ __device__ uint32_t pack_part(const Codec& codec, uint32_t part, const uint8_t* 
     else *reinterpret_cast<int32_t*>(stored) = zero;
   }
 
-  const uint32_t field = header.minimum_bits + header.width_bits, row_words = layout.header_row_bytes / 4;
   uint32_t* staging = memory.staging + warp * staging_words(kPack);
   for (uint32_t row = warp; row < codec.rows; row += kEncodeWarps) {
-    uint32_t* headers = reinterpret_cast<uint32_t*>(target + layout.pack_headers + row * layout.header_row_bytes);
-    for (uint32_t index = lane; index < row_words; index += kWarpThreads) {
-      headers[index] = field_word(index, field, codec.head_dim, [&](uint32_t channel) {
-        const uint32_t entry = memory.headers[row * codec.head_dim + channel];
-        return (entry & 0xff) | entry >> 8 << header.minimum_bits;
-      });
-    }
-    write_payload_row<kPack>(codec, codes, order, row, memory.headers, staging,
+    write_header_row(
+        codec, header, memory.headers + row * codec.head_dim, layout.header_row_bytes / 4, staging,
+        reinterpret_cast<uint32_t*>(target + layout.pack_headers + row * layout.header_row_bytes));
+    write_payload_row<kPack>(codec, codes, token_offsets, row, memory.headers, staging,
                              reinterpret_cast<uint32_t*>(target + layout.payloads + memory.row_offsets[row]));
   }
 

@@ -27,24 +27,37 @@ struct PairVector {
   __device__ __forceinline__ float at(int i) const {
     return i % 2 == 0 ? ToFloat::low(pairs[i / 2]) : ToFloat::high(pairs[i / 2]);
   }
-  // Folds the values into a lane's extremes; a NaN stays.
-  __device__ __forceinline__ void extremes(float& minimum, float& maximum) const {
-    const Pair low = __hmin2_nan(__hmin2_nan(pairs[0], pairs[1]), __hmin2_nan(pairs[2], pairs[3]));
-    const Pair high = __hmax2_nan(__hmax2_nan(pairs[0], pairs[1]), __hmax2_nan(pairs[2], pairs[3]));
-    const float a = ToFloat::low(low), b = ToFloat::high(low), c = ToFloat::low(high), d = ToFloat::high(high);
-    minimum = fminf(minimum, fminf(a, b));
-    maximum = fmaxf(maximum, fmaxf(c, d));
-    if (!(a == a && b == b)) maximum = INFINITY, minimum = -INFINITY;
-  }
+
+  // The extremes of a lane's vectors; a NaN stays.
+  struct Extremes {
+    Pair minimum = ToFloat::pair(INFINITY), maximum = ToFloat::pair(-INFINITY);
+
+    __device__ __forceinline__ void add(const PairVector& vector) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        minimum = __hmin2_nan(minimum, vector.pairs[i]);
+        maximum = __hmax2_nan(maximum, vector.pairs[i]);
+      }
+    }
+    // As floats; an infinite range where there was a NaN.
+    __device__ __forceinline__ void finish(float& low, float& high) const {
+      const float a = ToFloat::low(minimum), b = ToFloat::high(minimum);
+      low = fminf(a, b);
+      high = fmaxf(ToFloat::low(maximum), ToFloat::high(maximum));
+      if (!(a == a && b == b)) high = INFINITY, low = -INFINITY;
+    }
+  };
 };
 
 struct HalfToFloat {
   static __device__ __forceinline__ float low(__half2 pair) { return __low2float(pair); }
   static __device__ __forceinline__ float high(__half2 pair) { return __high2float(pair); }
+  static __device__ __forceinline__ __half2 pair(float value) { return __float2half2_rn(value); }
 };
 struct BfloatToFloat {
   static __device__ __forceinline__ float low(__nv_bfloat162 pair) { return __low2float(pair); }
   static __device__ __forceinline__ float high(__nv_bfloat162 pair) { return __high2float(pair); }
+  static __device__ __forceinline__ __nv_bfloat162 pair(float value) { return __float2bfloat162_rn(value); }
 };
 
 struct F16 {
@@ -67,18 +80,44 @@ struct F32 {
       reinterpret_cast<float4*>(values)[1] = reinterpret_cast<const float4*>(source)[1];
     }
     __device__ __forceinline__ float at(int i) const { return values[i]; }
-    __device__ __forceinline__ void extremes(float& minimum, float& maximum) const {
+    struct Extremes {
+      float minimum = INFINITY, maximum = -INFINITY;
       bool numbers = true;
+
+      __device__ __forceinline__ void add(const Vector& vector) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        minimum = fminf(minimum, values[i]);
-        maximum = fmaxf(maximum, values[i]);
-        numbers = numbers && values[i] == values[i];
+        for (int i = 0; i < 8; ++i) {
+          minimum = fminf(minimum, vector.values[i]);
+          maximum = fmaxf(maximum, vector.values[i]);
+          numbers = numbers && vector.values[i] == vector.values[i];
+        }
       }
-      if (!numbers) maximum = INFINITY, minimum = -INFINITY;
-    }
+      __device__ __forceinline__ void finish(float& low, float& high) const {
+        low = numbers ? minimum : -INFINITY;
+        high = numbers ? maximum : INFINITY;
+      }
+    };
   };
 };
+
+// group_affine with the GPU's own conversions for f16, whose rounding is the same.
+template <typename Element>
+__device__ __forceinline__ Affine element_affine(const Codec& codec, uint32_t part, float minimum,
+                                                 float maximum) {
+  if constexpr (std::is_same_v<Element, F16>) {
+    if (minimum == maximum) return group_affine(codec, part, minimum, maximum);
+    const bool kivi = codec.quantizer == PH_KV_KIVI;
+    const float limit = static_cast<float>(codec.code_limit[part]), range = maximum - minimum;
+    const __half stored =
+        kivi ? __float2half_ru(__fdiv_rn(range, limit)) : __float2half_rn(range * codec.rel[part]);
+    float scale = fminf(fmaxf(__half2float(stored), 0x1p-24f), F16::kLargest);
+    if (limit * scale < range)
+      scale = __half2float(__ushort_as_half(__half_as_ushort(__float2half_rn(scale)) + 1));
+    return {scale, rintf(__fdiv_rn(minimum, scale))};
+  } else {
+    return group_affine(codec, part, minimum, maximum);
+  }
+}
 
 // Codes of eight values, one byte each.
 template <typename Element>
@@ -86,11 +125,13 @@ struct CodeMaker {
   Affine affine;
   int limit;
   float reciprocal;
-  int zero;
+  int bias;
 
   __device__ CodeMaker(Affine group, uint32_t code_limit)
-      : affine(group), limit(static_cast<int>(code_limit)), reciprocal(divide(1.0f, group.scale)),
-        zero(static_cast<int>(group.zero)) {}
+      : affine(group),
+        limit(static_cast<int>(code_limit)),
+        reciprocal(divide(1.0f, group.scale)),
+        bias(0x4b400000 + static_cast<int>(group.zero)) {}
 
   __device__ __forceinline__ uint32_t code(float x) const {
     if constexpr (std::is_same_v<Element, F16>) {
@@ -99,8 +140,8 @@ struct CodeMaker {
       // adding 1.5 * 2^23.
       const float guess = __fmul_rn(x, reciprocal);
       const float quotient = __fmaf_rn(__fmaf_rn(-guess, affine.scale, x), reciprocal, guess);
-      const int rounded = __float_as_int(__fadd_rn(quotient, 12582912.0f)) - 0x4b400000;
-      return static_cast<uint32_t>(min(max(rounded - zero, 0), limit));
+      // No value is below its group's minimum, so no code is below 0.
+      return static_cast<uint32_t>(min(__float_as_int(__fadd_rn(quotient, 12582912.0f)) - bias, limit));
     } else {
       return static_cast<uint32_t>(quantize_value(x, affine, static_cast<float>(limit)));
     }
@@ -121,9 +162,9 @@ struct CodeMaker {
 
 // Where the quantised part goes; `first_non_finite` and `zero_bytes` are shared by the thread block.
 struct PartTarget {
-  uint8_t* codes;   // [64, channels]
-  float* scales;    // [groups]
-  int32_t* zeros;   // [groups]
+  uint8_t* codes;  // [64, channels]
+  float* scales;   // [groups]
+  int32_t* zeros;  // [groups]
   unsigned long long* first_non_finite;
   int* zero_bytes;
 };
@@ -131,7 +172,8 @@ struct PartTarget {
 template <typename Element>
 __device__ __forceinline__ const uint8_t* value_address(const Codec& codec, const uint8_t* x, uint64_t block,
                                                         uint32_t head, uint32_t token, uint32_t channel) {
-  return x + ((head * codec.tokens + block * kBlockTokens + token) * codec.head_dim + channel) * Element::kBytes;
+  return x +
+         ((head * codec.tokens + block * kBlockTokens + token) * codec.head_dim + channel) * Element::kBytes;
 }
 
 __device__ __forceinline__ void reduce_extremes(float& minimum, float& maximum, int team) {
@@ -141,8 +183,11 @@ __device__ __forceinline__ void reduce_extremes(float& minimum, float& maximum, 
   }
 }
 
-__device__ __forceinline__ Affine close_group(const Codec& codec, uint32_t part, float minimum, float maximum) {
-  return group_finite(minimum, maximum) ? group_affine(codec, part, minimum, maximum) : Affine{1.0f, 0.0f};
+template <typename Element>
+__device__ __forceinline__ Affine close_group(const Codec& codec, uint32_t part, float minimum,
+                                              float maximum) {
+  return group_finite(minimum, maximum) ? element_affine<Element>(codec, part, minimum, maximum)
+                                        : Affine{1.0f, 0.0f};
 }
 
 __device__ __forceinline__ void write_group(const PartTarget& target, uint32_t group, Affine affine) {
@@ -162,40 +207,52 @@ __device__ bool vector_finite(const typename Element::Vector& vector) {
 
 // packkv, per token: a warp per token, a lane takes eight values at a time.
 template <typename Element>
-__device__ void quantize_tokens(const Codec& codec, uint32_t part, const uint8_t* x, uint64_t block, PartTarget target) {
+__device__ void quantize_tokens(const Codec& codec, uint32_t part, const uint8_t* x, uint64_t block,
+                                PartTarget target) {
   constexpr int kHeld = 4;  // vectors a lane keeps in registers: 1,024 channels; the rest is read again
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   const uint32_t vectors = codec.channels / 8, per_head = codec.head_dim / 8;
+  const uint8_t* start = value_address<Element>(codec, x, block, 0, 0, 0);
+  // In vectors from the block's first value; below 2^32 for any tensor that fits a GPU.
+  const auto offset_of = [&](uint32_t vector) {
+    return static_cast<uint32_t>(vector / per_head * codec.tokens) * per_head + vector % per_head;
+  };
+  uint32_t offsets[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) offsets[i] = offset_of(lane + kWarpThreads * i);
   for (uint32_t token = warp; token < kBlockTokens; token += kEncodeWarps) {
-    const auto address = [&](uint32_t vector) {
-      return value_address<Element>(codec, x, block, vector / per_head, token, vector % per_head * 8);
+    const auto address = [&](uint32_t offset) {
+      return start + static_cast<uint64_t>(offset + token * per_head) * (8 * Element::kBytes);
     };
     typename Element::Vector held[kHeld], other;
-    float minimum = INFINITY, maximum = -INFINITY;
+    typename Element::Vector::Extremes extremes;
+    float minimum, maximum;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      if (lane + kWarpThreads * i < vectors) held[i].load(address(lane + kWarpThreads * i));
+      if (lane + kWarpThreads * i < vectors) held[i].load(address(offsets[i]));
     }
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      if (lane + kWarpThreads * i < vectors) held[i].extremes(minimum, maximum);
+      if (lane + kWarpThreads * i < vectors) extremes.add(held[i]);
     }
     for (uint32_t vector = lane + kWarpThreads * kHeld; vector < vectors; vector += kWarpThreads) {
-      other.load(address(vector));
-      other.extremes(minimum, maximum);
+      other.load(address(offset_of(vector)));
+      extremes.add(other);
     }
+    extremes.finish(minimum, maximum);
     reduce_extremes(minimum, maximum, kWarpThreads);
     if (!group_finite(minimum, maximum)) {
       uint32_t head = codec.heads;
       for (uint32_t vector = lane; vector < vectors; vector += kWarpThreads) {
-        other.load(address(vector));
+        other.load(address(offset_of(vector)));
         if (!vector_finite<Element>(other)) head = min(head, vector / per_head);
       }
       head = __reduce_min_sync(kEveryLane, head);
       if (head == codec.heads) head = 0;  // the range alone overflows
-      if (lane == 0) atomicMin(target.first_non_finite, non_finite_key(block * kBlockTokens + token, head, part));
+      if (lane == 0)
+        atomicMin(target.first_non_finite, non_finite_key(block * kBlockTokens + token, head, part));
     }
-    const Affine affine = close_group(codec, part, minimum, maximum);
+    const Affine affine = close_group<Element>(codec, part, minimum, maximum);
     if (lane == 0) write_group(target, token, affine);
     const CodeMaker<Element> maker(affine, codec.code_limit[part]);
     uint2* codes = reinterpret_cast<uint2*>(target.codes + token * codec.channels);
@@ -204,7 +261,7 @@ __device__ void quantize_tokens(const Codec& codec, uint32_t part, const uint8_t
       if (lane + kWarpThreads * i < vectors) codes[lane + kWarpThreads * i] = maker.codes(held[i]);
     }
     for (uint32_t vector = lane + kWarpThreads * kHeld; vector < vectors; vector += kWarpThreads) {
-      other.load(address(vector));
+      other.load(address(offset_of(vector)));
       codes[vector] = maker.codes(other);
     }
   }
@@ -212,8 +269,8 @@ __device__ void quantize_tokens(const Codec& codec, uint32_t part, const uint8_t
 
 // Groups of up to `width` (<= 8 * 32) consecutive channels of one token and head: a team of lanes per group.
 template <typename Element>
-__device__ void quantize_segments(const Codec& codec, uint32_t part, const uint8_t* x, uint64_t block, uint32_t width,
-                                  PartTarget target) {
+__device__ void quantize_segments(const Codec& codec, uint32_t part, const uint8_t* x, uint64_t block,
+                                  uint32_t width, PartTarget target) {
   uint32_t team = 2;
   while (team * 8 < width) team *= 2;
   const uint32_t teams = kEncodeThreads / team, member = threadIdx.x % team;
@@ -230,11 +287,13 @@ __device__ void quantize_segments(const Codec& codec, uint32_t part, const uint8
     float minimum = INFINITY, maximum = -INFINITY;
     if (active) {
       vector.load(value_address<Element>(codec, x, block, head, token, channel));
-      vector.extremes(minimum, maximum);
+      typename Element::Vector::Extremes extremes;
+      extremes.add(vector);
+      extremes.finish(minimum, maximum);
     }
     reduce_extremes(minimum, maximum, static_cast<int>(team));
     if (!present) continue;
-    const Affine affine = close_group(codec, part, minimum, maximum);
+    const Affine affine = close_group<Element>(codec, part, minimum, maximum);
     if (member == 0) {
       write_group(target, group_index(codec, part, head, token, begin), affine);
       if (!group_finite(minimum, maximum)) {
@@ -252,7 +311,8 @@ __device__ void quantize_segments(const Codec& codec, uint32_t part, const uint8
 template <typename Element>
 __device__ __forceinline__ float value_at(const uint8_t* address) {
   if constexpr (std::is_same_v<Element, F16>) return __half2float(*reinterpret_cast<const __half*>(address));
-  else if constexpr (std::is_same_v<Element, BF16>) return __bfloat162float(*reinterpret_cast<const __nv_bfloat16*>(address));
+  else if constexpr (std::is_same_v<Element, BF16>)
+    return __bfloat162float(*reinterpret_cast<const __nv_bfloat16*>(address));
   else return *reinterpret_cast<const float*>(address);
 }
 
@@ -275,7 +335,8 @@ __device__ void quantize_channels(const Codec& codec, uint32_t part, const uint8
       if (!(v * 0.0f == 0.0f)) bad_token = min(bad_token, token);
     }
     const bool finite = bad_token == kBlockTokens && group_finite(minimum, maximum);
-    const Affine affine = finite ? group_affine(codec, part, minimum, maximum) : Affine{1.0f, 0.0f};
+    const Affine affine =
+        finite ? element_affine<Element>(codec, part, minimum, maximum) : Affine{1.0f, 0.0f};
     write_group(target, index, affine);
     if (!finite) {
       const uint64_t token = block * kBlockTokens + (bad_token == kBlockTokens ? 0 : bad_token);
@@ -290,7 +351,8 @@ __device__ void quantize_channels(const Codec& codec, uint32_t part, const uint8
 }
 
 template <typename Element>
-__device__ void quantize_part(const Codec& codec, uint32_t part, const uint8_t* x, uint64_t block, PartTarget target) {
+__device__ void quantize_part(const Codec& codec, uint32_t part, const uint8_t* x, uint64_t block,
+                              PartTarget target) {
   if (codec.quantizer == PH_KV_PACKKV && codec.grouping == PH_KV_PER_TOKEN) {
     quantize_tokens<Element>(codec, part, x, block, target);
   } else if (codec.quantizer == PH_KV_PACKKV) {

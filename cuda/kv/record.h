@@ -110,7 +110,7 @@ PH_HOST_DEVICE uint32_t stored_order(const uint8_t* order, uint32_t position) {
   return (low | high << 8) >> (bit % 8) & 63;
 }
 
-// Checks record `block` of a buffer of records. Returns false if no encoder writes such a record.
+// Checks the structure of record `block` of a buffer of records, but for its order (order_well_formed).
 PH_HOST_DEVICE bool view_record(const Codec& codec, const uint8_t* records, uint64_t records_bytes,
                                 const uint64_t* offsets, uint64_t block, RecordView* view) {
   const uint64_t begin = offsets[block], end = offsets[block + 1];
@@ -133,13 +133,6 @@ PH_HOST_DEVICE bool view_record(const Codec& codec, const uint8_t* records, uint
   view->part_start[PH_KV_KEYS] = keys;
   view->part_end[PH_KV_KEYS] = view->size;
   if (view->raw) return keys - values == raw_part_bytes(codec) && size - keys == raw_part_bytes(codec);
-  if (view->ordered) {
-    uint64_t seen = 0;
-    for (uint32_t position = 0; position < kBlockTokens; ++position) {
-      seen |= 1ull << stored_order(bytes + kRecordHeaderBytes, position);
-    }
-    if (seen != ~0ull) return false;
-  }
   for (uint32_t part = 0; part < kParts; ++part) {
     const uint32_t available = view->part_end[part] - view->part_start[part];
     if (available < sizeof(PartHeader)) return false;
@@ -150,6 +143,14 @@ PH_HOST_DEVICE bool view_record(const Codec& codec, const uint8_t* records, uint
     view->part[part] = header;
   }
   return true;
+}
+
+// Whether a stored order names every token.
+PH_HOST_DEVICE bool order_well_formed(const uint8_t* order) {
+  uint64_t seen = 0;
+  for (uint32_t position = 0; position < kBlockTokens; ++position)
+    seen |= 1ull << stored_order(order, position);
+  return seen == ~0ull;
 }
 
 }  // namespace ph::kv

@@ -33,7 +33,8 @@ struct GreedyMemory {
 };
 
 struct RepackShared {
-  uint8_t order[kBlockTokens];      // the candidate
+  alignas(16) uint32_t token_offsets[kBlockTokens];
+  uint8_t order[kBlockTokens];  // the candidate
   uint8_t best_order[kBlockTokens];
   uint32_t medians[kBlockTokens];
   uint32_t norms[kBlockTokens];
@@ -66,7 +67,8 @@ __device__ __forceinline__ uint32_t max4(uint32_t a, uint32_t b) {
 }
 
 // Moves a token from those left into the pack.
-__device__ void take(const BlockCodes& codes, uint32_t words, uint32_t token, bool seed, GreedyMemory memory) {
+__device__ void take(const BlockCodes& codes, uint32_t words, uint32_t token, bool seed,
+                     GreedyMemory memory) {
   for (uint32_t i = threadIdx.x; i < words; i += kEncodeThreads) {
     const uint32_t word = codes.word(token, i);
     memory.minimum[i] = seed ? word : min4(memory.minimum[i], word);
@@ -78,7 +80,8 @@ __device__ void take(const BlockCodes& codes, uint32_t words, uint32_t token, bo
   }
 }
 
-__device__ void greedy_order(const Codec& codec, const BlockCodes& codes, RepackShared& shared, GreedyMemory memory) {
+__device__ void greedy_order(const Codec& codec, const BlockCodes& codes, RepackShared& shared,
+                             GreedyMemory memory) {
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   const uint32_t words = 2 * codes.part_words;
   for (uint32_t i = threadIdx.x; i < words; i += kEncodeThreads) {
@@ -109,8 +112,9 @@ __device__ void greedy_order(const Codec& codec, const BlockCodes& codes, Repack
       const uint32_t count = kBlockTokens - position;
       for (uint32_t i = threadIdx.x; i < words; i += kEncodeThreads) {
         const uint2 sums = memory.sums[i];
-        memory.mean[i] = round_half_even(sums.x & 0xffff, count) | round_half_even(sums.y & 0xffff, count) << 8 |
-                         round_half_even(sums.x >> 16, count) << 16 | round_half_even(sums.y >> 16, count) << 24;
+        memory.mean[i] =
+            round_half_even(sums.x & 0xffff, count) | round_half_even(sums.y & 0xffff, count) << 8 |
+            round_half_even(sums.x >> 16, count) << 16 | round_half_even(sums.y >> 16, count) << 24;
       }
     }
     if (threadIdx.x == 0) shared.choice = ~0u;
@@ -120,7 +124,8 @@ __device__ void greedy_order(const Codec& codec, const BlockCodes& codes, Repack
       if (!(left >> token & 1)) continue;
       uint32_t sum = 0;
       if (seed) {
-        for (uint32_t i = lane; i < words; i += kWarpThreads) sum = __dp4a(codes.word(token, i), memory.mean[i], sum);
+        for (uint32_t i = lane; i < words; i += kWarpThreads)
+          sum = __dp4a(codes.word(token, i), memory.mean[i], sum);
       } else {
         for (uint32_t i = lane; i < words; i += kWarpThreads) {
           const uint32_t word = codes.word(token, i);
@@ -132,7 +137,8 @@ __device__ void greedy_order(const Codec& codec, const BlockCodes& codes, Repack
       if (seed) {
         const double product = static_cast<double>(sum);
         const uint32_t norm = shared.norms[token];
-        shared.similarities[token] = norm == 0 ? 0.0 : __ddiv_rn(__dmul_rn(product, product), static_cast<double>(norm));
+        shared.similarities[token] =
+            norm == 0 ? 0.0 : __ddiv_rn(__dmul_rn(product, product), static_cast<double>(norm));
       } else {
         atomicMin(&shared.choice, sum * kBlockTokens + token);
       }
@@ -143,7 +149,8 @@ __device__ void greedy_order(const Codec& codec, const BlockCodes& codes, Repack
       if (seed) {
         double best = -1;
         for (uint32_t token = 0; token < kBlockTokens; ++token) {
-          if ((left >> token & 1) && shared.similarities[token] > best) best = shared.similarities[token], chosen = token;
+          if ((left >> token & 1) && shared.similarities[token] > best)
+            best = shared.similarities[token], chosen = token;
         }
       }
       shared.choice = chosen;
@@ -158,13 +165,18 @@ __device__ void greedy_order(const Codec& codec, const BlockCodes& codes, Repack
 
 // Bits of the block in the order of `shared.order`, by the formula.
 template <int kPack>
-__device__ uint64_t order_bits(const Codec& codec, const uint8_t* key_codes, const uint8_t* value_codes, RepackShared& shared) {
+__device__ uint64_t order_bits(const Codec& codec, const uint8_t* key_codes, const uint8_t* value_codes,
+                               RepackShared& shared) {
   if (threadIdx.x == 0) shared.bits = 0;
+  if (threadIdx.x < kBlockTokens)
+    shared.token_offsets[threadIdx.x] = shared.order[threadIdx.x] * codec.channels;
   __syncthreads();
   for (uint32_t row = threadIdx.x / kWarpThreads; row < codec.rows; row += kEncodeWarps) {
-    const uint32_t widths = scan_row<kPack>(codec, key_codes, shared.order, row, nullptr, nullptr, nullptr) +
-                            scan_row<kPack>(codec, value_codes, shared.order, row, nullptr, nullptr, nullptr);
-    if (threadIdx.x % kWarpThreads == 0) atomicAdd(&shared.bits, static_cast<unsigned long long>(kPack) * widths);
+    const uint32_t widths =
+        scan_row<kPack>(codec, key_codes, shared.token_offsets, row, nullptr, nullptr, nullptr) +
+        scan_row<kPack>(codec, value_codes, shared.token_offsets, row, nullptr, nullptr, nullptr);
+    if (threadIdx.x % kWarpThreads == 0)
+      atomicAdd(&shared.bits, static_cast<unsigned long long>(kPack) * widths);
   }
   const int moved = threadIdx.x < kBlockTokens && shared.order[threadIdx.x] != threadIdx.x;
   const bool ordered = __syncthreads_or(moved);
@@ -174,13 +186,15 @@ __device__ uint64_t order_bits(const Codec& codec, const uint8_t* key_codes, con
 }
 
 template <int kPack>
-__global__ void __launch_bounds__(kEncodeThreads) RepackKernel(Codec codec, const uint8_t* key_codes,
-                                                               const uint8_t* value_codes, uint8_t* order) {
+__global__ void __launch_bounds__(kEncodeThreads)
+    RepackKernel(const __grid_constant__ Codec codec, const uint8_t* key_codes, const uint8_t* value_codes,
+                 uint8_t* order) {
   extern __shared__ __align__(16) uint8_t dynamic[];
   __shared__ RepackShared shared;
   const uint32_t words = codec.channels / 2;
   uint32_t* state = reinterpret_cast<uint32_t*>(dynamic);
-  const GreedyMemory memory = {state, state + words, state + 2 * words, reinterpret_cast<uint2*>(state + 3 * words + words % 2)};
+  const GreedyMemory memory = {state, state + words, state + 2 * words,
+                               reinterpret_cast<uint2*>(state + 3 * words + words % 2)};
 
   for (uint64_t block = blockIdx.x; block < codec.blocks; block += gridDim.x) {
     const uint64_t begin = block * kBlockTokens * codec.channels;
@@ -188,12 +202,14 @@ __global__ void __launch_bounds__(kEncodeThreads) RepackKernel(Codec codec, cons
                               reinterpret_cast<const uint32_t*>(value_codes + begin), codec.channels / 4};
     if (threadIdx.x < kBlockTokens) shared.order[threadIdx.x] = static_cast<uint8_t>(threadIdx.x);
     __syncthreads();
-    if (codec.repack == PH_KV_REPACK_MEDIAN) median_order(codec, value_codes + begin, shared.medians, shared.order);
+    if (codec.repack == PH_KV_REPACK_MEDIAN)
+      median_order(codec, value_codes + begin, shared.medians, shared.order);
     if (codec.repack == PH_KV_REPACK_GREEDY) greedy_order(codec, codes, shared, memory);
     if (codec.repack == PH_KV_REPACK_AUTO) {
       uint64_t least = ~0ull;
       for (const uint32_t candidate : {PH_KV_REPACK_NONE, PH_KV_REPACK_MEDIAN, PH_KV_REPACK_GREEDY}) {
-        if (candidate == PH_KV_REPACK_MEDIAN) median_order(codec, value_codes + begin, shared.medians, shared.order);
+        if (candidate == PH_KV_REPACK_MEDIAN)
+          median_order(codec, value_codes + begin, shared.medians, shared.order);
         if (candidate == PH_KV_REPACK_GREEDY) greedy_order(codec, codes, shared, memory);
         const uint64_t bits = order_bits<kPack>(codec, key_codes + begin, value_codes + begin, shared);
         if (bits < least) {
@@ -219,13 +235,17 @@ void repack(ph_device& device, const Codec& codec, const uint8_t* key_codes, con
   const uint32_t state_bytes = codec.repack >= PH_KV_REPACK_GREEDY ? 4 * (5 * words + 1) : 0;
   constexpr uint32_t kStaticBytes = sizeof(RepackShared) + 64;
   if (state_bytes + kStaticBytes > static_cast<uint32_t>(device.shared_bytes)) {
-    throw Error(PH_ERROR_UNSUPPORTED, "Cannot repack greedily with %u heads of %u channels: this GPU holds %u channels in all",
-                codec.heads, codec.head_dim, (static_cast<uint32_t>(device.shared_bytes) - kStaticBytes) / 10);
+    throw Error(PH_ERROR_UNSUPPORTED,
+                "Cannot repack greedily with %u heads of %u channels: this GPU holds %u channels in all",
+                codec.heads, codec.head_dim,
+                (static_cast<uint32_t>(device.shared_bytes) - kStaticBytes) / 10);
   }
   dispatch_pack(codec.pack, [&](auto pack) {
     const auto kernel = RepackKernel<decltype(pack)::value>;
-    PH_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(state_bytes)));
-    kernel<<<grid_of(codec.blocks), kEncodeThreads, state_bytes, device.stream>>>(codec, key_codes, value_codes, order);
+    PH_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(state_bytes)));
+    kernel<<<grid_of(codec.blocks), kEncodeThreads, state_bytes, device.stream>>>(codec, key_codes,
+                                                                                  value_codes, order);
   });
   PH_CUDA_TRY(cudaGetLastError());
 }

@@ -3,8 +3,7 @@ import { KV_CODEC } from "../../ffi/structs.ts";
 import { PackhorseError } from "../error.ts";
 import type { KvLayout } from "./tensor.ts";
 
-/** Tokens of a block. */
-export const BLOCK_TOKENS = 64;
+export { BLOCK_TOKENS } from "../io/phkv_format.ts";
 
 /** How values become codes; see {@linkcode KvCodecOptions}. */
 export type KvQuantizer = "packkv" | "kivi";

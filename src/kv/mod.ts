@@ -1,0 +1,49 @@
+/**
+ * The key/value cache codec: packing, unpacking and measuring layers and files.
+ *
+ * @module
+ */
+export {
+  type KvBits,
+  type KvCodec,
+  type KvCodecOptions,
+  type KvGrouping,
+  type KvPack,
+  type KvQuantizer,
+  type KvRepack,
+} from "./codec.ts";
+export {
+  checkDecodeStatus,
+  createKvBuffers,
+  decodeKv,
+  encodeKv,
+  type KvPlan,
+  type KvRecordBuffers,
+  type KvTensorBuffers,
+  planKv,
+  readEncodeStatus,
+} from "./device_steps.ts";
+export type {
+  KvCacheFileOptions,
+  KvFileOptions,
+  PackKvFileOptions,
+  UnpackKvFileOptions,
+} from "./file_options.ts";
+export type { KvFileReport, KvLayerReport } from "./file_report.ts";
+export { inspectKvFile } from "./inspect_file.ts";
+export { type KvMeasurement, type KvPartMeasurement, measureKv } from "./measure.ts";
+export { packKv, unpackKv } from "./pack.ts";
+export { packKvFile } from "./pack_file.ts";
+export type { PackedKv } from "./packed.ts";
+export {
+  dequantizeKv,
+  type KvCodes,
+  packCodes,
+  type QuantizedKv,
+  quantizeKv,
+  repackKv,
+  unpackCodes,
+} from "./steps.ts";
+export { type KvSweepRow, sweepKvFile, type SweepKvFileOptions } from "./sweep_file.ts";
+export type { KvDType, KvLayout, KvPair, KvPart, KvShape, KvTensor } from "./tensor.ts";
+export { unpackKvFile, type UnpackKvFileReport } from "./unpack_file.ts";
