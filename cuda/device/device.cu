@@ -71,7 +71,15 @@ void synchronize(ph_device& device) { PH_CUDA_TRY(cudaStreamSynchronize(device.s
 
 uint8_t* allocate(ph_device& device, uint64_t bytes) {
   void* data = nullptr;
-  PH_CUDA_TRY(cudaMallocAsync(&data, bytes, device.stream));
+  if (cudaMallocAsync(&data, bytes, device.stream) == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    size_t free_bytes = 0, total_bytes = 0;
+    PH_CUDA_TRY(cudaMemGetInfo(&free_bytes, &total_bytes));
+    throw Error(PH_ERROR_OUT_OF_MEMORY, "Cannot allocate %llu bytes of GPU memory: %llu of %llu are free",
+                static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(free_bytes),
+                static_cast<unsigned long long>(total_bytes));
+  }
+  PH_CUDA_TRY(cudaGetLastError());
   return static_cast<uint8_t*>(data);
 }
 

@@ -22,7 +22,7 @@ struct PairVector {
   Pair pairs[4];
 
   __device__ __forceinline__ void load(const uint8_t* source) {
-    *reinterpret_cast<uint4*>(pairs) = *reinterpret_cast<const uint4*>(source);
+    *reinterpret_cast<uint4*>(pairs) = __ldg(reinterpret_cast<const uint4*>(source));
   }
   __device__ __forceinline__ float at(int i) const {
     return i % 2 == 0 ? ToFloat::low(pairs[i / 2]) : ToFloat::high(pairs[i / 2]);
@@ -76,8 +76,8 @@ struct F32 {
   struct Vector {
     float values[8];
     __device__ __forceinline__ void load(const uint8_t* source) {
-      reinterpret_cast<float4*>(values)[0] = reinterpret_cast<const float4*>(source)[0];
-      reinterpret_cast<float4*>(values)[1] = reinterpret_cast<const float4*>(source)[1];
+      reinterpret_cast<float4*>(values)[0] = __ldg(reinterpret_cast<const float4*>(source));
+      reinterpret_cast<float4*>(values)[1] = __ldg(reinterpret_cast<const float4*>(source) + 1);
     }
     __device__ __forceinline__ float at(int i) const { return values[i]; }
     struct Extremes {
@@ -203,6 +203,17 @@ __device__ bool vector_finite(const typename Element::Vector& vector) {
   bool finite = true;
   for (int i = 0; i < 8; ++i) finite = finite && vector.at(i) * 0.0f == 0.0f;
   return finite;
+}
+
+// Asks for a part of a block to be brought into the L2 cache.
+template <typename Element>
+__device__ __forceinline__ void prefetch_part(const Codec& codec, const uint8_t* x, uint64_t block) {
+  constexpr uint32_t kLine = 128;
+  const uint32_t head_bytes = kBlockTokens * codec.head_dim * Element::kBytes;  // a multiple of the line
+  for (uint32_t i = threadIdx.x * kLine; i < codec.heads * head_bytes; i += kEncodeThreads * kLine) {
+    const uint8_t* line = value_address<Element>(codec, x, block, i / head_bytes, 0, 0) + i % head_bytes;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+  }
 }
 
 // packkv, per token: a warp per token, a lane takes eight values at a time.
