@@ -78,6 +78,7 @@ namespace {
 
 // One core does not fill the memory bus. One piece a thread, as memcpy is fastest on long ones.
 void copy_parallel(uint8_t* target, const uint8_t* source, uint64_t bytes) {
+  if (bytes == 0) return;
   constexpr uint64_t kWorthwhile = 4u << 20;
   const uint64_t pieces =
       std::clamp<uint64_t>(bytes / kWorthwhile, 1, static_cast<uint64_t>(omp_get_max_threads()));

@@ -454,7 +454,8 @@ uint32_t pack_cost(const uint8_t* minimum, const uint8_t* maximum, const uint8_t
       const Bytes range = (highest > code ? highest : code) - (lowest < code ? lowest : code);
 #pragma GCC unroll 8
       for (int level = 0; level < kLevels; ++level) {
-        sums -= (Bytes)(range > static_cast<uint8_t>((1 << level) - 1));
+        const uint8_t below = static_cast<uint8_t>((1 << level) - 1);
+        sums -= (Bytes)(range > below);
       }
     }
     for (uint32_t lane = 0; lane < kVectorBytes; ++lane) total += sums[lane];

@@ -160,10 +160,6 @@ __global__ void __launch_bounds__(kEncodeThreads, 2)
     for (const uint32_t part : {static_cast<uint32_t>(PH_KV_VALUES), static_cast<uint32_t>(PH_KV_KEYS)}) {
       if (threadIdx.x == 0) shared.zero_bytes = 1;
       __syncthreads();
-      // What is needed next comes into the cache meanwhile.
-      if (part == PH_KV_VALUES) prefetch_part<Element>(codec, tensors.x[PH_KV_KEYS], block);
-      else if (block + gridDim.x < codec.blocks)
-        prefetch_part<Element>(codec, tensors.x[PH_KV_VALUES], block + gridDim.x);
       quantize_part<Element>(codec, part, tensors.x[part], block, target);
       __syncthreads();
       if (part == PH_KV_VALUES && codec.repack == PH_KV_REPACK_MEDIAN) {
@@ -326,8 +322,7 @@ void with_arena(const ph_device& device, const Codec& codec, Run run) {
   const uint32_t staging = round_up(staging_bytes(codec), 16);
   const uint32_t shared = staging + arena_of(codec).bytes;
   if (shared + kFixedSharedBytes <= static_cast<uint32_t>(device.shared_bytes)) {
-    run(std::true_type{}, static_cast<uint32_t>(std::min<uint64_t>(codec.blocks, 2 * device.processors)),
-        shared);
+    run(std::true_type{}, grid_of(codec.blocks), shared);
   } else {
     run(std::false_type{}, static_cast<uint32_t>(std::min<uint64_t>(codec.blocks, kMaximumGrid)), staging);
   }

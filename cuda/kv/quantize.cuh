@@ -205,17 +205,6 @@ __device__ bool vector_finite(const typename Element::Vector& vector) {
   return finite;
 }
 
-// Asks for a part of a block to be brought into the L2 cache.
-template <typename Element>
-__device__ __forceinline__ void prefetch_part(const Codec& codec, const uint8_t* x, uint64_t block) {
-  constexpr uint32_t kLine = 128;
-  const uint32_t head_bytes = kBlockTokens * codec.head_dim * Element::kBytes;  // a multiple of the line
-  for (uint32_t i = threadIdx.x * kLine; i < codec.heads * head_bytes; i += kEncodeThreads * kLine) {
-    const uint8_t* line = value_address<Element>(codec, x, block, i / head_bytes, 0, 0) + i % head_bytes;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
-  }
-}
-
 // packkv, per token: a warp per token, a lane takes eight values at a time.
 template <typename Element>
 __device__ void quantize_tokens(const Codec& codec, uint32_t part, const uint8_t* x, uint64_t block,

@@ -75,12 +75,14 @@ std::vector<uint8_t> random_tensor(const ph_kv_codec& codec, std::mt19937& rando
   return x;
 }
 
-uint64_t checksum = 0xcbf29ce484222325;  // FNV-1a of all records: the same for every backend and instruction set
+uint64_t checksum =
+    0xcbf29ce484222325;  // FNV-1a of all records: the same for every backend and instruction set
 
 bool same(const Buffer& a, const Buffer& b) { return a.download<uint8_t>() == b.download<uint8_t>(); }
 
 void round_trip(ph_kv_codec codec, std::mt19937& random) {
-  const uint64_t tensor_bytes = static_cast<uint64_t>(codec.heads) * codec.tokens * codec.head_dim * element_bytes(codec);
+  const uint64_t tensor_bytes =
+      static_cast<uint64_t>(codec.heads) * codec.tokens * codec.head_dim * element_bytes(codec);
   const uint64_t blocks = codec.tokens / 64;
   Buffer keys(tensor_bytes), values(tensor_bytes), records(ph_kv_records_capacity(&codec)),
       offsets(8 * (blocks + 1)), workspace(ph_kv_workspace_bytes(&codec)), status(16),
