@@ -141,10 +141,12 @@ __global__ void __launch_bounds__(kEncodeThreads, 2)
   uint8_t* arena = kArenaShared ? dynamic + round_up(4 * staging_count, 16)
                                 : arenas + static_cast<uint64_t>(blockIdx.x) * layout.bytes;
   const PackMemory memory = pack_memory(shared, arena, layout, staging);
-  const PartTarget target = {arena + layout.codes, reinterpret_cast<float*>(arena + layout.scales),
-                             reinterpret_cast<int32_t*>(arena + layout.zeros), &shared.first_non_finite,
-                             &shared.zero_bytes};
-  for (uint32_t i = threadIdx.x; i < staging_count; i += kEncodeThreads) staging[i] = 0;
+  const PartTarget target = {arena + layout.codes,
+                             reinterpret_cast<float*>(arena + layout.scales),
+                             reinterpret_cast<int32_t*>(arena + layout.zeros),
+                             &shared.first_non_finite,
+                             &shared.zero_bytes,
+                             reinterpret_cast<uint4*>(staging)};
 
   for (uint64_t block = blockIdx.x; block < codec.blocks; block += gridDim.x) {
     uint8_t* record = slots + block * capacity;
@@ -198,7 +200,7 @@ __global__ void __launch_bounds__(kEncodeThreads)
     quantize_part<Element>(
         codec, part, x, block,
         {output.codes + block * kBlockTokens * codec.channels, output.scales + block * codec.groups[part],
-         output.zeros + block * codec.groups[part], &first, &zero_bytes});
+         output.zeros + block * codec.groups[part], &first, &zero_bytes, nullptr});
     __syncthreads();
     if (threadIdx.x == 0 && first != ~0ull) {
       if (bad_blocks != nullptr) bad_blocks[block] = 1;
@@ -220,7 +222,6 @@ __global__ void __launch_bounds__(kEncodeThreads)
   uint8_t* arena = kArenaShared ? dynamic + round_up(4 * staging_count, 16)
                                 : arenas + static_cast<uint64_t>(blockIdx.x) * layout.bytes;
   const PackMemory memory = pack_memory(shared, arena, layout, staging);
-  for (uint32_t i = threadIdx.x; i < staging_count; i += kEncodeThreads) staging[i] = 0;
 
   for (uint64_t block = blockIdx.x; block < codec.blocks; block += gridDim.x) {
     uint8_t* record = slots + block * capacity;

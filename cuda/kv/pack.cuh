@@ -13,8 +13,12 @@ namespace ph::kv {
 
 constexpr uint32_t kChunkChannels = 4 * kWarpThreads;  // channels that a warp packs at a time
 
-// Staging words of a warp: a chunk of full width, and what the chunk before left of a word.
-PH_HOST_DEVICE uint32_t staging_words(uint32_t pack) { return kChunkChannels * pack / 4 + 2; }
+// Staging words of a warp: a chunk of full width, what the chunk before left of a word, and one past the end; at least
+// what the landing area of quantize_tokens needs, which shares the memory.
+PH_HOST_DEVICE uint32_t staging_words(uint32_t pack) {
+  const uint32_t words = kChunkChannels * pack / 4 + 4, landing = kHeld * kWarpThreads * 4;
+  return words > landing ? words : landing;
+}
 
 // Memory of the thread block, in shared memory unless it is too large for it.
 struct PackMemory {
@@ -250,14 +254,15 @@ __device__ void write_payload_row(const Codec& codec, const uint8_t* codes, cons
   }
 }
 
-// Writes one part at `target` and returns its bytes, a multiple of 16. All threads call it; `staging` is zero before
-// and after, `token_offsets` [64] (16-aligned) says where in `codes` the token of each position starts, `zero_bytes`
+// Writes one part at `target` and returns its bytes, a multiple of 16. All threads call it; `token_offsets` [64] (16-aligned) says where in `codes` the token of each position starts, `zero_bytes`
 // is the bytes of the part's widest zero point.
 template <int kPack>
 __device__ uint32_t pack_part(const Codec& codec, uint32_t part, const uint8_t* codes, const float* scales,
                               const int32_t* zeros, const uint32_t* token_offsets, uint32_t zero_bytes,
                               PackMemory memory, uint8_t* target) {
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  uint32_t* staging = memory.staging + warp * staging_words(kPack);
+  for (uint32_t i = lane; i < staging_words(kPack); i += kWarpThreads) staging[i] = 0;
   if (threadIdx.x < 2) memory.every[threadIdx.x] = 0;
   __syncthreads();
 
@@ -316,7 +321,6 @@ __device__ uint32_t pack_part(const Codec& codec, uint32_t part, const uint8_t* 
     else *reinterpret_cast<int32_t*>(stored) = zero;
   }
 
-  uint32_t* staging = memory.staging + warp * staging_words(kPack);
   for (uint32_t row = warp; row < codec.rows; row += kEncodeWarps) {
     write_header_row(
         codec, header, memory.headers + row * codec.head_dim, layout.header_row_bytes / 4, staging,

@@ -14,6 +14,8 @@ constexpr int kWarpThreads = 32;
 constexpr int kEncodeThreads = 512;
 constexpr int kEncodeWarps = kEncodeThreads / kWarpThreads;
 constexpr uint32_t kEveryLane = 0xffffffffu;
+constexpr int kHeld =
+    4;  // vectors of a token that a lane keeps in registers: 1,024 channels; the rest is read again
 
 // ---- eight consecutive values ----
 
@@ -22,7 +24,7 @@ struct PairVector {
   Pair pairs[4];
 
   __device__ __forceinline__ void load(const uint8_t* source) {
-    *reinterpret_cast<uint4*>(pairs) = __ldg(reinterpret_cast<const uint4*>(source));
+    *reinterpret_cast<uint4*>(pairs) = *reinterpret_cast<const uint4*>(source);
   }
   __device__ __forceinline__ float at(int i) const {
     return i % 2 == 0 ? ToFloat::low(pairs[i / 2]) : ToFloat::high(pairs[i / 2]);
@@ -76,8 +78,8 @@ struct F32 {
   struct Vector {
     float values[8];
     __device__ __forceinline__ void load(const uint8_t* source) {
-      reinterpret_cast<float4*>(values)[0] = __ldg(reinterpret_cast<const float4*>(source));
-      reinterpret_cast<float4*>(values)[1] = __ldg(reinterpret_cast<const float4*>(source) + 1);
+      reinterpret_cast<float4*>(values)[0] = reinterpret_cast<const float4*>(source)[0];
+      reinterpret_cast<float4*>(values)[1] = reinterpret_cast<const float4*>(source)[1];
     }
     __device__ __forceinline__ float at(int i) const { return values[i]; }
     struct Extremes {
@@ -167,6 +169,7 @@ struct PartTarget {
   int32_t* zeros;  // [groups]
   unsigned long long* first_non_finite;
   int* zero_bytes;
+  uint4* landing;  // [threads][kHeld], in shared memory, for values on their way; null for none
 };
 
 template <typename Element>
@@ -174,6 +177,16 @@ __device__ __forceinline__ const uint8_t* value_address(const Codec& codec, cons
                                                         uint32_t head, uint32_t token, uint32_t channel) {
   return x +
          ((head * codec.tokens + block * kBlockTokens + token) * codec.head_dim + channel) * Element::kBytes;
+}
+
+// Floats in the order of their values, as integers; its own inverse.
+__device__ __forceinline__ int ordered_bits(int bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
+
+__device__ __forceinline__ void reduce_warp_extremes(float& minimum, float& maximum) {
+  const int low = __reduce_min_sync(kEveryLane, ordered_bits(__float_as_int(minimum)));
+  const int high = __reduce_max_sync(kEveryLane, ordered_bits(__float_as_int(maximum)));
+  minimum = __int_as_float(ordered_bits(low));
+  maximum = __int_as_float(ordered_bits(high));
 }
 
 __device__ __forceinline__ void reduce_extremes(float& minimum, float& maximum, int team) {
@@ -205,11 +218,20 @@ __device__ bool vector_finite(const typename Element::Vector& vector) {
   return finite;
 }
 
+// Sixteen bytes from device memory to shared memory, past the registers.
+__device__ __forceinline__ void copy_async(uint4* target, const uint8_t* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(target))),
+               "l"(source)
+               : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // packkv, per token: a warp per token, a lane takes eight values at a time.
 template <typename Element>
 __device__ void quantize_tokens(const Codec& codec, uint32_t part, const uint8_t* x, uint64_t block,
                                 PartTarget target) {
-  constexpr int kHeld = 4;  // vectors a lane keeps in registers: 1,024 channels; the rest is read again
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   const uint32_t vectors = codec.channels / 8, per_head = codec.head_dim / 8;
   const uint8_t* start = value_address<Element>(codec, x, block, 0, 0, 0);
@@ -220,31 +242,55 @@ __device__ void quantize_tokens(const Codec& codec, uint32_t part, const uint8_t
   uint32_t offsets[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) offsets[i] = offset_of(lane + kWarpThreads * i);
+  const auto address = [&](uint32_t token, uint32_t offset) {
+    return start + static_cast<uint64_t>(offset + token * per_head) * (8 * Element::kBytes);
+  };
+  // The next token's values are on their way to shared memory while this one's are worked on. A lane copies and reads
+  // only its own, so no barrier is needed.
+  uint4* landing = sizeof(typename Element::Vector) == sizeof(uint4) && target.landing != nullptr
+                       ? target.landing + warp * kHeld * kWarpThreads + lane
+                       : nullptr;
+  const auto land = [&](uint32_t token) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (lane + kWarpThreads * i < vectors)
+        copy_async(landing + kWarpThreads * i, address(token, offsets[i]));
+    }
+    copy_commit();
+  };
+  if (landing != nullptr) land(warp);
   for (uint32_t token = warp; token < kBlockTokens; token += kEncodeWarps) {
-    const auto address = [&](uint32_t offset) {
-      return start + static_cast<uint64_t>(offset + token * per_head) * (8 * Element::kBytes);
-    };
     typename Element::Vector held[kHeld], other;
     typename Element::Vector::Extremes extremes;
     float minimum, maximum;
+    if (landing != nullptr) {
+      copy_wait();
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (lane + kWarpThreads * i < vectors) held[i].load(address(offsets[i]));
+      for (int i = 0; i < kHeld; ++i) {
+        if (lane + kWarpThreads * i < vectors)
+          held[i].load(reinterpret_cast<const uint8_t*>(landing + kWarpThreads * i));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (lane + kWarpThreads * i < vectors) held[i].load(address(token, offsets[i]));
+      }
     }
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       if (lane + kWarpThreads * i < vectors) extremes.add(held[i]);
     }
+    if (landing != nullptr && token + kEncodeWarps < kBlockTokens) land(token + kEncodeWarps);
     for (uint32_t vector = lane + kWarpThreads * kHeld; vector < vectors; vector += kWarpThreads) {
-      other.load(address(offset_of(vector)));
+      other.load(address(token, offset_of(vector)));
       extremes.add(other);
     }
     extremes.finish(minimum, maximum);
-    reduce_extremes(minimum, maximum, kWarpThreads);
+    reduce_warp_extremes(minimum, maximum);
     if (!group_finite(minimum, maximum)) {
       uint32_t head = codec.heads;
       for (uint32_t vector = lane; vector < vectors; vector += kWarpThreads) {
-        other.load(address(offset_of(vector)));
+        other.load(address(token, offset_of(vector)));
         if (!vector_finite<Element>(other)) head = min(head, vector / per_head);
       }
       head = __reduce_min_sync(kEveryLane, head);
@@ -261,7 +307,7 @@ __device__ void quantize_tokens(const Codec& codec, uint32_t part, const uint8_t
       if (lane + kWarpThreads * i < vectors) codes[lane + kWarpThreads * i] = maker.codes(held[i]);
     }
     for (uint32_t vector = lane + kWarpThreads * kHeld; vector < vectors; vector += kWarpThreads) {
-      other.load(address(offset_of(vector)));
+      other.load(address(token, offset_of(vector)));
       codes[vector] = maker.codes(other);
     }
   }
