@@ -137,6 +137,14 @@ __device__ __forceinline__ void stage(uint32_t* staging, uint32_t bit, uint32_t 
   atomicOr(word + 1, __funnelshift_l(bits, 0, bit % 32));
 }
 
+// The same for up to 64 bits.
+__device__ __forceinline__ void stage(uint32_t* staging, uint32_t bit, uint32_t low, uint32_t high) {
+  uint32_t* word = staging + bit / 32;
+  atomicOr(word, low << bit % 32);
+  atomicOr(word + 1, __funnelshift_l(low, high, bit % 32));
+  atomicOr(word + 2, __funnelshift_l(high, 0, bit % 32));
+}
+
 // Copies words of the staging area to `target` and clears them.
 __device__ __forceinline__ void flush(uint32_t* staging, uint32_t words, uint32_t* target) {
   __syncwarp();
@@ -215,26 +223,41 @@ __device__ void write_payload_row(const Codec& codec, const uint8_t* codes, cons
           bit += 4 * width[j];
         }
       } else {
+        // Sixteen positions at a time, or all eight; even positions of a channel and odd ones, so that a byte of both
+        // joined has two neighbouring fields.
+        constexpr int kRun = kPack < 16 ? kPack : 16;
 #pragma unroll
-        for (int run = 0; run < kPack; run += 8) {
-          // Even positions of each channel and odd ones: joined, a byte has two neighbouring fields.
-          const uint32_t even_words[4] = {words[run], words[run + 2], words[run + 4], words[run + 6]};
-          const uint32_t odd_words[4] = {words[run + 1], words[run + 3], words[run + 5], words[run + 7]};
-          uint32_t even[4], odd[4];
-          transpose4(even_words, even);
-          transpose4(odd_words, odd);
+        for (int run = 0; run < kPack; run += kRun) {
+          uint32_t even[kRun / 8][4], odd[kRun / 8][4];
+#pragma unroll
+          for (int i = 0; i < kRun / 8; ++i) {
+            const uint32_t* eight = words + run + 8 * i;
+            const uint32_t even_words[4] = {eight[0], eight[2], eight[4], eight[6]};
+            const uint32_t odd_words[4] = {eight[1], eight[3], eight[5], eight[7]};
+            transpose4(even_words, even[i]);
+            transpose4(odd_words, odd[i]);
+          }
           uint32_t at = bit;
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const uint32_t offset = at + run * width[j];
             if (narrow) {
-              stage(staging, offset, compress4(even[j] | odd[j] << width[j], 2 * width[j]));
+              const auto eight_fields = [&](int i) {
+                return compress4(even[i][j] | odd[i][j] << width[j], 2 * width[j]);
+              };
+              if constexpr (kRun == 8) {
+                stage(staging, offset, eight_fields(0));
+              } else {
+                const uint32_t high = eight_fields(1);  // shifts of 32 are cut off
+                stage(staging, offset, eight_fields(0) | __funnelshift_lc(0, high, 8 * width[j]),
+                      __funnelshift_lc(high, 0, 8 * width[j]));
+              }
             } else {
 #pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                const uint32_t selector = half == 0 ? 0x4140 : 0x4342;
-                const uint32_t pairs = __byte_perm(even[j], 0, selector) | __byte_perm(odd[j], 0, selector)
-                                                                               << width[j];
+              for (int half = 0; half < kRun / 4; ++half) {
+                const uint32_t selector = half % 2 == 0 ? 0x4140 : 0x4342;
+                const uint32_t pairs = __byte_perm(even[half / 2][j], 0, selector) |
+                                       __byte_perm(odd[half / 2][j], 0, selector) << width[j];
                 stage(staging, offset + half * 4 * width[j],
                       (pairs & 0xffffu) | (pairs >> 16) << 2 * width[j]);
               }
@@ -262,7 +285,8 @@ __device__ uint32_t pack_part(const Codec& codec, uint32_t part, const uint8_t* 
                               PackMemory memory, uint8_t* target) {
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   uint32_t* staging = memory.staging + warp * staging_words(kPack);
-  for (uint32_t i = lane; i < staging_words(kPack); i += kWarpThreads) staging[i] = 0;
+  for (uint32_t i = lane; i < staging_words(kPack) / 4; i += kWarpThreads)
+    reinterpret_cast<uint4*>(staging)[i] = uint4{};
   if (threadIdx.x < 2) memory.every[threadIdx.x] = 0;
   __syncthreads();
 

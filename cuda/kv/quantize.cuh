@@ -102,6 +102,20 @@ struct F32 {
   };
 };
 
+// Division of f16 values: 1 / divisor in two floats, good to 2^-46. The quotient of two 11-bit significands is no closer
+// than 2^-36 to a midpoint of float32, so it comes out correctly rounded; nothing over- or underflows.
+struct Reciprocal {
+  float high, low;
+
+  __device__ __forceinline__ explicit Reciprocal(float divisor) {
+    asm("rcp.approx.f32 %0, %1;" : "=f"(high) : "f"(divisor));
+    low = __fmul_rn(__fmaf_rn(-high, divisor, 1.0f), high);
+  }
+  __device__ __forceinline__ float quotient(float x) const { return __fmaf_rn(x, high, __fmul_rn(x, low)); }
+};
+
+constexpr float kRoundingMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to even for |x| < 2^22
+
 // group_affine with the GPU's own conversions for f16, whose rounding is the same.
 template <typename Element>
 __device__ __forceinline__ Affine element_affine(const Codec& codec, uint32_t part, float minimum,
@@ -115,7 +129,8 @@ __device__ __forceinline__ Affine element_affine(const Codec& codec, uint32_t pa
     float scale = fminf(fmaxf(__half2float(stored), 0x1p-24f), F16::kLargest);
     if (limit * scale < range)
       scale = __half2float(__ushort_as_half(__half_as_ushort(__float2half_rn(scale)) + 1));
-    return {scale, rintf(__fdiv_rn(minimum, scale))};
+    const float zero = __fadd_rn(Reciprocal(scale).quotient(minimum), kRoundingMagic) - kRoundingMagic;
+    return {scale, zero};
   } else {
     return group_affine(codec, part, minimum, maximum);
   }
@@ -126,24 +141,20 @@ template <typename Element>
 struct CodeMaker {
   Affine affine;
   int limit;
-  float reciprocal;
+  Reciprocal reciprocal;
   int bias;
 
   __device__ CodeMaker(Affine group, uint32_t code_limit)
       : affine(group),
         limit(static_cast<int>(code_limit)),
-        reciprocal(divide(1.0f, group.scale)),
+        reciprocal(group.scale),
         bias(0x4b400000 + static_cast<int>(group.zero)) {}
 
   __device__ __forceinline__ uint32_t code(float x) const {
     if constexpr (std::is_same_v<Element, F16>) {
-      // The correctly rounded x / scale: with 11-bit operands the quotient is no closer than 2^-36 to a midpoint of
-      // float32, one Newton step leaves 2^-46, and nothing over- or underflows. Then |q| < 2^22 rounds to even by
-      // adding 1.5 * 2^23.
-      const float guess = __fmul_rn(x, reciprocal);
-      const float quotient = __fmaf_rn(__fmaf_rn(-guess, affine.scale, x), reciprocal, guess);
       // No value is below its group's minimum, so no code is below 0.
-      return static_cast<uint32_t>(min(__float_as_int(__fadd_rn(quotient, 12582912.0f)) - bias, limit));
+      return static_cast<uint32_t>(
+          min(__float_as_int(__fadd_rn(reciprocal.quotient(x), kRoundingMagic)) - bias, limit));
     } else {
       return static_cast<uint32_t>(quantize_value(x, affine, static_cast<float>(limit)));
     }
