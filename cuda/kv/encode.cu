@@ -192,6 +192,7 @@ template <typename Element>
 __global__ void __launch_bounds__(kEncodeThreads)
     QuantizeKernel(const __grid_constant__ Codec codec, uint32_t part, const uint8_t* x,
                    QuantizedOutput output, uint8_t* bad_blocks, unsigned long long* first_non_finite) {
+  __shared__ uint4 landing[kEncodeWarps * kHeld * kWarpThreads];
   __shared__ unsigned long long first;
   __shared__ int zero_bytes;  // pack finds it again
   for (uint64_t block = blockIdx.x; block < codec.blocks; block += gridDim.x) {
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kEncodeThreads)
     quantize_part<Element>(
         codec, part, x, block,
         {output.codes + block * kBlockTokens * codec.channels, output.scales + block * codec.groups[part],
-         output.zeros + block * codec.groups[part], &first, &zero_bytes, nullptr});
+         output.zeros + block * codec.groups[part], &first, &zero_bytes, landing});
     __syncthreads();
     if (threadIdx.x == 0 && first != ~0ull) {
       if (bad_blocks != nullptr) bad_blocks[block] = 1;

@@ -52,12 +52,12 @@ __device__ __forceinline__ PackExtremes word_extremes(const uint32_t (&words)[kP
   uint32_t even_low = words[0] & kEven, odd_low = words[0] >> 8 & kEven;
   uint32_t even_high = even_low, odd_high = odd_low;
 #pragma unroll
-  for (int i = 1; i < kPack; ++i) {
-    const uint32_t even = words[i] & kEven, odd = words[i] >> 8 & kEven;
-    even_low = __vminu2(even_low, even);
-    odd_low = __vminu2(odd_low, odd);
-    even_high = __vmaxu2(even_high, even);
-    odd_high = __vmaxu2(odd_high, odd);
+  for (int i = 1; i < kPack; i += 2) {
+    const uint32_t a = words[i], b = words[i + 1 < kPack ? i + 1 : i];
+    even_low = __vimin3_u16x2(even_low, a & kEven, b & kEven);
+    odd_low = __vimin3_u16x2(odd_low, a >> 8 & kEven, b >> 8 & kEven);
+    even_high = __vimax3_u16x2(even_high, a & kEven, b & kEven);
+    odd_high = __vimax3_u16x2(odd_high, a >> 8 & kEven, b >> 8 & kEven);
   }
   return {even_low | odd_low << 8, even_high - even_low | (odd_high - odd_low) << 8};
 }
@@ -79,7 +79,7 @@ __device__ __forceinline__ uint32_t compress4(uint32_t bytes, uint32_t width) {
 }
 
 __device__ __forceinline__ uint32_t warp_exclusive_sum(uint32_t value, uint32_t* total) {
-  const uint32_t lane = threadIdx.x % kWarpThreads;
+  const uint32_t lane = thread_index() % kWarpThreads;
   uint32_t sum = value;
 #pragma unroll
   for (int distance = 1; distance < kWarpThreads; distance *= 2) {
@@ -105,7 +105,7 @@ template <int kPack>
 __device__ uint32_t scan_row(const Codec& codec, const uint8_t* codes, const uint32_t* token_offsets,
                              uint32_t row, uint16_t* headers, uint32_t* every_minimum,
                              uint32_t* every_range) {
-  const uint32_t lane = threadIdx.x % kWarpThreads;
+  const uint32_t lane = thread_index() % kWarpThreads;
   const uint32_t head = row / codec.rows_per_head, first = row % codec.rows_per_head * kPack;
   uint32_t widths = 0;
   for (uint32_t channel = 4 * lane; channel < codec.head_dim; channel += kChunkChannels) {
@@ -195,7 +195,7 @@ template <int kPack>
 __device__ void write_payload_row(const Codec& codec, const uint8_t* codes, const uint32_t* token_offsets,
                                   uint32_t row, const uint16_t* headers, uint32_t* staging,
                                   uint32_t* target) {
-  const uint32_t lane = threadIdx.x % kWarpThreads;
+  const uint32_t lane = thread_index() % kWarpThreads;
   const uint32_t head = row / codec.rows_per_head, first = row % codec.rows_per_head * kPack;
   uint32_t pending = 0;  // bits in the staging area's first word
   for (uint32_t begin = 0; begin < codec.head_dim; begin += kChunkChannels) {
@@ -283,7 +283,7 @@ template <int kPack>
 __device__ uint32_t pack_part(const Codec& codec, uint32_t part, const uint8_t* codes, const float* scales,
                               const int32_t* zeros, const uint32_t* token_offsets, uint32_t zero_bytes,
                               PackMemory memory, uint8_t* target) {
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  const uint32_t thread = thread_index(), warp = thread / kWarpThreads, lane = thread % kWarpThreads;
   uint32_t* staging = memory.staging + warp * staging_words(kPack);
   for (uint32_t i = lane; i < staging_words(kPack) / 4; i += kWarpThreads)
     reinterpret_cast<uint4*>(staging)[i] = uint4{};

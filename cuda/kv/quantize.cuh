@@ -14,6 +14,13 @@ constexpr int kWarpThreads = 32;
 constexpr int kEncodeThreads = 512;
 constexpr int kEncodeWarps = kEncodeThreads / kWarpThreads;
 constexpr uint32_t kEveryLane = 0xffffffffu;
+
+// threadIdx.x, read anew: what follows from it does not stay in registers from one phase of a kernel to the next.
+__device__ __forceinline__ uint32_t thread_index() {
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 constexpr int kHeld =
     4;  // vectors of a token that a lane keeps in registers: 1,024 channels; the rest is read again
 
@@ -136,28 +143,33 @@ __device__ __forceinline__ Affine element_affine(const Codec& codec, uint32_t pa
   }
 }
 
-// Codes of eight values, one byte each.
+// x / scale, rounded to an integer, as the last bits of a float. Of f16 values with a quotient below 2^9, no quotient is
+// closer to a midpoint between integers than 2^-12 (2^-13 about 1/2) without being on it: on the way the product with
+// the plain reciprocal, off by less than 2^-14, is rounded to multiples of 2^-13, which a midpoint is.
+struct NearRounding {
+  static constexpr float kLimit = 511.0f, kSnap = 1536.0f;  // 1.5 * 2^10
+  float reciprocal;
+
+  __device__ __forceinline__ int operator()(float x) const {
+    return __float_as_int(__fadd_rn(__fmaf_rn(x, reciprocal, kSnap), kRoundingMagic - kSnap));
+  }
+};
+struct FarRounding {
+  Reciprocal reciprocal;
+
+  __device__ __forceinline__ int operator()(float x) const {
+    return __float_as_int(__fadd_rn(reciprocal.quotient(x), kRoundingMagic));
+  }
+};
+
+// Codes of values, one byte each.
 template <typename Element>
 struct CodeMaker {
   Affine affine;
-  int limit;
-  Reciprocal reciprocal;
-  int bias;
-
-  __device__ CodeMaker(Affine group, uint32_t code_limit)
-      : affine(group),
-        limit(static_cast<int>(code_limit)),
-        reciprocal(group.scale),
-        bias(0x4b400000 + static_cast<int>(group.zero)) {}
+  uint32_t limit;
 
   __device__ __forceinline__ uint32_t code(float x) const {
-    if constexpr (std::is_same_v<Element, F16>) {
-      // No value is below its group's minimum, so no code is below 0.
-      return static_cast<uint32_t>(
-          min(__float_as_int(__fadd_rn(reciprocal.quotient(x), kRoundingMagic)) - bias, limit));
-    } else {
-      return static_cast<uint32_t>(quantize_value(x, affine, static_cast<float>(limit)));
-    }
+    return static_cast<uint32_t>(quantize_value(x, affine, static_cast<float>(limit)));
   }
 
   template <typename Vector>
@@ -173,6 +185,41 @@ struct CodeMaker {
   }
 };
 
+// Of f16, two at a time: the last 16 bits of the rounded quotients are enough.
+template <typename Rounding>
+struct HalfCodeMaker {
+  Rounding rounding;
+  uint32_t zeros, limits;  // minus the zero point and the largest code, twice
+
+  __device__ __forceinline__ uint32_t pair(float low, float high) const {
+    return __viaddmin_u16x2(__byte_perm(rounding(low), rounding(high), 0x5410), zeros, limits);
+  }
+  template <typename Vector>
+  __device__ __forceinline__ uint2 codes(const Vector& vector) const {
+    const auto word = [&](int i) {
+      return __byte_perm(pair(vector.at(i), vector.at(i + 1)), pair(vector.at(i + 2), vector.at(i + 3)), 0x6420);
+    };
+    return make_uint2(word(0), word(4));
+  }
+  __device__ __forceinline__ uint32_t code(float x) const { return pair(x, x) & 0xff; }
+};
+
+// Calls `use` with what makes codes of a group, whose finite values lie between `minimum` and `maximum`.
+template <typename Element, typename Use>
+__device__ __forceinline__ void with_code_maker(Affine affine, uint32_t limit, float minimum, float maximum,
+                                                Use use) {
+  if constexpr (std::is_same_v<Element, F16>) {
+    const Reciprocal reciprocal(affine.scale);
+    const uint32_t zeros = (0u - static_cast<uint32_t>(static_cast<int>(affine.zero)) & 0xffff) * 0x10001u;
+    const uint32_t limits = limit * 0x10001u;
+    if (fmaxf(-minimum, maximum) * reciprocal.high < NearRounding::kLimit)
+      use(HalfCodeMaker<NearRounding>{{reciprocal.high}, zeros, limits});
+    else use(HalfCodeMaker<FarRounding>{{reciprocal}, zeros, limits});
+  } else {
+    use(CodeMaker<Element>{affine, limit});
+  }
+}
+
 // Where the quantised part goes; `first_non_finite` and `zero_bytes` are shared by the thread block.
 struct PartTarget {
   uint8_t* codes;  // [64, channels]
@@ -180,7 +227,7 @@ struct PartTarget {
   int32_t* zeros;  // [groups]
   unsigned long long* first_non_finite;
   int* zero_bytes;
-  uint4* landing;  // [threads][kHeld], in shared memory, for values on their way; null for none
+  uint4* landing;  // [warps][kHeld][lanes], in shared memory: values on their way
 };
 
 template <typename Element>
@@ -239,16 +286,18 @@ __device__ __forceinline__ void copy_async(uint4* target, const uint8_t* source)
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// packkv, per token: a warp per token, a lane takes eight values at a time.
-template <typename Element>
+// packkv, per token: a warp per token, a lane takes eight values at a time. kFull: every lane has kHeld of them.
+template <typename Element, bool kFull>
 __device__ void quantize_tokens(const Codec& codec, uint32_t part, const uint8_t* x, uint64_t block,
                                 PartTarget target) {
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  const uint32_t thread = thread_index(), warp = thread / kWarpThreads, lane = thread % kWarpThreads;
   const uint32_t vectors = codec.channels / 8, per_head = codec.head_dim / 8;
   const uint8_t* start = value_address<Element>(codec, x, block, 0, 0, 0);
+  const uint32_t reciprocal = 0xffffffffu / per_head + 1;  // exact quotients, as per_head <= 32 and vectors < 2^27
   // In vectors from the block's first value; below 2^32 for any tensor that fits a GPU.
   const auto offset_of = [&](uint32_t vector) {
-    return static_cast<uint32_t>(vector / per_head * codec.tokens) * per_head + vector % per_head;
+    const uint32_t head = __umulhi(vector, reciprocal);
+    return static_cast<uint32_t>(head * codec.tokens) * per_head + vector - head * per_head;
   };
   uint32_t offsets[kHeld];
 #pragma unroll
@@ -256,42 +305,34 @@ __device__ void quantize_tokens(const Codec& codec, uint32_t part, const uint8_t
   const auto address = [&](uint32_t token, uint32_t offset) {
     return start + static_cast<uint64_t>(offset + token * per_head) * (8 * Element::kBytes);
   };
-  // The next token's values are on their way to shared memory while this one's are worked on. A lane copies and reads
-  // only its own, so no barrier is needed.
-  uint4* landing = sizeof(typename Element::Vector) == sizeof(uint4) && target.landing != nullptr
-                       ? target.landing + warp * kHeld * kWarpThreads + lane
-                       : nullptr;
+  const auto has = [&](int i) { return kFull || lane + kWarpThreads * i < vectors; };
+  // Of 16-bit values, the next token's are on their way to shared memory while this one's are worked on. A lane copies
+  // and reads only its own, so no barrier is needed.
+  constexpr bool kLanding = sizeof(typename Element::Vector) == sizeof(uint4);
+  uint4* landing = target.landing + warp * kHeld * kWarpThreads + lane;
   const auto land = [&](uint32_t token) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      if (lane + kWarpThreads * i < vectors)
-        copy_async(landing + kWarpThreads * i, address(token, offsets[i]));
+      if (has(i)) copy_async(landing + kWarpThreads * i, address(token, offsets[i]));
     }
     copy_commit();
   };
-  if (landing != nullptr) land(warp);
+  if constexpr (kLanding) land(warp);
   for (uint32_t token = warp; token < kBlockTokens; token += kEncodeWarps) {
     typename Element::Vector held[kHeld], other;
     typename Element::Vector::Extremes extremes;
     float minimum, maximum;
-    if (landing != nullptr) {
-      copy_wait();
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        if (lane + kWarpThreads * i < vectors)
-          held[i].load(reinterpret_cast<const uint8_t*>(landing + kWarpThreads * i));
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        if (lane + kWarpThreads * i < vectors) held[i].load(address(token, offsets[i]));
-      }
-    }
+    if constexpr (kLanding) copy_wait();
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      if (lane + kWarpThreads * i < vectors) extremes.add(held[i]);
+      if (!has(i)) continue;
+      held[i].load(kLanding ? reinterpret_cast<const uint8_t*>(landing + kWarpThreads * i)
+                            : address(token, offsets[i]));
+      extremes.add(held[i]);
     }
-    if (landing != nullptr && token + kEncodeWarps < kBlockTokens) land(token + kEncodeWarps);
+    if constexpr (kLanding) {
+      if (token + kEncodeWarps < kBlockTokens) land(token + kEncodeWarps);
+    }
     for (uint32_t vector = lane + kWarpThreads * kHeld; vector < vectors; vector += kWarpThreads) {
       other.load(address(token, offset_of(vector)));
       extremes.add(other);
@@ -311,16 +352,17 @@ __device__ void quantize_tokens(const Codec& codec, uint32_t part, const uint8_t
     }
     const Affine affine = close_group<Element>(codec, part, minimum, maximum);
     if (lane == 0) write_group(target, token, affine);
-    const CodeMaker<Element> maker(affine, codec.code_limit[part]);
     uint2* codes = reinterpret_cast<uint2*>(target.codes + token * codec.channels);
+    with_code_maker<Element>(affine, codec.code_limit[part], minimum, maximum, [&](const auto& maker) {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (lane + kWarpThreads * i < vectors) codes[lane + kWarpThreads * i] = maker.codes(held[i]);
-    }
-    for (uint32_t vector = lane + kWarpThreads * kHeld; vector < vectors; vector += kWarpThreads) {
-      other.load(address(token, offset_of(vector)));
-      codes[vector] = maker.codes(other);
-    }
+      for (int i = 0; i < kHeld; ++i) {
+        if (has(i)) codes[lane + kWarpThreads * i] = maker.codes(held[i]);
+      }
+      for (uint32_t vector = lane + kWarpThreads * kHeld; vector < vectors; vector += kWarpThreads) {
+        other.load(address(token, offset_of(vector)));
+        codes[vector] = maker.codes(other);
+      }
+    });
   }
 }
 
@@ -358,9 +400,10 @@ __device__ void quantize_segments(const Codec& codec, uint32_t part, const uint8
       }
     }
     if (active) {
-      const CodeMaker<Element> maker(affine, codec.code_limit[part]);
-      *reinterpret_cast<uint2*>(target.codes + token * codec.channels + head * codec.head_dim + channel) =
-          maker.codes(vector);
+      with_code_maker<Element>(affine, codec.code_limit[part], minimum, maximum, [&](const auto& maker) {
+        *reinterpret_cast<uint2*>(target.codes + token * codec.channels + head * codec.head_dim + channel) =
+            maker.codes(vector);
+      });
     }
   }
 }
@@ -399,11 +442,12 @@ __device__ void quantize_channels(const Codec& codec, uint32_t part, const uint8
       const uint64_t token = block * kBlockTokens + (bad_token == kBlockTokens ? 0 : bad_token);
       atomicMin(target.first_non_finite, non_finite_key(token, head, part));
     }
-    const CodeMaker<Element> maker(affine, codec.code_limit[part]);
+    with_code_maker<Element>(affine, codec.code_limit[part], minimum, maximum, [&](const auto& maker) {
 #pragma unroll 16
-    for (uint32_t token = 0; token < kBlockTokens; ++token) {
-      target.codes[token * codec.channels + index] = static_cast<uint8_t>(maker.code(value(token)));
-    }
+      for (uint32_t token = 0; token < kBlockTokens; ++token) {
+        target.codes[token * codec.channels + index] = static_cast<uint8_t>(maker.code(value(token)));
+      }
+    });
   }
 }
 
@@ -411,7 +455,9 @@ template <typename Element>
 __device__ void quantize_part(const Codec& codec, uint32_t part, const uint8_t* x, uint64_t block,
                               PartTarget target) {
   if (codec.quantizer == PH_KV_PACKKV && codec.grouping == PH_KV_PER_TOKEN) {
-    quantize_tokens<Element>(codec, part, x, block, target);
+    if (codec.channels >= 8 * kHeld * kWarpThreads)
+      quantize_tokens<Element, true>(codec, part, x, block, target);
+    else quantize_tokens<Element, false>(codec, part, x, block, target);
   } else if (codec.quantizer == PH_KV_PACKKV) {
     quantize_segments<Element>(codec, part, x, block, codec.head_dim, target);
   } else if (part == PH_KV_KEYS) {
