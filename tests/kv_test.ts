@@ -134,6 +134,7 @@ test("records of large layers are the reference's", async (device) => {
         pack: 32,
       }),
       codecOf({ heads: 130, headDim: 16, tokens: 64, repack: "greedy" }),
+      codecOf({ heads: 16, headDim: 256, tokens: 64, repack: "median" }),
       codecOf({ heads: 1, headDim: 16, tokens: 64 * 200 + 1, repack: "median", pack: 8 }),
     ]
   ) {

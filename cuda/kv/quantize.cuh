@@ -197,7 +197,8 @@ struct HalfCodeMaker {
   template <typename Vector>
   __device__ __forceinline__ uint2 codes(const Vector& vector) const {
     const auto word = [&](int i) {
-      return __byte_perm(pair(vector.at(i), vector.at(i + 1)), pair(vector.at(i + 2), vector.at(i + 3)), 0x6420);
+      return __byte_perm(pair(vector.at(i), vector.at(i + 1)), pair(vector.at(i + 2), vector.at(i + 3)),
+                         0x6420);
     };
     return make_uint2(word(0), word(4));
   }
@@ -293,7 +294,8 @@ __device__ void quantize_tokens(const Codec& codec, uint32_t part, const uint8_t
   const uint32_t thread = thread_index(), warp = thread / kWarpThreads, lane = thread % kWarpThreads;
   const uint32_t vectors = codec.channels / 8, per_head = codec.head_dim / 8;
   const uint8_t* start = value_address<Element>(codec, x, block, 0, 0, 0);
-  const uint32_t reciprocal = 0xffffffffu / per_head + 1;  // exact quotients, as per_head <= 32 and vectors < 2^27
+  const uint32_t reciprocal =
+      0xffffffffu / per_head + 1;  // exact quotients, as per_head <= 32 and vectors < 2^27
   // In vectors from the block's first value; below 2^32 for any tensor that fits a GPU.
   const auto offset_of = [&](uint32_t vector) {
     const uint32_t head = __umulhi(vector, reciprocal);
