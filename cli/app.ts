@@ -6,6 +6,18 @@ import { type GlobalOptions, relativeScale, tensorPattern, tokenCount } from "./
 
 // What the commands do is loaded when they run, so that help and completions answer at once.
 
+// What pack and sweep, which read a cache, take alike.
+const KEY_PATTERN: ["--key-pattern <name:pattern>", string, { depends: string[] }] = [
+  "--key-pattern <name:pattern>",
+  'Name of the key tensors, "layers.<n>.key" unless given.',
+  { depends: ["value-pattern"] },
+];
+const VALUE_PATTERN: ["--value-pattern <name:pattern>", string, { depends: string[] }] = [
+  "--value-pattern <name:pattern>",
+  'Name of the value tensors, "layers.<n>.value" unless given.',
+  { depends: ["key-pattern"] },
+];
+
 /** The command tree: every command, option and help text. */
 export function createApp() {
   return new Command()
@@ -81,16 +93,8 @@ function createKv() {
     )
     .option("--residual <tokens:tokens>", "Latest tokens to leave unpacked.", { default: 0 })
     .option("--keep-non-finite", "Store blocks with a NaN or an infinity as they are.")
-    .option(
-      "--key-pattern <name:pattern>",
-      'Name of the key tensors, "layers.<n>.key" unless given.',
-      { depends: ["value-pattern"] },
-    )
-    .option(
-      "--value-pattern <name:pattern>",
-      'Name of the value tensors, "layers.<n>.value" unless given.',
-      { depends: ["key-pattern"] },
-    )
+    .option(...KEY_PATTERN)
+    .option(...VALUE_PATTERN)
     .example(
       "Keep errors within 5 % of a token's range",
       "packhorse kv pack cache.safetensors -o cache.phkv --k-rel 0.1 --v-rel 0.1",
@@ -130,16 +134,8 @@ function createKv() {
     })
     .option("--pack <tokens:pack[]>", "Tokens that share a bit width.", { default: [16] })
     .option("--svg <file:file>", "Also write a chart of bits against error.")
-    .option(
-      "--key-pattern <name:pattern>",
-      'Name of the key tensors, "layers.<n>.key" unless given.',
-      { depends: ["value-pattern"] },
-    )
-    .option(
-      "--value-pattern <name:pattern>",
-      'Name of the value tensors, "layers.<n>.value" unless given.',
-      { depends: ["key-pattern"] },
-    )
+    .option(...KEY_PATTERN)
+    .option(...VALUE_PATTERN)
     .example(
       "Compare pack sizes, with a chart",
       "packhorse kv sweep cache.safetensors --pack 8,16,32 --svg sweep.svg",

@@ -1,5 +1,6 @@
 import { parse, View } from "vega";
 import { compile, type TopLevelSpec } from "vega-lite";
+import type { AtomicFile } from "../src/io/mod.ts";
 import type { KvSweepRow } from "../src/kv/mod.ts";
 
 const REPACKS = ["none", "median", "greedy", "auto"];
@@ -14,8 +15,11 @@ interface Point {
   error: number;
 }
 
-/** An SVG chart of bits per value against error, keys and values side by side. */
-export async function sweepChart(rows: readonly KvSweepRow[]): Promise<string> {
+/** Fills a file with an SVG chart of bits per value against error, keys and values side by side. */
+export async function writeSweepChart(
+  file: AtomicFile,
+  rows: readonly KvSweepRow[],
+): Promise<void> {
   const points = [
     ...rows.map((row): Point => ({
       ...point(row),
@@ -33,7 +37,9 @@ export async function sweepChart(rows: readonly KvSweepRow[]): Promise<string> {
     })),
   ];
   const { spec } = compile(chart(means(points)));
-  return await new View(parse(spec), { renderer: "none" }).toSVG();
+  const svg = await new View(parse(spec), { renderer: "none" }).toSVG();
+  await file.write(new TextEncoder().encode(svg), 0);
+  await file.commit();
 }
 
 function point({ repack, pack }: KvSweepRow) {

@@ -51,9 +51,9 @@ export function tokenCount({ label, name, value }: ArgumentValue): number {
 
 /** Reads a tensor name with `<n>` where the layer's number stands. */
 export function tensorPattern({ label, name, value }: ArgumentValue): string {
-  if (!value.includes("<n>")) {
+  if (value.split("<n>").length !== 2) {
     throw new ValidationError(
-      `${label} "${name}" must have <n> where the layer's number stands, but got "${value}".`,
+      `${label} "${name}" must have <n> once, where the layer's number stands, but got "${value}".`,
     );
   }
   return value;

@@ -2,6 +2,7 @@
 import { SingleBar } from "cli-progress";
 import Table from "cli-table3";
 import process from "node:process";
+import { readEnvironment } from "../src/environment.ts";
 
 // The only module that prints. Results go to standard output, all else to standard error.
 
@@ -19,7 +20,7 @@ export function printJson(value: unknown): void {
 export function printError(error: unknown): void {
   const message = error instanceof Error ? error.message : String(error);
   console.error(`packhorse: ${message.trim().replaceAll(/\s*\n\s*/g, " ")}`);
-  if (Deno.env.get("PACKHORSE_DEBUG")) console.error(error);
+  if (readEnvironment("PACKHORSE_DEBUG")) console.error(error);
 }
 
 /** A column's heading, with ">" in front if its cells align to the right. */
@@ -53,15 +54,12 @@ const RULED = {
   "mid-mid": "──",
 };
 
-/** A progress bar, cleared when disposed. */
-export interface Progress extends Disposable {
-  /** Shows that `done` of `total` steps are done. */
-  update(done: number, total: number): void;
-}
-
-/** A progress bar on standard error, or nothing where that is no terminal. */
-export function showProgress(label: string): Progress {
-  if (!Deno.stderr.isTerminal()) return { update() {}, [Symbol.dispose]() {} };
+/** Does `work` under a progress bar on standard error, or without one where that is no terminal. */
+export async function withProgress<Result>(
+  label: string,
+  work: (onProgress: (done: number, total: number) => void) => Promise<Result>,
+): Promise<Result> {
+  if (!Deno.stderr.isTerminal()) return await work(() => {});
   const bar = new SingleBar({
     format: `${label} {bar} {percentage} %  {eta_formatted}`,
     barCompleteChar: "█",
@@ -71,15 +69,15 @@ export function showProgress(label: string): Progress {
     stream: process.stderr,
   });
   bar.start(1, 0);
-  return {
-    update(done, total) {
+  try {
+    return await work((done, total) => {
       bar.setTotal(total);
       bar.update(done);
-    },
-    [Symbol.dispose]() {
-      bar.stop();
-    },
-  };
+    });
+  } finally {
+    // Before anything else is printed: clearing goes back to where the bar is.
+    bar.stop();
+  }
 }
 
 const BYTE_UNITS = ["B", "kB", "MB", "GB", "TB"];

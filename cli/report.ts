@@ -1,6 +1,11 @@
 import type { KvFileReport, KvLayerReport, KvPartMeasurement } from "../src/kv/mod.ts";
 import { formatBits, formatBytes, formatError, formatRatio, print, printTable } from "./output.ts";
 
+/** Times that packing made something smaller; 0 for what was nothing. */
+function ratio(originalBytes: number, packedBytes: number): number {
+  return originalBytes / Math.max(1, packedBytes);
+}
+
 /** A layer as `--json` shows it, without errors. */
 function layerSizes(layer: KvLayerReport) {
   return {
@@ -15,7 +20,7 @@ function layerSizes(layer: KvLayerReport) {
     orderedBlocks: layer.orderedBlocks,
     originalBytes: layer.originalBytes,
     trueBytes: layer.trueBytes,
-    ratio: layer.originalBytes / layer.trueBytes,
+    ratio: ratio(layer.originalBytes, layer.trueBytes),
     kBits: layer.keys.bits,
     vBits: layer.values.bits,
   };
@@ -50,7 +55,7 @@ function fileSizes(report: KvFileReport) {
     headerBytes: report.fileBytes - report.trueBytes,
     originalBytes: report.originalBytes,
     trueBytes: report.trueBytes,
-    ratio: report.originalBytes / report.fileBytes,
+    ratio: ratio(report.originalBytes, report.fileBytes),
     seconds: report.seconds,
   };
 }
@@ -92,7 +97,7 @@ export function printLayers(report: KvFileReport, { errors }: { errors: boolean 
       layer.tokens,
       formatBytes(layer.originalBytes),
       formatBytes(layer.trueBytes),
-      formatRatio(layer.originalBytes / layer.trueBytes),
+      formatRatio(ratio(layer.originalBytes, layer.trueBytes)),
       formatBits(layer.keys.bits),
       formatBits(layer.values.bits),
       ...(errors ? [...errorCells(layer.keys), ...errorCells(layer.values)] : []),
@@ -109,7 +114,7 @@ export function printTotal(report: KvFileReport): void {
   const { originalBytes, fileBytes, trueBytes } = report;
   print(
     `${formatBytes(originalBytes)} in ${formatBytes(fileBytes)}, ${
-      formatRatio(originalBytes / fileBytes)
+      formatRatio(ratio(originalBytes, fileBytes))
     } smaller (${formatBytes(fileBytes - trueBytes)} of it header and checksums)`,
   );
 }

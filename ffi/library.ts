@@ -1,5 +1,5 @@
+import { readEnvironment } from "../src/environment.ts";
 import { PackhorseError } from "../src/error.ts";
-import { readEnvironment } from "./environment.ts";
 import { STRUCTS } from "./structs.ts";
 import { DEVICE_SYMBOLS } from "./symbols/device.ts";
 import { KV_SYMBOLS } from "./symbols/kv.ts";
@@ -66,6 +66,12 @@ export function libraryRemedy(backend: NativeBackend): string {
   return `${build}, or set PACKHORSE_LIB_DIR to the folder that holds libpackhorse_${backend}.so`;
 }
 
+/** Why a library did not load, in the loader's words alone; Deno says twice before them that it did not. */
+export function loadFailure(error: unknown): string {
+  const reason = error instanceof Error ? error.message : String(error);
+  return reason.replace(/^(Could not open library: )+/, "");
+}
+
 function open<Symbols extends Deno.ForeignLibraryInterface>(
   path: string,
   symbols: Symbols,
@@ -74,7 +80,7 @@ function open<Symbols extends Deno.ForeignLibraryInterface>(
   try {
     return Deno.dlopen(path, symbols).symbols;
   } catch (cause) {
-    const reason = cause instanceof Error ? cause.message : String(cause);
+    const reason = loadFailure(cause);
     if (cause instanceof Deno.errors.NotCapable) {
       const message = `Cannot load ${path}: run with --allow-ffi=${path} (${reason})`;
       throw new PackhorseError("library-missing", message, { cause });

@@ -35,10 +35,12 @@ export type ErrorCode =
  * ```
  */
 export class PackhorseError extends Error {
+  /** Always "PackhorseError". */
   override readonly name = "PackhorseError";
   /** What kind of failure this is. */
   readonly code: ErrorCode;
 
+  /** `options.cause` is the error behind this one. */
   constructor(code: ErrorCode, message: string, options?: ErrorOptions) {
     super(message, options);
     this.code = code;

@@ -1,24 +1,28 @@
+import { existsSync } from "node:fs";
 import { assert, assertEquals, assertMatch, assertStringIncludes } from "@std/assert";
+import { SafetensorsWriter } from "../src/io/mod.ts";
 import { TemporaryFolder } from "./temporary_folder.ts";
 
 const ROOT = new URL("../", import.meta.url).pathname;
 const TINY = `${ROOT}tests/fixtures/tiny/kv.safetensors`;
 
-/** Runs the command line as the launcher does, with the permissions it gives. */
-async function packhorse(args: string[], env: Record<string, string> = {}) {
-  const libraries = Deno.env.get("PACKHORSE_LIB_DIR");
+const LIBRARIES = Deno.env.get("PACKHORSE_LIB_DIR");
+/** The permissions that the launcher gives. */
+const PERMISSIONS = ["-P=cli", ...(LIBRARIES === undefined ? [] : [`--allow-ffi=${LIBRARIES}`])];
+
+/** Arguments of Deno that run the command line. */
+function denoArguments(args: string[], permissions: string[] = PERMISSIONS): string[] {
+  const flags = ["--quiet", "--no-prompt", "--cached-only", `--config=${ROOT}deno.json`];
+  return ["run", ...flags, ...permissions, `${ROOT}cli/main.ts`, ...args];
+}
+
+/** Runs the command line as the launcher does. */
+async function packhorse(
+  args: string[],
+  { env = {}, permissions }: { env?: Record<string, string>; permissions?: string[] } = {},
+) {
   const { code, stdout, stderr } = await new Deno.Command(Deno.execPath(), {
-    args: [
-      "run",
-      "--quiet",
-      "--no-prompt",
-      "--cached-only",
-      `--config=${ROOT}deno.json`,
-      "-P=cli",
-      ...(libraries === undefined ? [] : [`--allow-ffi=${libraries}`]),
-      `${ROOT}cli/main.ts`,
-      ...args,
-    ],
+    args: denoArguments(args, permissions),
     env: { NO_COLOR: "1", ...env },
   }).output();
   const decoder = new TextDecoder();
@@ -78,7 +82,8 @@ Deno.test("cli: bad usage exits with 2 and one line that says what is wrong", as
     [[...pack, "--quantizer", "kivi", "--k-rel", "0.1"], 'cannot be used with "--quantizer kivi"'],
     [[...pack, "--quantizer", "kivi", "--k-bits", "5"], 'Expected values: "2", "3", "4", "8"'],
     [[...pack, "--key-pattern", "k<n>"], "--value-pattern"],
-    [[...pack, "--key-pattern", "k", "--value-pattern", "v<n>"], "must have <n>"],
+    [[...pack, "--key-pattern", "k", "--value-pattern", "v<n>"], "must have <n> once"],
+    [[...pack, "--key-pattern", "k<n>", "--value-pattern", "<n>v<n>"], "must have <n> once"],
     [["kv", "sweep", TINY, "--k-rel", "0.1,big"], 'but got "big"'],
     [["doctor", "--backend", "tpu"], 'Expected values: "auto", "cpu", "cuda"'],
   ];
@@ -103,10 +108,37 @@ Deno.test("cli: a missing file exits with 1, names the file and leaves nothing b
 });
 
 Deno.test("cli: PACKHORSE_DEBUG shows where an error arose", async () => {
-  const { code, stderr } = await packhorse(["kv", "inspect", "/missing"], { PACKHORSE_DEBUG: "1" });
+  const env = { PACKHORSE_DEBUG: "1" };
+  const { code, stderr } = await packhorse(["kv", "inspect", "/missing"], { env });
   assertEquals(code, 1);
   assertMatch(stderr, /^packhorse: /);
   assertMatch(stderr, /\n {4}at .*\.ts:\d+/);
+});
+
+Deno.test("cli: an error is one line also without access to the environment", async () => {
+  const permissions = ["--allow-read", `--allow-ffi=${ROOT}build`, "--allow-env=NO_COLOR"];
+  const { code, stderr } = await packhorse(["kv", "inspect", TINY], { permissions });
+  assertEquals(code, 1);
+  assertMatch(stderr, /^packhorse: [^\n]+\n$/);
+});
+
+Deno.test({
+  name: "cli: on a terminal the progress bar is gone before the results come",
+  ignore: !existsSync("/usr/bin/script"),
+  fn: async () => {
+    using folder = new TemporaryFolder();
+    const pack = denoArguments(["kv", "pack", TINY, "-o", folder.file("x.phkv")]);
+    const command = [Deno.execPath(), ...pack].map((word) => `'${word}'`).join(" ");
+    const { code, stdout } = await new Deno.Command("script", {
+      args: ["--quiet", "--return", "--command", command, "/dev/null"],
+      stdin: "null",
+    }).output();
+    const screen = new TextDecoder().decode(stdout);
+    assertEquals(code, 0, screen);
+    assertMatch(screen, /packing .*100 %/);
+    const [results] = screen.split("\x1b[2K").slice(-1); // what follows the last line cleared
+    assertMatch(results!, /^layer /);
+  },
 });
 
 for (const shell of ["bash", "zsh", "fish"]) {
@@ -194,15 +226,40 @@ Deno.test("cli: a damaged file is refused without output, and recovered with --r
   const restored = folder.file("y.safetensors");
   await succeed("kv", "pack", TINY, "-o", packed);
   const bytes = await Deno.readFile(packed);
-  bytes[bytes.length >> 1]! ^= 1;
-  await Deno.writeFile(packed, bytes);
-  assertStringIncludes(await fail(1, "kv", "unpack", packed, "-o", restored), packed);
-  assertEquals(folder.list(), ["x.phkv"]);
+  const flipped = bytes.slice();
+  flipped[flipped.length >> 1]! ^= 1;
+  for (const damaged of [bytes.subarray(0, bytes.length >> 1), flipped]) {
+    await Deno.writeFile(packed, damaged);
+    const message = await fail(1, "kv", "unpack", packed, "-o", restored);
+    assertStringIncludes(message, packed);
+    assertStringIncludes(message, "--recover restores what is intact");
+    assertEquals(folder.list(), ["x.phkv"]);
+  }
   const recover = ["kv", "unpack", packed, "-o", restored, "--recover"];
   const { lost } = JSON.parse(await succeed(...recover, "--json"));
   assertEquals(lost.length, 1);
   assertMatch(await succeed(...recover), /^lost: /);
   assertEquals(folder.list(), ["x.phkv", "y.safetensors"]);
+
+  // Nothing to recover from: no advice to try what was tried.
+  await Deno.writeFile(packed, bytes.subarray(0, 8));
+  const message = await fail(1, ...recover);
+  assertEquals(message.includes("--recover"), false, message);
+});
+
+Deno.test("cli: a cache without tokens has ratios, and charts", async () => {
+  using folder = new TemporaryFolder();
+  const [cache, packed, svg] = ["x.safetensors", "x.phkv", "x.svg"].map((name) =>
+    folder.file(name)
+  ) as [string, string, string];
+  const tensors = ["layers.0.key", "layers.0.value"]
+    .map((name) => ({ name, dtype: "f16", shape: [1, 0, 16] }) as const);
+  using writer = await SafetensorsWriter.create(cache, { tensors });
+  await writer.commit();
+  const { layers } = JSON.parse(await succeed("kv", "pack", cache, "-o", packed, "--json"));
+  assertEquals(layers[0].ratio, 0);
+  assertEquals((await succeed("kv", "inspect", packed)).includes("NaN"), false);
+  assertEquals((await succeed("kv", "sweep", cache, "--svg", svg)).includes("NaN"), false);
 });
 
 Deno.test("cli: kv sweep measures the whole grid and draws a chart", async () => {
@@ -230,6 +287,13 @@ Deno.test("cli: kv sweep measures the whole grid and draws a chart", async () =>
   for (const text of ["bits per value", "root-mean-square error", "Keys", "Values", "median"]) {
     assertStringIncludes(chart, text);
   }
+});
+
+Deno.test("cli: a chart that cannot be written is an error before anything is measured", async () => {
+  using folder = new TemporaryFolder();
+  const svg = folder.file("missing/sweep.svg");
+  const message = await fail(1, "kv", "sweep", folder.file("missing"), "--svg", svg);
+  assertStringIncludes(message, `Cannot write ${svg}: no such folder`);
 });
 
 Deno.test("cli: demo packs a cache and restores it within the bound", async () => {

@@ -294,6 +294,7 @@ Deno.test("device: every backend is reported, with a remedy where it does not wo
       assertEquals([reason, remedy], [undefined, undefined]);
     } else {
       assert(reason && remedy);
+      assert(!reason.startsWith("Could not open library"), reason);
       throwsWith(() => Device.open({ backend }), path === undefined ? "library-missing" : "no-gpu");
     }
   }
@@ -355,6 +356,22 @@ Deno.test("device: without permission the error says what to allow", async () =>
   );
   assert(printed.startsWith("library-missing"), printed);
   assertEquals(printed.split("--allow-ffi=").length, 1 + 2, printed);
+});
+
+Deno.test("device: a process that ran parallel work on the CPU exits with 0", async () => {
+  // OpenMP's threads outlive the work, and Deno closes libraries as it exits: their code must stay. Threads
+  // that wait actively run it all the time, so that a library which was unloaded crashes every time.
+  const printed = await run(
+    ["-A"],
+    `const { Device, packKv } = await import("${new URL("mod.ts", ROOT).href}");
+     Deno.env.set("OMP_WAIT_POLICY", "active");
+     using device = Device.open({ backend: "cpu" });
+     const shape = [8, 4096, 128];
+     const tensor = { dtype: "f16", shape, data: new Uint8Array(2 * 8 * 4096 * 128) };
+     const { offsets } = await packKv(device, { keys: tensor, values: tensor });
+     console.log(offsets.length);`,
+  );
+  assertEquals(printed, "65");
 });
 
 Deno.test("device: what is dropped without being disposed is freed", async () => {

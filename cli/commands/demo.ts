@@ -1,8 +1,10 @@
+import { fileURLToPath } from "node:url";
 import { Device } from "../../src/device/mod.ts";
 import { PackhorseError } from "../../src/error.ts";
-import { SafetensorsReader } from "../../src/io/mod.ts";
+import { AtomicFile, SafetensorsReader } from "../../src/io/mod.ts";
 import { packKvFile, sweepKvFile, unpackKvFile } from "../../src/kv/mod.ts";
-import { sweepChart } from "../chart.ts";
+import { writeSweepChart } from "../chart.ts";
+import { listenForInterrupt } from "../interrupt.ts";
 import { defined, type GlobalOptions } from "../options.ts";
 import { print, printJson } from "../output.ts";
 import { packReport, printLayers, printTotal } from "../report.ts";
@@ -13,13 +15,15 @@ const VALUE_REL = 0.2;
 /** Packs the cache of a small model that ships with Packhorse, restores it and checks the errors. */
 export async function demo(options: GlobalOptions & { output: string }): Promise<void> {
   const { backend, output, json } = options;
-  const input = new URL("../../tests/fixtures/tiny/kv.safetensors", import.meta.url).pathname;
+  const input = fileURLToPath(new URL("../../tests/fixtures/tiny/kv.safetensors", import.meta.url));
   const packed = `${output}/kv.phkv`;
   const restored = `${output}/kv.safetensors`;
   const chart = `${output}/bits_and_error.svg`;
   const say = json ? () => {} : print;
   await Deno.mkdir(output, { recursive: true });
   using device = Device.open(defined({ backend }));
+  using interrupt = listenForInterrupt();
+  const { signal } = interrupt;
 
   say(`1. Pack a model's key/value cache on ${device.info.name}, with the scales at ${KEY_REL}`);
   say(`   (keys) and ${VALUE_REL} (values) of a token's range: errors within half of that.\n`);
@@ -27,6 +31,7 @@ export async function demo(options: GlobalOptions & { output: string }): Promise
     input,
     output: packed,
     codec: { keyRel: KEY_REL, valueRel: VALUE_REL, repack: "greedy" },
+    signal,
   });
   if (!json) {
     printLayers(report, { errors: true });
@@ -34,7 +39,7 @@ export async function demo(options: GlobalOptions & { output: string }): Promise
   }
 
   say("\n2. Unpack it and compare every value with the original.\n");
-  await unpackKvFile(device, { input: packed, output: restored });
+  await unpackKvFile(device, { input: packed, output: restored, signal });
   const errors = await largestErrors(input, restored);
   const within = errors.every(({ ofBound }) => ofBound <= 1);
   for (const { tensor, ofBound } of errors) {
@@ -48,8 +53,10 @@ export async function demo(options: GlobalOptions & { output: string }): Promise
     valueRels: [0.1, 0.2, 0.4],
     repacks: ["none", "median", "greedy"],
     packs: [16],
+    signal,
   });
-  await Deno.writeTextFile(chart, await sweepChart(rows));
+  using file = await AtomicFile.create(chart, { signal });
+  await writeSweepChart(file, rows);
   say(`   ${packed}\n   ${restored}\n   ${chart}`);
   if (json) {
     printJson({ backend: device.backend, pack: packReport(report), errors, within, chart });

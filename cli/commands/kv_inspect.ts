@@ -1,15 +1,17 @@
 import { Device } from "../../src/device/mod.ts";
 import { inspectKvFile, type KvFileReport, type KvPartMeasurement } from "../../src/kv/mod.ts";
 import { defined, type GlobalOptions } from "../options.ts";
-import { formatBar, print, printJson, printTable, showProgress } from "../output.ts";
+import { formatBar, print, printJson, printTable, withProgress } from "../output.ts";
 import { inspectReport, printLayers, printTotal } from "../report.ts";
 
 /** Shows what a `.phkv` file holds. */
 export async function kvInspect(options: GlobalOptions, input: string): Promise<void> {
   const { backend } = options;
   using device = Device.open(defined({ backend }));
-  using progress = showProgress("reading");
-  const report = await inspectKvFile(device, { input, onProgress: progress.update });
+  const report = await withProgress(
+    "reading",
+    (onProgress) => inspectKvFile(device, { input, onProgress }),
+  );
   if (options.json) return printJson(inspectReport(report));
   const { codec, layout, version } = report;
   print(`${input}: version ${version}, layout ${layout}, ${describe(codec)}`);

@@ -8,7 +8,7 @@ import {
   type GlobalOptions,
   type PatternOptions,
 } from "../options.ts";
-import { formatSeconds, print, printJson, showProgress } from "../output.ts";
+import { formatSeconds, print, printJson, withProgress } from "../output.ts";
 import { packReport, printLayers, printTotal } from "../report.ts";
 
 /** Packs the cache in a `.safetensors` file. */
@@ -32,15 +32,16 @@ export async function kvPack(
   });
   using device = Device.open(defined({ backend }));
   using interrupt = listenForInterrupt();
-  using progress = showProgress("packing");
-  const report = await packKvFile(device, {
-    input,
-    output,
-    codec,
-    ...defined({ keyPattern, valuePattern }),
-    onProgress: progress.update,
-    signal: interrupt.signal,
-  });
+  const { signal } = interrupt;
+  const report = await withProgress("packing", (onProgress) =>
+    packKvFile(device, {
+      input,
+      output,
+      codec,
+      ...defined({ keyPattern, valuePattern }),
+      onProgress,
+      signal,
+    }));
   if (options.json) return printJson({ backend: device.backend, ...packReport(report) });
   printLayers(report, { errors: true });
   printTotal(report);

@@ -1,5 +1,7 @@
 import { Device } from "../../src/device/mod.ts";
+import { AtomicFile } from "../../src/io/mod.ts";
 import { type KvSweepRow, sweepKvFile } from "../../src/kv/mod.ts";
+import { listenForInterrupt } from "../interrupt.ts";
 import { type CodecOptions, defined, type GlobalOptions, type PatternOptions } from "../options.ts";
 import {
   formatBits,
@@ -8,7 +10,7 @@ import {
   print,
   printJson,
   printTable,
-  showProgress,
+  withProgress,
 } from "../output.ts";
 
 /** Measures bits and errors over a grid of settings. */
@@ -24,20 +26,22 @@ export async function kvSweep(
 ): Promise<void> {
   const { backend, keyPattern, valuePattern, svg } = options;
   using device = Device.open(defined({ backend }));
-  using progress = showProgress("measuring");
-  const rows = await sweepKvFile(device, {
-    input,
-    keyRels: [...options.kRel],
-    valueRels: [...options.vRel],
-    repacks: [...options.repack],
-    packs: [...options.pack],
-    ...defined({ keyPattern, valuePattern }),
-    onProgress: progress.update,
-  });
-  if (svg !== undefined) {
-    const { sweepChart } = await import("../chart.ts");
-    await Deno.writeTextFile(svg, await sweepChart(rows));
-  }
+  using interrupt = listenForInterrupt();
+  const { signal } = interrupt;
+  // Opened before measuring, which may take long, so that a wrong path fails at once.
+  using chart = svg === undefined ? undefined : await AtomicFile.create(svg, { signal });
+  const rows = await withProgress("measuring", (onProgress) =>
+    sweepKvFile(device, {
+      input,
+      keyRels: options.kRel,
+      valueRels: options.vRel,
+      repacks: options.repack,
+      packs: options.pack,
+      ...defined({ keyPattern, valuePattern }),
+      onProgress,
+      signal,
+    }));
+  if (chart) await (await import("../chart.ts")).writeSweepChart(chart, rows);
   if (options.json) return printJson({ input, backend: device.backend, svg, rows });
   printRows(rows);
   if (svg !== undefined) print(`${svg} written`);

@@ -1,6 +1,6 @@
 import { countDevices } from "../../ffi/device.ts";
-import { readEnvironment } from "../../ffi/environment.ts";
 import type { NativeBackend } from "../../ffi/library.ts";
+import { readEnvironment } from "../environment.ts";
 import { PackhorseError } from "../error.ts";
 
 /** Where native code runs. */
@@ -23,7 +23,7 @@ function hasGpu(): boolean {
   try {
     return countDevices("cuda") > 0;
   } catch (error) {
-    // Auto means the CPU where nobody installed the CUDA library; one that is broken is an error.
+    // Auto means the CPU where the CUDA library does not load; one of another version is an error.
     if (error instanceof PackhorseError && error.code === "library-missing") return false;
     throw error;
   }

@@ -8,7 +8,7 @@ import { adoptBuffer, type DeviceBuffer } from "./device_buffer.ts";
 export interface DeviceOptions {
   /**
    * Where to run: on the `cpu`, on a GPU through `cuda`, or `auto`: on a GPU if the
-   * CUDA library is there and finds one, else on the CPU. Default: the environment
+   * CUDA library loads and finds one, else on the CPU. Default: the environment
    * variable `PACKHORSE_BACKEND`, else `auto`.
    */
   readonly backend?: Backend | "auto" | undefined;

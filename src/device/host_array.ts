@@ -6,10 +6,15 @@ import { PackhorseError } from "../error.ts";
  * floats are their bits; `new Float16Array(array.buffer)` reads those of f16.
  */
 export interface HostArrays {
+  /** The bits of half-precision floats. */
   f16: Uint16Array<ArrayBuffer>;
+  /** The bits of bfloat16, the upper halves of f32. */
   bf16: Uint16Array<ArrayBuffer>;
+  /** Single-precision floats. */
   f32: Float32Array<ArrayBuffer>;
+  /** Signed 32-bit integers. */
   i32: Int32Array<ArrayBuffer>;
+  /** Bytes. */
   u8: Uint8Array<ArrayBuffer>;
 }
 

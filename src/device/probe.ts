@@ -1,9 +1,10 @@
 import { countDevices } from "../../ffi/device.ts";
-import { libraryPath, libraryRemedy, loadLibrary } from "../../ffi/library.ts";
+import { libraryPath, libraryRemedy, loadFailure, loadLibrary } from "../../ffi/library.ts";
 import { type Backend, BACKENDS } from "./backend.ts";
 
 /** Whether a backend works on this machine, and if not, why. */
 export interface BackendReport {
+  /** Which backend this is about. */
   readonly backend: Backend;
   /** Whether a device of it can be opened. */
   readonly available: boolean;
@@ -43,10 +44,9 @@ function probe(backend: Backend): BackendReport {
     return { backend, available: false, path, abiVersion, reason, remedy };
   } catch (error) {
     const cause = error instanceof Error && error.cause instanceof Error ? error.cause : error;
-    const reason = cause instanceof Error ? cause.message : String(cause);
     const remedy = cause instanceof Deno.errors.NotCapable
       ? `Run with --allow-ffi=${libraryPath(backend)}`
       : libraryRemedy(backend);
-    return { backend, available: false, reason, remedy };
+    return { backend, available: false, reason: loadFailure(cause), remedy };
   }
 }

@@ -66,9 +66,13 @@ export interface PhkvLayer {
 
 /** What a header's JSON says. */
 export interface PhkvDescription {
+  /** How the records store blocks. */
   readonly layout: PhkvLayout;
+  /** What decodes the records; opaque here. */
   readonly codec: Readonly<Record<string, unknown>>;
+  /** The layers, in the order of their entries. */
   readonly layers: readonly PhkvLayer[];
+  /** Whatever else the writer wanted to keep. */
   readonly metadata: Readonly<Record<string, string>>;
 }
 

@@ -312,6 +312,6 @@ async function findDamage(
   if (difference < 0) return undefined;
   const message =
     `Cannot read ${file.path}: the copy of its header at the end of the file is damaged ` +
-    `(byte ${dataEnd + difference} of the file); recovering does without it`;
+    `(byte ${dataEnd + difference} of the file)`;
   return new PackhorseError("corrupt", message);
 }

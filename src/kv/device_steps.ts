@@ -15,6 +15,7 @@ import { checkLayout, type KvDType, type KvLayout, type KvPair } from "./tensor.
 
 /** A codec for layers of one type and shape on a device, and the memory that its work takes. */
 export interface KvPlan extends KvLayout {
+  /** The options with every default filled in. */
   readonly codec: KvCodec;
   /** Whole blocks of 64 tokens; the tokens after them are neither read nor written. */
   readonly blocks: number;

@@ -8,9 +8,13 @@ import { VERSION } from "../io/phkv_format.ts";
 export interface KvLayerReport extends KvMeasurement {
   /** "layers.0" */
   readonly layer: string;
+  /** Type of keys and values; both are `[heads, tokens, headDim]`. */
   readonly dtype: KvDType;
+  /** Key/value heads. */
   readonly heads: number;
+  /** Tokens, the tail included. */
   readonly tokens: number;
+  /** Channels of a head. */
   readonly headDim: number;
   /** Blocks of 64 tokens. */
   readonly blocks: number;
@@ -24,6 +28,7 @@ export interface KvFileReport {
   readonly input: string;
   /** The file written, if any. */
   readonly output?: string;
+  /** How the cache was packed. */
   readonly codec: KvCodec;
   /** How the file stores blocks. */
   readonly layout: PhkvLayout;
@@ -35,8 +40,9 @@ export interface KvFileReport {
   readonly originalBytes: number;
   /** Bytes of all records and tails; the rest of the file is headers. */
   readonly trueBytes: number;
-  /** How long it took. */
+  /** How long reading, packing, measuring and writing took together. */
   readonly seconds: number;
+  /** Each layer, in the file's order. */
   readonly layers: readonly KvLayerReport[];
 }
 

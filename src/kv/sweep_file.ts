@@ -21,15 +21,21 @@ export interface SweepKvFileOptions extends KvCacheFileOptions {
   readonly keyRels: readonly number[];
   /** Scales of the values, 1/254 to 1. */
   readonly valueRels: readonly number[];
+  /** Orders of the tokens, as {@linkcode KvCodecOptions.repack}. */
   readonly repacks: readonly KvRepack[];
+  /** Tokens that share a bit width, as {@linkcode KvCodecOptions.pack}. */
   readonly packs: readonly KvPack[];
 }
 
 /** A setting, and what it does to all layers of a cache together. */
 export interface KvSweepRow {
+  /** Scale of the keys as a share of a token's range. */
   readonly keyRel: number;
+  /** Scale of the values likewise. */
   readonly valueRel: number;
+  /** How tokens were reordered. */
   readonly repack: KvRepack;
+  /** Tokens that share a bit width. */
   readonly pack: KvPack;
   /** Bits per key by the formula of {@linkcode KvPartMeasurement.bits}. */
   readonly keyBits: number;
@@ -39,7 +45,9 @@ export interface KvSweepRow {
   readonly trueBitsPerValue: number;
   /** Original bytes by those of records and tails. */
   readonly ratio: number;
+  /** Root-mean-square error of the keys in packed blocks, before rounding to the cache's type. */
   readonly keyRmsError: number;
+  /** That of the values. */
   readonly valueRmsError: number;
 }
 

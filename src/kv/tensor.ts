@@ -13,12 +13,15 @@ export type KvPart = "keys" | "values";
 
 /** Something for the keys, and the same for the values. */
 export interface KvPair<T> {
+  /** What belongs to the keys. */
   readonly keys: T;
+  /** What belongs to the values. */
   readonly values: T;
 }
 
 /** Type and shape of a layer's keys, and of its values. */
 export interface KvLayout {
+  /** Type of the elements. */
   readonly dtype: KvDType;
   /** 1 to 4096 heads, any number of tokens, channels of a head a multiple of 16 up to 256. */
   readonly shape: KvShape;
