@@ -6,9 +6,13 @@
 
 namespace ph {
 
-inline ph_device& checked(ph_device* device) {
+inline ph_device& present(ph_device* device) {
   if (device == nullptr) throw Error(PH_ERROR_INVALID_ARGUMENT, "The device is null");
-  enter(*device);
+  return *device;
+}
+
+inline ph_device& checked(ph_device* device) {
+  enter(present(device));
   return *device;
 }
 

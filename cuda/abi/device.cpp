@@ -16,7 +16,7 @@ ph_device* ph_device_open(uint32_t ordinal, int32_t* status, char* error, uint32
 }
 
 int32_t ph_device_close(ph_device* device, char* error, uint32_t error_bytes) {
-  return guard(error, error_bytes, [&] { ph::close_device(&checked(device)); });
+  return guard(error, error_bytes, [&] { ph::close_device(&ph::present(device)); });
 }
 
 int32_t ph_device_get_info(ph_device* device, ph_device_info* info, char* error, uint32_t error_bytes) {

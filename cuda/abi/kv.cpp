@@ -53,7 +53,8 @@ uint8_t* checked_capacity(const Codec& codec, const ph_buffer* records) {
 }
 
 uint8_t* checked_workspace(const Codec& codec, const ph_buffer* workspace) {
-  return checked_range(workspace, 0, workspace_bytes(codec), "the workspace");
+  const uint64_t bytes = workspace_bytes(codec);
+  return bytes == 0 ? nullptr : checked_range(workspace, 0, bytes, "the workspace");
 }
 
 // A size of a codec, or UINT64_MAX for an invalid one.

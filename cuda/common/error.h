@@ -5,7 +5,6 @@
 #include <cstdio>
 #include <exception>
 #include <new>
-#include <stdexcept>
 
 #include "packhorse.h"
 

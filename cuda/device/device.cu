@@ -1,9 +1,25 @@
 // A CUDA GPU as a device: one stream, memory from the stream-ordered pool.
-#include <cstring>
+#include <memory>
 
 #include "device/device_cuda.h"
 
 namespace ph {
+
+namespace {
+
+// Frees what was created of a device, also after an error that no later call gets past.
+struct CloseDevice {
+  void operator()(ph_device* device) const {
+    if (device->timer_begin != nullptr) cudaEventDestroy(device->timer_begin);
+    if (device->timer_end != nullptr) cudaEventDestroy(device->timer_end);
+    if (device->stream != nullptr) cudaStreamDestroy(device->stream);
+    cudaGetLastError();
+    delete device;
+  }
+};
+using OwnedDevice = std::unique_ptr<ph_device, CloseDevice>;
+
+}  // namespace
 
 uint32_t device_count() {
   int count = 0;
@@ -26,24 +42,22 @@ ph_device* open_device(uint32_t ordinal) {
     throw Error(PH_ERROR_INVALID_ARGUMENT, "Cannot open GPU %u: there are %d, numbered from 0", ordinal,
                 count);
   }
-  ph_device device{};
-  device.ordinal = static_cast<int>(ordinal);
-  PH_CUDA_TRY(cudaSetDevice(device.ordinal));
-  PH_CUDA_TRY(cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, device.ordinal));
-  PH_CUDA_TRY(
-      cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.ordinal));
-  PH_CUDA_TRY(cudaStreamCreateWithFlags(&device.stream, cudaStreamNonBlocking));
-  PH_CUDA_TRY(cudaEventCreate(&device.timer_begin));
-  PH_CUDA_TRY(cudaEventCreate(&device.timer_end));
-  return new ph_device(device);
+  const int index = static_cast<int>(ordinal);
+  OwnedDevice device(new ph_device{});
+  device->ordinal = index;
+  enter(*device);
+  PH_CUDA_TRY(cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, index));
+  PH_CUDA_TRY(cudaDeviceGetAttribute(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  PH_CUDA_TRY(cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking));
+  PH_CUDA_TRY(cudaEventCreate(&device->timer_begin));
+  PH_CUDA_TRY(cudaEventCreate(&device->timer_end));
+  return device.release();
 }
 
 void close_device(ph_device* device) {
-  PH_CUDA_TRY(cudaStreamSynchronize(device->stream));
-  PH_CUDA_TRY(cudaEventDestroy(device->timer_begin));
-  PH_CUDA_TRY(cudaEventDestroy(device->timer_end));
-  PH_CUDA_TRY(cudaStreamDestroy(device->stream));
-  delete device;
+  const OwnedDevice owned(device);
+  enter(*device);
+  synchronize(*device);
 }
 
 void device_info(ph_device& device, ph_device_info& info) {
@@ -71,7 +85,8 @@ void synchronize(ph_device& device) { PH_CUDA_TRY(cudaStreamSynchronize(device.s
 
 uint8_t* allocate(ph_device& device, uint64_t bytes) {
   void* data = nullptr;
-  if (cudaMallocAsync(&data, bytes, device.stream) == cudaErrorMemoryAllocation) {
+  const cudaError_t result = cudaMallocAsync(&data, bytes, device.stream);
+  if (result == cudaErrorMemoryAllocation) {
     cudaGetLastError();
     size_t free_bytes = 0, total_bytes = 0;
     PH_CUDA_TRY(cudaMemGetInfo(&free_bytes, &total_bytes));
@@ -79,7 +94,7 @@ uint8_t* allocate(ph_device& device, uint64_t bytes) {
                 static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(free_bytes),
                 static_cast<unsigned long long>(total_bytes));
   }
-  PH_CUDA_TRY(cudaGetLastError());
+  cuda_check(result, "cudaMallocAsync", __FILE__, __LINE__);
   return static_cast<uint8_t*>(data);
 }
 

@@ -13,10 +13,11 @@ namespace ph {
 
 uint32_t device_count();
 ph_device* open_device(uint32_t ordinal);
+// Frees the device even if it cannot be entered any more, or waiting for its work fails; throws then.
 void close_device(ph_device* device);
 void device_info(ph_device& device, ph_device_info& info);
 
-// Makes the device current for the calling thread; every exported function starts with it.
+// Makes the device current for the calling thread; every exported function but the one that closes starts with it.
 void enter(ph_device& device);
 void synchronize(ph_device& device);
 

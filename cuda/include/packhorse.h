@@ -210,7 +210,7 @@ typedef struct ph_kv_statistics {
   uint32_t code_mask[16]; /* [part][8]: bit c set if code c occurs */
   uint64_t raw_blocks;
   uint64_t ordered_blocks;
-  double max_error[2]; /* max |x' - x| over packed blocks; the rest 0 without originals */
+  double max_error[2]; /* max |x' - x| over packed blocks; this and what follows: 0 without originals */
   double max_error_over_scale[2];
   double squared_error[2]; /* sum of (x' - x)^2 */
   uint64_t compared[2];    /* values compared */
@@ -218,26 +218,30 @@ typedef struct ph_kv_statistics {
 
 /* Sizes in bytes for a codec; UINT64_MAX if the codec is invalid. */
 PH_API uint64_t ph_kv_records_capacity(const ph_kv_codec* codec); /* most bytes the records can take */
-PH_API uint64_t ph_kv_workspace_bytes(const ph_kv_codec* codec);  /* scratch for encode, repack and pack */
+/* Scratch for encode, pack and measure; their `workspace` may be NULL where this is 0. */
+PH_API uint64_t ph_kv_workspace_bytes(const ph_kv_codec* codec);
 PH_API uint64_t ph_kv_groups(const ph_kv_codec* codec, uint32_t part); /* scale groups per block (a count) */
 
 /* Step 1. x [heads, tokens, head_dim] of dtype -> codes u8 [blocks, 64, heads, head_dim],
  * scales f32 [blocks, groups], zeros i32 [blocks, groups]. `part` picks keys or values.
- * `status` is a device buffer of 16 bytes that encode and quantize set: u64 first non-finite group as
- * (token << 24 | head << 8 | part), of its first non-finite
- * value where it has one, UINT64_MAX if there is none; u64 bytes of all records (encode, pack).
+ * `status` is a device buffer of 16 bytes that every function taking one sets: u64 the first non-finite group as
+ * (token << 24 | head << 8 | part), where token and head are those of its first non-finite value if it has one, or
+ * UINT64_MAX (unpack, decode, measure: see ph_kv_unpack); u64 bytes of all records (encode, pack; else 0).
  * The codes of a block with a non-finite group are undefined. */
 PH_API int32_t ph_kv_quantize(ph_device* device, const ph_kv_codec* codec, uint32_t part, const ph_buffer* x,
                               uint64_t x_offset, ph_buffer* codes, ph_buffer* scales, ph_buffer* zeros,
                               ph_buffer* status, char* error, uint32_t error_bytes);
 
-/* Step 2. Codes of keys and values -> order u8 [blocks, 64]. */
+/* Step 2. Codes of keys and values -> order u8 [blocks, 64]. greedy and auto on CUDA, here and in ph_kv_encode:
+ * PH_ERROR_UNSUPPORTED where 10 bytes a channel exceed a thread block's shared memory (about 23,000 channels on an
+ * H200, 9,900 on sm_86). */
 PH_API int32_t ph_kv_repack(ph_device* device, const ph_kv_codec* codec, const ph_buffer* key_codes,
                             const ph_buffer* value_codes, ph_buffer* order, char* error,
                             uint32_t error_bytes);
 
 /* Step 3. Codes, scales, zeros and order -> records, one after another, and offsets u64 [blocks + 1]. The
- * scales must be values of dtype. Blocks with a non-finite scale are an error of the caller. */
+ * scales must be values of dtype. Blocks with a non-finite scale are an error of the caller. Each block's order must
+ * be a permutation of 0..63; else its record may be malformed. Nothing outside the buffers is touched. */
 PH_API int32_t ph_kv_pack(ph_device* device, const ph_kv_codec* codec, const ph_buffer* key_codes,
                           const ph_buffer* key_scales, const ph_buffer* key_zeros,
                           const ph_buffer* value_codes, const ph_buffer* value_scales,
@@ -252,8 +256,9 @@ PH_API int32_t ph_kv_encode(ph_device* device, const ph_kv_codec* codec, const p
                             char* error, uint32_t error_bytes);
 
 /* Inverse of step 3, in the original order of tokens. Raw blocks have none: codes and zeros 0, scales NaN. The
- * records are untrusted: the lowest block whose record is not well formed goes to `status` (its first u64,
- * else UINT64_MAX), such blocks are skipped, and nothing outside the given buffers is touched. */
+ * records are untrusted: the lowest block whose record is not well formed goes to `status` (its first u64, else
+ * UINT64_MAX); what such a block's outputs, and the statistics, then hold is undefined. Nothing outside the given
+ * buffers is touched. Where minimum + field exceeds 255 the codes are unspecified. */
 PH_API int32_t ph_kv_unpack(ph_device* device, const ph_kv_codec* codec, const ph_buffer* records,
                             uint64_t records_bytes, const ph_buffer* offsets, ph_buffer* key_codes,
                             ph_buffer* key_scales, ph_buffer* key_zeros, ph_buffer* value_codes,

@@ -178,12 +178,12 @@ uint64_t row_offset(const Codec& codec, uint64_t block, uint32_t head, uint32_t 
 struct Extremes {
   Floats minimum = splat(__builtin_inff());
   Floats maximum = splat(-__builtin_inff());
-  Floats poison = {};  // stays 0 while everything is finite: x * 0 is NaN for a NaN or an infinity
+  Floats non_finite = {};  // stays 0 while everything is finite: x * 0 is NaN for a NaN or an infinity
 
   void add(Floats x) {
     minimum = x < minimum ? x : minimum;
     maximum = x > maximum ? x : maximum;
-    poison += x * 0.0f;
+    non_finite += x * 0.0f;
   }
 };
 
@@ -197,7 +197,7 @@ struct Quantizer {
   uint8_t* const codes;
   float* const scales;
   int32_t* const zeros;
-  uint64_t first_non_finite = kAllFinite;
+  uint64_t first_non_finite = kNothing;
 
   const uint8_t* row(uint32_t head, uint32_t token) const {
     return x + row_offset(codec, block, head, token);
@@ -231,20 +231,20 @@ struct Quantizer {
   }
 
   void report(uint32_t head, uint32_t token) {
-    const uint64_t key = non_finite_key(block * kBlockTokens + token, head, part);
-    if (key < first_non_finite) first_non_finite = key;
+    const uint64_t place = non_finite_place(block * kBlockTokens + token, head, part);
+    if (place < first_non_finite) first_non_finite = place;
   }
 
   // Scale and zero point of a group of whole vectors; where it is not finite, reports the group at `head` and
   // `token` and returns a harmless scale.
   Affine close_group(uint32_t group, const Extremes& extremes, uint32_t head, uint32_t token) {
-    float minimum = extremes.minimum[0], maximum = extremes.maximum[0], poison = extremes.poison[0];
+    float minimum = extremes.minimum[0], maximum = extremes.maximum[0], non_finite = extremes.non_finite[0];
     for (uint32_t lane = 1; lane < kLanes; ++lane) {
       minimum = extremes.minimum[lane] < minimum ? extremes.minimum[lane] : minimum;
       maximum = extremes.maximum[lane] > maximum ? extremes.maximum[lane] : maximum;
-      poison += extremes.poison[lane];
+      non_finite += extremes.non_finite[lane];
     }
-    const bool usable = poison == 0.0f && group_finite(minimum, maximum);
+    const bool usable = non_finite == 0.0f && group_finite(minimum, maximum);
     if (!usable) report(head, token);
     const Affine affine = usable ? group_affine(codec, part, minimum, maximum) : Affine{1.0f, 0.0f};
     scales[group] = affine.scale;
@@ -267,9 +267,9 @@ struct Quantizer {
 
   // The lowest head of a token with a non-finite value; 0 where there is none.
   uint32_t first_bad_head(const Extremes& extremes, uint32_t token) const {
-    bool poisoned = false;
-    for (uint32_t lane = 0; lane < kLanes; ++lane) poisoned |= !(extremes.poison[lane] == 0.0f);
-    if (!poisoned) return 0;
+    bool any = false;
+    for (uint32_t lane = 0; lane < kLanes; ++lane) any |= !(extremes.non_finite[lane] == 0.0f);
+    if (!any) return 0;
     for (uint32_t head = 0; head < codec.heads; ++head) {
       for (uint32_t channel = 0; channel < codec.head_dim; ++channel) {
         if (!finite(row(head, token), channel)) return head;
@@ -306,7 +306,7 @@ struct Quantizer {
           Extremes one;
           one.minimum = splat(extremes.minimum[lane]);
           one.maximum = splat(extremes.maximum[lane]);
-          one.poison = splat(extremes.poison[lane]);
+          one.non_finite = splat(extremes.non_finite[lane]);
           const Affine affine = close_group(group_index(codec, part, head, 0, channel + lane), one, head,
                                             first_bad_token(one, head, channel + lane));
           scale[lane] = affine.scale;
@@ -321,7 +321,7 @@ struct Quantizer {
   }
 
   uint32_t first_bad_token(const Extremes& one, uint32_t head, uint32_t channel) const {
-    if (one.poison[0] == 0.0f) return 0;
+    if (one.non_finite[0] == 0.0f) return 0;
     for (uint32_t token = 0; token < kBlockTokens; ++token) {
       if (!finite(row(head, token), channel)) return token;
     }
@@ -439,7 +439,7 @@ uint64_t dot(const uint8_t* a, const uint8_t* b, uint32_t n) {
 }
 
 // Sum over channels of bit_width(max - min) once `candidate` joins a pack with these extremes, for n codes
-// below 2^kLevels, n a multiple of 64. The width of a range is the number of powers of two that it reaches.
+// below 2^kLevels, n a multiple of kVectorBytes. The width of a range is the number of powers of two that it reaches.
 template <int kLevels>
 uint32_t pack_cost(const uint8_t* minimum, const uint8_t* maximum, const uint8_t* candidate, uint32_t n) {
   uint32_t total = 0;
@@ -725,11 +725,10 @@ uint32_t write_payload_row(const Codec& codec, const HeadCodes& codes, uint32_t 
   return bytes;
 }
 
-uint32_t write_zero_points(const int32_t* zeros, uint32_t count, uint32_t bytes, uint8_t* target) {
+void write_zero_points(const int32_t* zeros, uint32_t count, uint32_t bytes, uint8_t* target) {
   for (uint32_t i = 0; i < count; ++i) memcpy(target + i * bytes, zeros + i, bytes);  // little-endian
   const uint32_t written = count * bytes;
   pad(target + written, target + round_up(written, 4));
-  return written;
 }
 
 uint32_t pack_part(const Codec& codec, uint32_t part, const uint8_t* codes, const float* scales,
@@ -859,6 +858,7 @@ bool unpack(const Codec& codec, uint32_t part, const RecordView& view, uint8_t* 
   HeadCodes head_codes;
   for (uint32_t head = 0; head < codec.heads; ++head) {
     uint32_t position = read_u32(base + layout.heads + 4 * head);
+    if (position % 4 != 0) return false;
     for (uint32_t index = 0; index < codec.rows_per_head; ++index) {
       const uint32_t row = head * codec.rows_per_head + index;
       const BitReader headers(base + layout.pack_headers + row * layout.header_row_bytes, record_end);

@@ -2,17 +2,15 @@
 // every compilation fills a table like this one; the results are the same to the bit.
 #pragma once
 
-#include "kv/record.h"
+#include "kv/operations.h"
 
 namespace ph::kv {
-
-constexpr uint64_t kAllFinite = ~0ull;
 
 struct BlockKernels {
   const char* instruction_set;
 
   // Quantises a part of block `block` of the tensor `x` into codes [64, channels], scales and zeros [groups].
-  // Returns kAllFinite or the non_finite_key of its first non-finite group.
+  // Returns kNothing or the non_finite_place of its first non-finite group.
   uint64_t (*quantize)(const Codec& codec, uint32_t part, const void* x, uint64_t block, uint8_t* codes,
                        float* scales, int32_t* zeros);
 

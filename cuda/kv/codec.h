@@ -135,9 +135,9 @@ PH_HOST_DEVICE uint32_t zero_point_bytes(int32_t zero) {
   return 4;
 }
 
-// First non-finite group, as an ordered key: token, then head, then part. The head of a group over all heads
-// is the lowest one that holds a non-finite value.
-PH_HOST_DEVICE uint64_t non_finite_key(uint64_t token, uint32_t head, uint32_t part) {
+// Where a non-finite group is, ordered by token, then head, then part. The head of a group over all heads is the
+// lowest one that holds a non-finite value.
+PH_HOST_DEVICE uint64_t non_finite_place(uint64_t token, uint32_t head, uint32_t part) {
   return token << 24 | static_cast<uint64_t>(head) << 8 | part;
 }
 

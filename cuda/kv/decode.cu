@@ -1,13 +1,11 @@
 // Unpack, dequantise, the fused decode and measure on the GPU.
 //
-// One thread block of four warps per (block, part, head): head_dim * 64 values. A warp takes a row (64 / P positions'
-// packs), a lane four neighbouring channels: it unpacks four positions of each at a time in registers, transposes
-// them, and writes four neighbouring values per position, so a warp writes whole rows of up to 128 channels. Per
-// value about 0.35 bytes are read and 2 written (16-bit types). Every access to a record is checked against its
-// length first. Deterministic.
-#include "device/device_cuda.h"
+// One thread block of four warps per (block, part, head): head_dim * 64 values. A warp takes a row (the packs of P
+// positions, 64 / P rows a head), a lane four neighbouring channels: it unpacks eight positions of each at a time (four
+// where P is 4) in registers, transposes them, and writes four neighbouring values per position, so a warp writes whole
+// rows of up to 128 channels. Per value about 0.35 bytes are read and 2 written (16-bit types). Every access to a
+// record is checked against its length first. Deterministic.
 #include "kv/launch.cuh"
-#include "kv/operations.h"
 #include "kv/pack.cuh"
 #include "kv/statistics.h"
 
@@ -49,7 +47,7 @@ struct DecodeShared {
   uint8_t order[kBlockTokens];
 };
 
-// Pack headers of a head: minimum | width << 8, [rows_per_head][head_dim].
+// Pack headers of a head: minimum | width << 8, [rows_per_head][head_dim]. Read four at a time: to be 8-aligned.
 template <int kPack>
 using HeadHeaders = uint16_t[kBlockTokens / kPack * 256];
 
@@ -88,7 +86,7 @@ __device__ __forceinline__ Expansion expansion_of(uint32_t width) {
 // Four bytes from four fields: halves apart, then bytes apart, then what does not belong is cut off.
 __device__ __forceinline__ uint32_t expand4(uint32_t bits, Expansion expansion) {
   const uint32_t pairs = __byte_perm(bits, bits << expansion.pair_shift, 0x7610);
-  const uint32_t bytes = (pairs & 0x00ff00ffu) | (pairs << expansion.byte_shift & 0xff00ff00u);
+  const uint32_t bytes = (pairs & kEven) | (pairs << expansion.byte_shift & ~kEven);
   return bytes & expansion.mask;
 }
 
@@ -275,7 +273,6 @@ struct Restorer {
   }
 
   // Returns the offset of the first of the four values, in values from the head's first.
-  template <typename Element>
   __device__ __forceinline__ uint32_t restore(uint32_t position, uint32_t channel, uint32_t four,
                                               float (&x)[4], float (&scale)[4]) const {
     const float4 place = affines.positions[position];
@@ -330,7 +327,7 @@ struct ValueSink {
   __device__ __forceinline__ void open(uint32_t channel) { restorer.open(channel); }
   __device__ __forceinline__ void operator()(uint32_t position, uint32_t channel, uint32_t four) {
     float x[4], scale[4];
-    const uint32_t offset = restorer.restore<Element>(position, channel, four, x, scale);
+    const uint32_t offset = restorer.restore(position, channel, four, x, scale);
     store4<Element>(head + offset * Element::kBytes, x);
   }
 };
@@ -355,7 +352,7 @@ struct MeasureSink {
     }
     if (head == nullptr) return;
     float x[4], scale[4];
-    const uint32_t offset = restorer.restore<Element>(position, channel, four, x, scale);
+    const uint32_t offset = restorer.restore(position, channel, four, x, scale);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float original = value_at<Element>(head + (offset + j) * Element::kBytes);
@@ -396,7 +393,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 8)
     DecodeKernel(const __grid_constant__ Codec codec, Records records, Outputs outputs,
                  unsigned long long* first) {
   __shared__ DecodeShared shared;
-  __shared__ HeadHeaders<kPack> headers;
+  __shared__ __align__(8) HeadHeaders<kPack> headers;
   __shared__ HeadAffines affines;
   const Place place = place_of(codec, blockIdx.x);
   uint8_t* target = outputs.x[place.part] + head_offset(codec, place);
@@ -425,7 +422,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
     UnpackKernel(const __grid_constant__ Codec codec, Records records, UnpackOutputs outputs,
                  unsigned long long* first) {
   __shared__ DecodeShared shared;
-  __shared__ HeadHeaders<kPack> headers;
+  __shared__ __align__(8) HeadHeaders<kPack> headers;
   const Place place = place_of(codec, blockIdx.x);
   open_head<kPack>(codec, records, place, shared, headers);
   if (!shared.view.formed) return report_malformed(place.block, first);
@@ -485,17 +482,13 @@ __device__ __forceinline__ double warp_sum(double value) {
   return value;
 }
 
-struct Inputs {
-  const uint8_t* x[kParts];
-};
-
 // Statistics of each (block, part, head), summed by SumKernel in a fixed order.
 template <typename Element, int kPack>
 __global__ void __launch_bounds__(kDecodeThreads)
-    MeasureKernel(const __grid_constant__ Codec codec, Records records, Inputs originals,
+    MeasureKernel(const __grid_constant__ Codec codec, Records records, Tensors originals,
                   ph_kv_statistics* partial, unsigned long long* first) {
   __shared__ DecodeShared shared;
-  __shared__ HeadHeaders<kPack> headers;
+  __shared__ __align__(8) HeadHeaders<kPack> headers;
   __shared__ HeadAffines affines;
   __shared__ uint32_t widths[kMaximumWidth + 1];
   __shared__ uint32_t mask[8];
@@ -569,35 +562,18 @@ __global__ void __launch_bounds__(kSumThreads)
   }
 }
 
-void clear_status(ph_device& device, Status* status) {
-  PH_CUDA_TRY(cudaMemsetAsync(&status->first, 0xff, sizeof status->first, device.stream));
-  PH_CUDA_TRY(cudaMemsetAsync(&status->bytes, 0, sizeof status->bytes, device.stream));
-}
-
-unsigned long long* first_of(Status* status) { return reinterpret_cast<unsigned long long*>(&status->first); }
-
-// A thread block for each; its index must fit 31 bits.
-uint32_t places_of(const Codec& codec) {
-  const uint64_t places = codec.blocks * kParts * codec.heads;
-  if (places > INT32_MAX) {
-    throw Error(PH_ERROR_UNSUPPORTED, "Cannot decode %llu blocks of %u heads in one call: split the tokens",
-                static_cast<unsigned long long>(codec.blocks), codec.heads);
-  }
-  return static_cast<uint32_t>(places);
-}
+uint64_t places_of(const Codec& codec) { return codec.blocks * kParts * codec.heads; }
 
 }  // namespace
 
-uint64_t measure_workspace_bytes(const Codec& codec) {
-  return codec.blocks * kParts * codec.heads * sizeof(ph_kv_statistics);
-}
+uint64_t measure_workspace_bytes(const Codec& codec) { return places_of(codec) * sizeof(ph_kv_statistics); }
 
 void unpack(ph_device& device, const Codec& codec, Records records, const QuantizedOutput parts[kParts],
             uint8_t* order, Status* status) {
   clear_status(device, status);
   if (codec.blocks == 0) return;
   dispatch_pack(codec.pack, [&](auto pack) {
-    UnpackKernel<decltype(pack)::value><<<places_of(codec), kDecodeThreads, 0, device.stream>>>(
+    UnpackKernel<decltype(pack)::value><<<grid_of(places_of(codec)), kDecodeThreads, 0, device.stream>>>(
         codec, records, UnpackOutputs{{parts[0], parts[1]}, order}, first_of(status));
   });
   PH_CUDA_TRY(cudaGetLastError());
@@ -605,10 +581,10 @@ void unpack(ph_device& device, const Codec& codec, Records records, const Quanti
 
 void dequantize(ph_device& device, const Codec& codec, uint32_t part, QuantizedInput input, void* x) {
   if (codec.blocks == 0) return;
-  const uint32_t places = places_of(codec) / kParts;
   dispatch_dtype(codec.dtype, [&](auto element) {
     DequantizeKernel<decltype(element)>
-        <<<places, kDecodeThreads, 0, device.stream>>>(codec, part, input, static_cast<uint8_t*>(x));
+        <<<grid_of(codec.blocks * codec.heads), kDecodeThreads, 0, device.stream>>>(codec, part, input,
+                                                                                    static_cast<uint8_t*>(x));
   });
   PH_CUDA_TRY(cudaGetLastError());
 }
@@ -621,7 +597,8 @@ void decode(ph_device& device, const Codec& codec, Records records, void* const 
   dispatch_dtype(codec.dtype, [&](auto element) {
     dispatch_pack(codec.pack, [&](auto pack) {
       DecodeKernel<decltype(element), decltype(pack)::value>
-          <<<places_of(codec), kDecodeThreads, 0, device.stream>>>(codec, records, outputs, first_of(status));
+          <<<grid_of(places_of(codec)), kDecodeThreads, 0, device.stream>>>(codec, records, outputs,
+                                                                            first_of(status));
     });
   });
   PH_CUDA_TRY(cudaGetLastError());
@@ -635,13 +612,12 @@ void measure(ph_device& device, const Codec& codec, Records records, const void*
     return;
   }
   ph_kv_statistics* partial = reinterpret_cast<ph_kv_statistics*>(workspace);
-  const Inputs originals = {
-      {static_cast<const uint8_t*>(tensors[0]), static_cast<const uint8_t*>(tensors[1])}};
+  const Tensors originals = tensors_of(tensors);
   dispatch_dtype(codec.dtype, [&](auto element) {
     dispatch_pack(codec.pack, [&](auto pack) {
       MeasureKernel<decltype(element), decltype(pack)::value>
-          <<<places_of(codec), kDecodeThreads, 0, device.stream>>>(codec, records, originals, partial,
-                                                                   first_of(status));
+          <<<grid_of(places_of(codec)), kDecodeThreads, 0, device.stream>>>(codec, records, originals,
+                                                                            partial, first_of(status));
     });
   });
   PH_CUDA_TRY(cudaGetLastError());

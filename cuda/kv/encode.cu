@@ -1,17 +1,16 @@
 // Quantise, pack and the fused encode on the GPU.
 //
 // encode (none, median): one thread block per block of 64 tokens; values first, as the median order comes from their
-// codes, then keys. Each 16-bit value is read once from device memory; codes live in shared memory (64 bytes a
-// channel) and the record is written once, to a slot of its largest size in the workspace. A scan over the sizes and
-// a copy then put the records one after another: per value 2 bytes read, about 0.35 written, read and written again.
-// greedy and auto need the codes of keys and values at once: the three steps run one after another there.
+// codes, then keys. packkv up to 1,024 channels and kivi values read every value once from device memory (more in
+// quantize.cuh); codes live in shared memory where they fit (64 bytes a channel), and the record is written once, to a
+// slot of its largest size in the workspace. A scan over the sizes and a copy then put the records one after another:
+// per 16-bit value 2 bytes read, about 0.35 written, read and written again. greedy and auto need the codes of keys and
+// values at once: the three steps run one after another there.
 //
 // Records do not depend on the order in which thread blocks run: deterministic, and the same bytes as on the CPU.
 #include <algorithm>
 
-#include "device/device_cuda.h"
 #include "kv/launch.cuh"
-#include "kv/operations.h"
 #include "kv/order.cuh"
 #include "kv/pack.cuh"
 
@@ -42,9 +41,10 @@ __host__ __device__ Arena arena_of(const Codec& codec) {
 
 uint32_t staging_bytes(const Codec& codec) { return kEncodeWarps * staging_words(codec.pack) * 4; }
 
-// The workspace: record slots, then arenas, then (greedy, auto) the quantised layer.
+// The workspace: record slots, then arenas if shared memory may be too small for them, then (greedy, auto) the
+// quantised layer.
 struct Workspace {
-  uint64_t slots, arenas, codes[kParts], scales[kParts], zeros[kParts], order, bad_blocks, measured, bytes;
+  uint64_t slots, arenas, codes[kParts], scales[kParts], zeros[kParts], order, raw_blocks, bytes;
 };
 
 Workspace workspace_of(const Codec& codec) {
@@ -67,22 +67,18 @@ Workspace workspace_of(const Codec& codec) {
       workspace.zeros[part] = take(codec.blocks * codec.groups[part] * 4);
     }
     workspace.order = take(codec.blocks * kBlockTokens);
-    workspace.bad_blocks = take(codec.blocks);
+    workspace.raw_blocks = take(codec.blocks);
   }
   workspace.bytes = end;
   return workspace;
 }
-
-struct Tensors {
-  const uint8_t* x[kParts];
-};
 
 struct QuantizedLayer {
   const uint8_t* codes[kParts];
   const float* scales[kParts];
   const int32_t* zeros[kParts];
   const uint8_t* order;
-  const uint8_t* bad_blocks;  // blocks to store raw; null for none
+  const uint8_t* raw_blocks;  // blocks to store raw; null for none
 };
 
 // A block as it came, for one with a non-finite group.
@@ -117,16 +113,33 @@ struct EncodeShared {
   alignas(16) uint32_t token_offsets[kBlockTokens];
   uint8_t order[kBlockTokens];
   uint32_t medians[kBlockTokens];
-  uint32_t every[2];
+  uint32_t used_bits[2];
   unsigned long long first_non_finite;
   int zero_bytes;
   int ordered;
 };
+static_assert(sizeof(EncodeShared) <= kFixedSharedBytes);
 
-__device__ PackMemory pack_memory(EncodeShared& shared, uint8_t* arena, const Arena& layout,
-                                  uint32_t* staging) {
-  return {reinterpret_cast<uint16_t*>(arena + layout.headers),
-          reinterpret_cast<uint32_t*>(arena + layout.row_offsets), staging, shared.every};
+// Where a thread block of EncodeKernel or PackKernel works.
+struct Places {
+  Arena layout;
+  uint8_t* arena;
+  uint32_t* staging;
+  PackMemory memory;
+};
+
+template <int kPack, bool kArenaShared>
+__device__ __forceinline__ Places places_of(const Codec& codec, uint8_t* dynamic, uint8_t* arenas,
+                                            EncodeShared& shared) {
+  const Arena layout = arena_of(codec);
+  uint32_t* staging = reinterpret_cast<uint32_t*>(dynamic);
+  uint8_t* arena = kArenaShared ? dynamic + round_up(4 * kEncodeWarps * staging_words(kPack), 16)
+                                : arenas + static_cast<uint64_t>(blockIdx.x) * layout.bytes;
+  return {layout,
+          arena,
+          staging,
+          {reinterpret_cast<uint16_t*>(arena + layout.headers),
+           reinterpret_cast<uint32_t*>(arena + layout.row_offsets), staging, shared.used_bits}};
 }
 
 template <typename Element, int kPack, bool kArenaShared>
@@ -135,12 +148,8 @@ __global__ void __launch_bounds__(kEncodeThreads, 2)
                  uint64_t capacity, uint8_t* arenas, uint64_t* sizes, unsigned long long* first_non_finite) {
   extern __shared__ __align__(16) uint8_t dynamic[];
   __shared__ EncodeShared shared;
-  const Arena layout = arena_of(codec);
-  uint32_t* staging = reinterpret_cast<uint32_t*>(dynamic);
-  const uint32_t staging_count = kEncodeWarps * staging_words(kPack);
-  uint8_t* arena = kArenaShared ? dynamic + round_up(4 * staging_count, 16)
-                                : arenas + static_cast<uint64_t>(blockIdx.x) * layout.bytes;
-  const PackMemory memory = pack_memory(shared, arena, layout, staging);
+  const auto [layout, arena, staging, memory] =
+      places_of<kPack, kArenaShared>(codec, dynamic, arenas, shared);
   const PartTarget target = {arena + layout.codes,
                              reinterpret_cast<float*>(arena + layout.scales),
                              reinterpret_cast<int32_t*>(arena + layout.zeros),
@@ -156,7 +165,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 2)
       shared.token_offsets[threadIdx.x] = threadIdx.x * codec.channels;
     }
     if (threadIdx.x == 0) {
-      shared.first_non_finite = ~0ull;
+      shared.first_non_finite = kNothing;
       shared.ordered = 0;
     }
     for (const uint32_t part : {static_cast<uint32_t>(PH_KV_VALUES), static_cast<uint32_t>(PH_KV_KEYS)}) {
@@ -177,7 +186,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 2)
       bytes += pack_part<kPack>(codec, part, target.codes, target.scales, target.zeros, shared.token_offsets,
                                 static_cast<uint32_t>(shared.zero_bytes), memory, record + bytes);
     }
-    if (shared.first_non_finite == ~0ull) {
+    if (shared.first_non_finite == kNothing) {
       write_record_header(bytes, keys, shared.order, shared.ordered, record);
     } else {
       bytes = write_raw(codec, tensors, block, record);
@@ -191,23 +200,21 @@ __global__ void __launch_bounds__(kEncodeThreads, 2)
 template <typename Element>
 __global__ void __launch_bounds__(kEncodeThreads)
     QuantizeKernel(const __grid_constant__ Codec codec, uint32_t part, const uint8_t* x,
-                   QuantizedOutput output, uint8_t* bad_blocks, unsigned long long* first_non_finite) {
+                   QuantizedOutput output, uint8_t* raw_blocks, unsigned long long* first_non_finite) {
   __shared__ uint4 landing[kEncodeWarps * kHeld * kWarpThreads];
   __shared__ unsigned long long first;
   __shared__ int zero_bytes;  // pack finds it again
-  for (uint64_t block = blockIdx.x; block < codec.blocks; block += gridDim.x) {
-    if (threadIdx.x == 0) first = ~0ull;
-    __syncthreads();
-    quantize_part<Element>(
-        codec, part, x, block,
-        {output.codes + block * kBlockTokens * codec.channels, output.scales + block * codec.groups[part],
-         output.zeros + block * codec.groups[part], &first, &zero_bytes, landing});
-    __syncthreads();
-    if (threadIdx.x == 0 && first != ~0ull) {
-      if (bad_blocks != nullptr) bad_blocks[block] = 1;
-      if (bad_blocks == nullptr || !codec.keep_non_finite) atomicMin(first_non_finite, first);
-    }
-    __syncthreads();
+  const uint64_t block = blockIdx.x;
+  if (threadIdx.x == 0) first = kNothing;
+  __syncthreads();
+  quantize_part<Element>(
+      codec, part, x, block,
+      {output.codes + block * kBlockTokens * codec.channels, output.scales + block * codec.groups[part],
+       output.zeros + block * codec.groups[part], &first, &zero_bytes, landing});
+  __syncthreads();
+  if (threadIdx.x == 0 && first != kNothing) {
+    if (raw_blocks != nullptr) raw_blocks[block] = 1;
+    if (raw_blocks == nullptr || !codec.keep_non_finite) atomicMin(first_non_finite, first);
   }
 }
 
@@ -217,17 +224,12 @@ __global__ void __launch_bounds__(kEncodeThreads)
                uint64_t capacity, uint8_t* arenas, uint64_t* sizes) {
   extern __shared__ __align__(16) uint8_t dynamic[];
   __shared__ EncodeShared shared;
-  const Arena layout = arena_of(codec);
-  uint32_t* staging = reinterpret_cast<uint32_t*>(dynamic);
-  const uint32_t staging_count = kEncodeWarps * staging_words(kPack);
-  uint8_t* arena = kArenaShared ? dynamic + round_up(4 * staging_count, 16)
-                                : arenas + static_cast<uint64_t>(blockIdx.x) * layout.bytes;
-  const PackMemory memory = pack_memory(shared, arena, layout, staging);
+  const Places places = places_of<kPack, kArenaShared>(codec, dynamic, arenas, shared);
 
   for (uint64_t block = blockIdx.x; block < codec.blocks; block += gridDim.x) {
     uint8_t* record = slots + block * capacity;
     uint32_t bytes = kRecordHeaderBytes, keys = 0;
-    if (layer.bad_blocks != nullptr && layer.bad_blocks[block]) {
+    if (layer.raw_blocks != nullptr && layer.raw_blocks[block]) {
       bytes = write_raw(codec, tensors, block, record);
     } else {
       if (threadIdx.x == 0) shared.ordered = 0;
@@ -248,16 +250,19 @@ __global__ void __launch_bounds__(kEncodeThreads)
           const int needed = static_cast<int>(zero_point_bytes(zeros[group]));
           if (needed > 1) atomicMax(&shared.zero_bytes, needed);
         }
-        // Codes come from the workspace once more than from shared memory, so they are copied there.
-        const uint4* source =
-            reinterpret_cast<const uint4*>(layer.codes[part] + block * kBlockTokens * codec.channels);
-        for (uint32_t i = threadIdx.x; i < kBlockTokens * codec.channels / 16; i += kEncodeThreads) {
-          reinterpret_cast<uint4*>(arena + layout.codes)[i] = source[i];
+        const uint8_t* codes = layer.codes[part] + block * kBlockTokens * codec.channels;
+        if constexpr (kArenaShared) {
+          // pack_part reads codes twice, in the order of the tokens: better from shared memory.
+          uint8_t* copy = places.arena + places.layout.codes;
+          for (uint32_t i = 16 * threadIdx.x; i < kBlockTokens * codec.channels; i += 16 * kEncodeThreads) {
+            *reinterpret_cast<uint4*>(copy + i) = *reinterpret_cast<const uint4*>(codes + i);
+          }
+          codes = copy;
         }
         __syncthreads();
         if (part == PH_KV_KEYS) keys = bytes;
-        bytes += pack_part<kPack>(codec, part, arena + layout.codes, scales, zeros, shared.token_offsets,
-                                  static_cast<uint32_t>(shared.zero_bytes), memory, record + bytes);
+        bytes += pack_part<kPack>(codec, part, codes, scales, zeros, shared.token_offsets,
+                                  static_cast<uint32_t>(shared.zero_bytes), places.memory, record + bytes);
       }
       write_record_header(bytes, keys, shared.order, shared.ordered, record);
     }
@@ -313,8 +318,8 @@ void gather(ph_device& device, const Codec& codec, const uint8_t* slots, uint8_t
             Status* status) {
   OffsetsKernel<<<1, kScanThreads, 0, device.stream>>>(codec.blocks, offsets, &status->bytes);
   PH_CUDA_TRY(cudaGetLastError());
-  GatherKernel<<<static_cast<uint32_t>(codec.blocks), kGatherThreads, 0, device.stream>>>(
-      slots, record_capacity(codec), offsets, records);
+  GatherKernel<<<grid_of(codec.blocks), kGatherThreads, 0, device.stream>>>(slots, record_capacity(codec),
+                                                                            offsets, records);
   PH_CUDA_TRY(cudaGetLastError());
 }
 
@@ -330,18 +335,19 @@ void with_arena(const ph_device& device, const Codec& codec, Run run) {
   }
 }
 
-template <typename Kernel>
-void allow_shared(Kernel kernel, uint32_t bytes) {
-  PH_CUDA_TRY(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+// quantize_tokens counts vectors of eight values in 32 bits.
+void check_offsets(const Codec& codec) {
+  if (codec.channels * codec.tokens > 1ull << 35) {
+    throw Error(PH_ERROR_UNSUPPORTED,
+                "Cannot quantise more than 2^35 values of a tensor in one call: split the tokens");
+  }
 }
 
 void launch_quantize(ph_device& device, const Codec& codec, uint32_t part, const void* x,
-                     QuantizedOutput output, uint8_t* bad_blocks, Status* status) {
+                     QuantizedOutput output, uint8_t* raw_blocks, Status* status) {
   dispatch_dtype(codec.dtype, [&](auto element) {
     QuantizeKernel<decltype(element)><<<grid_of(codec.blocks), kEncodeThreads, 0, device.stream>>>(
-        codec, part, static_cast<const uint8_t*>(x), output, bad_blocks,
-        reinterpret_cast<unsigned long long*>(&status->first));
+        codec, part, static_cast<const uint8_t*>(x), output, raw_blocks, first_of(status));
   });
   PH_CUDA_TRY(cudaGetLastError());
 }
@@ -352,7 +358,7 @@ void launch_pack(ph_device& device, const Codec& codec, const QuantizedLayer& la
   with_arena(device, codec, [&](auto arena_shared, uint32_t grid, uint32_t shared_bytes) {
     dispatch_pack(codec.pack, [&](auto pack) {
       const auto kernel = PackKernel<decltype(pack)::value, decltype(arena_shared)::value>;
-      allow_shared(kernel, shared_bytes);
+      allow_shared(device, kernel);
       kernel<<<grid, kEncodeThreads, shared_bytes, device.stream>>>(
           codec, layer, tensors, workspace + places.slots, record_capacity(codec), workspace + places.arenas,
           offsets + 1);
@@ -360,11 +366,6 @@ void launch_pack(ph_device& device, const Codec& codec, const QuantizedLayer& la
   });
   PH_CUDA_TRY(cudaGetLastError());
   gather(device, codec, workspace + places.slots, records, offsets, status);
-}
-
-void clear_status(ph_device& device, Status* status) {
-  PH_CUDA_TRY(cudaMemsetAsync(&status->first, 0xff, sizeof status->first, device.stream));
-  PH_CUDA_TRY(cudaMemsetAsync(&status->bytes, 0, sizeof status->bytes, device.stream));
 }
 
 void finish_empty(ph_device& device, uint64_t* offsets) {
@@ -379,6 +380,7 @@ uint64_t workspace_bytes(const Codec& codec) {
 
 void quantize(ph_device& device, const Codec& codec, uint32_t part, const void* x, QuantizedOutput output,
               Status* status) {
+  check_offsets(codec);
   clear_status(device, status);
   if (codec.blocks > 0) launch_quantize(device, codec, part, x, output, nullptr, status);
 }
@@ -397,20 +399,22 @@ void pack(ph_device& device, const Codec& codec, const QuantizedInput parts[kPar
 
 void encode(ph_device& device, const Codec& codec, const void* const tensors[kParts], uint8_t* records,
             uint64_t* offsets, uint8_t* workspace, Status* status) {
+  check_offsets(codec);
+  check_repack(device, codec);
   clear_status(device, status);
   if (codec.blocks == 0) return finish_empty(device, offsets);
   const Workspace places = workspace_of(codec);
-  const Tensors inputs = {{static_cast<const uint8_t*>(tensors[0]), static_cast<const uint8_t*>(tensors[1])}};
+  const Tensors inputs = tensors_of(tensors);
   if (codec.repack < PH_KV_REPACK_GREEDY) {
     with_arena(device, codec, [&](auto arena_shared, uint32_t grid, uint32_t shared_bytes) {
       dispatch_dtype(codec.dtype, [&](auto element) {
         dispatch_pack(codec.pack, [&](auto pack) {
           const auto kernel =
               EncodeKernel<decltype(element), decltype(pack)::value, decltype(arena_shared)::value>;
-          allow_shared(kernel, shared_bytes);
+          allow_shared(device, kernel);
           kernel<<<grid, kEncodeThreads, shared_bytes, device.stream>>>(
               codec, inputs, workspace + places.slots, record_capacity(codec), workspace + places.arenas,
-              offsets + 1, reinterpret_cast<unsigned long long*>(&status->first));
+              offsets + 1, first_of(status));
         });
       });
     });
@@ -418,13 +422,13 @@ void encode(ph_device& device, const Codec& codec, const void* const tensors[kPa
     return gather(device, codec, workspace + places.slots, records, offsets, status);
   }
   QuantizedLayer layer{};
-  uint8_t* bad_blocks = workspace + places.bad_blocks;
-  PH_CUDA_TRY(cudaMemsetAsync(bad_blocks, 0, codec.blocks, device.stream));
+  uint8_t* raw_blocks = workspace + places.raw_blocks;
+  PH_CUDA_TRY(cudaMemsetAsync(raw_blocks, 0, codec.blocks, device.stream));
   for (uint32_t part = 0; part < kParts; ++part) {
     const QuantizedOutput output = {workspace + places.codes[part],
                                     reinterpret_cast<float*>(workspace + places.scales[part]),
                                     reinterpret_cast<int32_t*>(workspace + places.zeros[part])};
-    launch_quantize(device, codec, part, tensors[part], output, bad_blocks, status);
+    launch_quantize(device, codec, part, tensors[part], output, raw_blocks, status);
     layer.codes[part] = output.codes;
     layer.scales[part] = output.scales;
     layer.zeros[part] = output.zeros;
@@ -432,7 +436,7 @@ void encode(ph_device& device, const Codec& codec, const void* const tensors[kPa
   uint8_t* order = workspace + places.order;
   repack(device, codec, layer.codes[PH_KV_KEYS], layer.codes[PH_KV_VALUES], order);
   layer.order = order;
-  layer.bad_blocks = bad_blocks;
+  layer.raw_blocks = raw_blocks;
   launch_pack(device, codec, layer, inputs, records, offsets, workspace, status);
 }
 

@@ -7,9 +7,11 @@
 
 namespace ph::kv {
 
+constexpr uint64_t kNothing = ~0ull;
+
 // What encode, unpack and the like leave in the caller's status buffer.
 struct Status {
-  uint64_t first;  // non-finite group or malformed block; UINT64_MAX if there is none
+  uint64_t first;  // non_finite_place or malformed block; kNothing if there is none
   uint64_t bytes;  // of all records, where they are written
 };
 static_assert(sizeof(Status) == 16);
@@ -48,5 +50,12 @@ void decode(ph_device& device, const Codec& codec, Records records, void* const 
 // Without originals both tensors are null.
 void measure(ph_device& device, const Codec& codec, Records records, const void* const tensors[kParts],
              ph_kv_statistics* statistics, uint8_t* workspace, Status* status);
+
+// ---- CUDA alone ----
+
+// The part of workspace_bytes that measure needs.
+uint64_t measure_workspace_bytes(const Codec& codec);
+// Throws if the codec's repacking needs more shared memory than a thread block has.
+void check_repack(const ph_device& device, const Codec& codec);
 
 }  // namespace ph::kv

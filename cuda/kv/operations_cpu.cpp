@@ -162,7 +162,7 @@ void write_records(const Codec& codec, uint8_t* records, uint64_t* offsets, Stat
 // Calls `body(block, view, scratch)` for every well-formed record; the first other one goes to the status.
 template <typename Body>
 void read_records(const Codec& codec, Records records, Status* status, Body body) {
-  status->first = kAllFinite;
+  status->first = kNothing;
   status->bytes = 0;
   for_each_thread(codec, [&](Range blocks, Scratch& scratch) {
     for (uint64_t block = blocks.begin; block < blocks.end; ++block) {
@@ -174,9 +174,14 @@ void read_records(const Codec& codec, Records records, Status* status, Body body
   });
 }
 
-bool unpack_part(const Codec& codec, uint32_t part, const RecordView& view, Scratch& scratch) {
-  return block_kernels().unpack(codec, part, view, scratch.codes[part].data(), scratch.scales[part].data(),
-                                scratch.zeros[part].data());
+bool unpack_parts(const Codec& codec, const RecordView& view, Scratch& scratch) {
+  for (uint32_t part = 0; part < kParts; ++part) {
+    if (!block_kernels().unpack(codec, part, view, scratch.codes[part].data(), scratch.scales[part].data(),
+                                scratch.zeros[part].data())) {
+      return false;
+    }
+  }
+  return true;
 }
 
 }  // namespace
@@ -190,13 +195,13 @@ uint64_t workspace_bytes(const Codec&) { return 0; }
 
 void quantize(ph_device&, const Codec& codec, uint32_t part, const void* x, QuantizedOutput output,
               Status* status) {
-  uint64_t first = kAllFinite;
+  uint64_t first = kNothing;
 #pragma omp parallel for schedule(static) reduction(min : first)
   for (uint64_t block = 0; block < codec.blocks; ++block) {
-    const uint64_t key = block_kernels().quantize(
+    const uint64_t place = block_kernels().quantize(
         codec, part, x, block, output.codes + block * codec.channels * kBlockTokens,
         output.scales + block * codec.groups[part], output.zeros + block * codec.groups[part]);
-    first = std::min(first, key);
+    first = std::min(first, place);
   }
   *status = {first, 0};
 }
@@ -231,23 +236,27 @@ void pack(ph_device&, const Codec& codec, const QuantizedInput parts[kParts], co
       scales[part] = parts[part].scales + block * codec.groups[part];
       zeros[part] = parts[part].zeros + block * codec.groups[part];
     }
-    return block_kernels().pack(codec, codes, scales, zeros, order + block * kBlockTokens, record);
+    uint8_t tokens[kBlockTokens];  // the caller's order, within the block whatever it is
+    for (uint32_t position = 0; position < kBlockTokens; ++position) {
+      tokens[position] = order[block * kBlockTokens + position] % kBlockTokens;
+    }
+    return block_kernels().pack(codec, codes, scales, zeros, tokens, record);
   });
-  status->first = kAllFinite;
+  status->first = kNothing;
 }
 
 void encode(ph_device&, const Codec& codec, const void* const tensors[kParts], uint8_t* records,
             uint64_t* offsets, uint8_t*, Status* status) {
-  uint64_t first = kAllFinite;
+  uint64_t first = kNothing;
   const BlockKernels& kernels = block_kernels();
   write_records(codec, records, offsets, status, [&](uint64_t block, Scratch& scratch, uint8_t* record) {
-    uint64_t key = kAllFinite;
+    uint64_t place = kNothing;
     for (uint32_t part = 0; part < kParts; ++part) {
-      key = std::min(key, kernels.quantize(codec, part, tensors[part], block, scratch.codes[part].data(),
-                                           scratch.scales[part].data(), scratch.zeros[part].data()));
+      place = std::min(place, kernels.quantize(codec, part, tensors[part], block, scratch.codes[part].data(),
+                                               scratch.scales[part].data(), scratch.zeros[part].data()));
     }
-    if (key != kAllFinite) {
-      lower(first, key);
+    if (place != kNothing) {
+      lower(first, place);
       return write_raw(codec, tensors, block, record);
     }
     uint8_t order[kBlockTokens];
@@ -257,7 +266,7 @@ void encode(ph_device&, const Codec& codec, const void* const tensors[kParts], u
     const int32_t* zeros[kParts] = {scratch.zeros[0].data(), scratch.zeros[1].data()};
     return kernels.pack(codec, codes, scales, zeros, order, record);
   });
-  status->first = codec.keep_non_finite ? kAllFinite : first;
+  status->first = codec.keep_non_finite ? kNothing : first;
 }
 
 void unpack(ph_device&, const Codec& codec, Records records, const QuantizedOutput parts[kParts],
@@ -290,9 +299,7 @@ void decode(ph_device&, const Codec& codec, Records records, void* const tensors
       read_raw(codec, view, block, tensors);
       return true;
     }
-    for (uint32_t part = 0; part < kParts; ++part) {
-      if (!unpack_part(codec, part, view, scratch)) return false;
-    }
+    if (!unpack_parts(codec, view, scratch)) return false;
     for (uint32_t part = 0; part < kParts; ++part) {
       block_kernels().dequantize(codec, part, scratch.codes[part].data(), scratch.scales[part].data(),
                                  scratch.zeros[part].data(), block, tensors[part]);
@@ -306,15 +313,12 @@ void measure(ph_device&, const Codec& codec, Records records, const void* const 
   // One sum per block, added in order, so that the result does not depend on the number of threads.
   std::vector<ph_kv_statistics> blocks(codec.blocks);
   read_records(codec, records, status, [&](uint64_t block, const RecordView& view, Scratch& scratch) {
+    if (!view.raw && !unpack_parts(codec, view, scratch)) return false;
     ph_kv_statistics& found = blocks[block];
     found.bytes = view.size;
     found.raw_blocks = view.raw;
     found.ordered_blocks = view.ordered;
-    if (view.raw) return true;
-    for (uint32_t part = 0; part < kParts; ++part) {
-      if (!unpack_part(codec, part, view, scratch)) return false;
-    }
-    for (uint32_t part = 0; part < kParts; ++part) {
+    for (uint32_t part = 0; part < kParts && !view.raw; ++part) {
       block_kernels().measure(codec, part, view, scratch.codes[part].data(), scratch.scales[part].data(),
                               scratch.zeros[part].data(), block, tensors[part], found);
     }

@@ -1,6 +1,6 @@
 // Step 3 on the GPU: one thread block turns the codes of one part of a block into its bytes in a record.
 //
-// A warp works on a row (packs of one head and 64 / P-th of the positions), a lane on four neighbouring channels: it
+// A warp works on a row (the packs of one head over P consecutive positions), a lane on four neighbouring channels: it
 // loads a 32-bit word of four codes per position, so neighbouring lanes load neighbouring words. Minima and widths
 // wait in `headers` until the part's widest is known; payloads are assembled in a staging area of the warp and leave
 // it in whole words. Integer arithmetic only: deterministic.
@@ -12,6 +12,7 @@
 namespace ph::kv {
 
 constexpr uint32_t kChunkChannels = 4 * kWarpThreads;  // channels that a warp packs at a time
+constexpr uint32_t kEven = 0x00ff00ffu;                // the even bytes of a word
 
 // Staging words of a warp: a chunk of full width, what the chunk before left of a word, and one past the end; at least
 // what the landing area of quantize_tokens needs, which shares the memory.
@@ -25,7 +26,7 @@ struct PackMemory {
   uint16_t* headers;      // [rows][head_dim]: minimum | width << 8
   uint32_t* row_offsets;  // [rows + 1]: payload bytes of the rows before
   uint32_t* staging;      // [warps][staging_words], in shared memory
-  uint32_t* every;        // [2]: minima and ranges, or-ed, in shared memory
+  uint32_t* used_bits;    // [2]: of any minimum, of any range; in shared memory
 };
 
 struct PackExtremes {
@@ -48,7 +49,6 @@ __device__ __forceinline__ void load_words(const uint8_t* codes, const uint32_t*
 // Byte-wise extremes, through the 16-bit minima and maxima that Hopper has instructions for.
 template <int kPack>
 __device__ __forceinline__ PackExtremes word_extremes(const uint32_t (&words)[kPack]) {
-  constexpr uint32_t kEven = 0x00ff00ffu;
   uint32_t even_low = words[0] & kEven, odd_low = words[0] >> 8 & kEven;
   uint32_t even_high = even_low, odd_high = odd_low;
 #pragma unroll
@@ -74,7 +74,7 @@ __device__ __forceinline__ void transpose4(const uint32_t* in, uint32_t (&out)[4
 
 // Four bytes below 2^width, next to each other.
 __device__ __forceinline__ uint32_t compress4(uint32_t bytes, uint32_t width) {
-  const uint32_t pairs = (bytes & 0x00ff00ffu) | (bytes >> 8 & 0x00ff00ffu) << width;
+  const uint32_t pairs = (bytes & kEven) | (bytes >> 8 & kEven) << width;
   return (pairs & 0xffffu) | (pairs >> 16) << 2 * width;
 }
 
@@ -129,8 +129,8 @@ __device__ uint32_t scan_row(const Codec& codec, const uint8_t* codes, const uin
   return __reduce_add_sync(kEveryLane, widths);
 }
 
-// Adds up to 32 bits to a zeroed stream in shared memory that other lanes write too. Two unconditional additions are
-// cheaper than finding out whether one will do.
+// Puts up to 32 bits into a zeroed stream in shared memory that other lanes write too. Two unconditional operations
+// are cheaper than finding out whether one will do.
 __device__ __forceinline__ void stage(uint32_t* staging, uint32_t bit, uint32_t bits) {
   uint32_t* word = staging + bit / 32;
   atomicOr(word, bits << bit % 32);
@@ -277,8 +277,8 @@ __device__ void write_payload_row(const Codec& codec, const uint8_t* codes, cons
   }
 }
 
-// Writes one part at `target` and returns its bytes, a multiple of 16. All threads call it; `token_offsets` [64] (16-aligned) says where in `codes` the token of each position starts, `zero_bytes`
-// is the bytes of the part's widest zero point.
+// Writes one part at `target` and returns its bytes, a multiple of 16. All threads call it. `token_offsets` [64],
+// 16-aligned, says where in `codes` the token of each position starts; `zero_bytes` is the size of a stored zero point.
 template <int kPack>
 __device__ uint32_t pack_part(const Codec& codec, uint32_t part, const uint8_t* codes, const float* scales,
                               const int32_t* zeros, const uint32_t* token_offsets, uint32_t zero_bytes,
@@ -287,7 +287,7 @@ __device__ uint32_t pack_part(const Codec& codec, uint32_t part, const uint8_t* 
   uint32_t* staging = memory.staging + warp * staging_words(kPack);
   for (uint32_t i = lane; i < staging_words(kPack) / 4; i += kWarpThreads)
     reinterpret_cast<uint4*>(staging)[i] = uint4{};
-  if (threadIdx.x < 2) memory.every[threadIdx.x] = 0;
+  if (threadIdx.x < 2) memory.used_bits[threadIdx.x] = 0;
   __syncthreads();
 
   uint32_t every_minimum = 0, every_range = 0;
@@ -299,8 +299,8 @@ __device__ uint32_t pack_part(const Codec& codec, uint32_t part, const uint8_t* 
   every_minimum = __reduce_or_sync(kEveryLane, every_minimum);
   every_range = __reduce_or_sync(kEveryLane, every_range);
   if (lane == 0) {
-    atomicOr(memory.every, every_minimum);
-    atomicOr(memory.every + 1, every_range);
+    atomicOr(memory.used_bits, every_minimum);
+    atomicOr(memory.used_bits + 1, every_range);
   }
   __syncthreads();
 
@@ -320,8 +320,8 @@ __device__ uint32_t pack_part(const Codec& codec, uint32_t part, const uint8_t* 
   const auto widest = [](uint32_t bytes) {
     return bit_width((bytes | bytes >> 8 | bytes >> 16 | bytes >> 24) & 0xff);
   };
-  const PartHeader header = {static_cast<uint8_t>(widest(memory.every[0])),
-                             static_cast<uint8_t>(bit_width(widest(memory.every[1]))),
+  const PartHeader header = {static_cast<uint8_t>(widest(memory.used_bits[0])),
+                             static_cast<uint8_t>(bit_width(widest(memory.used_bits[1]))),
                              static_cast<uint8_t>(zero_bytes), 0};
   const PartLayout layout = part_layout(codec, part, header);
 

@@ -1,10 +1,13 @@
 // Step 1 on the GPU: one thread block quantises one part of a block of 64 tokens into codes in shared memory (or
-// wherever `codes` points). Reads every value once from device memory (packkv; kivi keys twice, the second time from
-// the cache), in 16-byte accesses. Deterministic.
+// wherever `codes` points). packkv up to 1,024 channels and kivi values read every value once, in 16-byte accesses;
+// packkv beyond that, per token, reads the rest of a token twice, and kivi keys are read twice, one element per access.
+// Second reads usually hit the cache. Deterministic.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <type_traits>
 
 #include "kv/codec.h"
 
@@ -14,6 +17,8 @@ constexpr int kWarpThreads = 32;
 constexpr int kEncodeThreads = 512;
 constexpr int kEncodeWarps = kEncodeThreads / kWarpThreads;
 constexpr uint32_t kEveryLane = 0xffffffffu;
+// Vectors of a token that a lane keeps in registers: 1,024 channels; the rest is read again.
+constexpr int kHeld = 4;
 
 // threadIdx.x, read anew: what follows from it does not stay in registers from one phase of a kernel to the next.
 __device__ __forceinline__ uint32_t thread_index() {
@@ -21,12 +26,10 @@ __device__ __forceinline__ uint32_t thread_index() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
 }
-constexpr int kHeld =
-    4;  // vectors of a token that a lane keeps in registers: 1,024 channels; the rest is read again
 
 // ---- eight consecutive values ----
 
-template <typename Pair, typename ToFloat>
+template <typename Pair, typename Pairs>
 struct PairVector {
   Pair pairs[4];
 
@@ -34,12 +37,12 @@ struct PairVector {
     *reinterpret_cast<uint4*>(pairs) = *reinterpret_cast<const uint4*>(source);
   }
   __device__ __forceinline__ float at(int i) const {
-    return i % 2 == 0 ? ToFloat::low(pairs[i / 2]) : ToFloat::high(pairs[i / 2]);
+    return i % 2 == 0 ? Pairs::low(pairs[i / 2]) : Pairs::high(pairs[i / 2]);
   }
 
   // The extremes of a lane's vectors; a NaN stays.
   struct Extremes {
-    Pair minimum = ToFloat::pair(INFINITY), maximum = ToFloat::pair(-INFINITY);
+    Pair minimum = Pairs::pair(INFINITY), maximum = Pairs::pair(-INFINITY);
 
     __device__ __forceinline__ void add(const PairVector& vector) {
 #pragma unroll
@@ -50,20 +53,20 @@ struct PairVector {
     }
     // As floats; an infinite range where there was a NaN.
     __device__ __forceinline__ void finish(float& low, float& high) const {
-      const float a = ToFloat::low(minimum), b = ToFloat::high(minimum);
+      const float a = Pairs::low(minimum), b = Pairs::high(minimum);
       low = fminf(a, b);
-      high = fmaxf(ToFloat::low(maximum), ToFloat::high(maximum));
+      high = fmaxf(Pairs::low(maximum), Pairs::high(maximum));
       if (!(a == a && b == b)) high = INFINITY, low = -INFINITY;
     }
   };
 };
 
-struct HalfToFloat {
+struct HalfPairs {
   static __device__ __forceinline__ float low(__half2 pair) { return __low2float(pair); }
   static __device__ __forceinline__ float high(__half2 pair) { return __high2float(pair); }
   static __device__ __forceinline__ __half2 pair(float value) { return __float2half2_rn(value); }
 };
-struct BfloatToFloat {
+struct BfloatPairs {
   static __device__ __forceinline__ float low(__nv_bfloat162 pair) { return __low2float(pair); }
   static __device__ __forceinline__ float high(__nv_bfloat162 pair) { return __high2float(pair); }
   static __device__ __forceinline__ __nv_bfloat162 pair(float value) { return __float2bfloat162_rn(value); }
@@ -72,12 +75,12 @@ struct BfloatToFloat {
 struct F16 {
   static constexpr uint32_t kBytes = 2;
   static constexpr float kLargest = 65504.0f;
-  using Vector = PairVector<__half2, HalfToFloat>;
+  using Vector = PairVector<__half2, HalfPairs>;
 };
 struct BF16 {
   static constexpr uint32_t kBytes = 2;
   static constexpr float kLargest = 0x1.fep127f;
-  using Vector = PairVector<__nv_bfloat162, BfloatToFloat>;
+  using Vector = PairVector<__nv_bfloat162, BfloatPairs>;
 };
 struct F32 {
   static constexpr uint32_t kBytes = 4;
@@ -109,8 +112,8 @@ struct F32 {
   };
 };
 
-// Division of f16 values: 1 / divisor in two floats, good to 2^-46. The quotient of two 11-bit significands is no closer
-// than 2^-36 to a midpoint of float32, so it comes out correctly rounded; nothing over- or underflows.
+// Division of f16 values: 1 / divisor in two floats, good to 2^-46. The quotient of two 11-bit significands is no
+// closer than 2^-36 to a midpoint of float32, so it comes out correctly rounded; nothing over- or underflows.
 struct Reciprocal {
   float high, low;
 
@@ -143,9 +146,9 @@ __device__ __forceinline__ Affine element_affine(const Codec& codec, uint32_t pa
   }
 }
 
-// x / scale, rounded to an integer, as the last bits of a float. Of f16 values with a quotient below 2^9, no quotient is
-// closer to a midpoint between integers than 2^-12 (2^-13 about 1/2) without being on it: on the way the product with
-// the plain reciprocal, off by less than 2^-14, is rounded to multiples of 2^-13, which a midpoint is.
+// x / scale, rounded to an integer, as the last bits of a float. Of f16 values with a quotient below 2^9, no quotient
+// is closer to a midpoint between integers than 2^-12 (2^-13 about 1/2) without being on it: on the way the product
+// with the plain reciprocal, off by less than 2^-14, is rounded to multiples of 2^-13, which a midpoint is.
 struct NearRounding {
   static constexpr float kLimit = 511.0f, kSnap = 1536.0f;  // 1.5 * 2^10
   float reciprocal;
@@ -294,9 +297,9 @@ __device__ void quantize_tokens(const Codec& codec, uint32_t part, const uint8_t
   const uint32_t thread = thread_index(), warp = thread / kWarpThreads, lane = thread % kWarpThreads;
   const uint32_t vectors = codec.channels / 8, per_head = codec.head_dim / 8;
   const uint8_t* start = value_address<Element>(codec, x, block, 0, 0, 0);
-  const uint32_t reciprocal =
-      0xffffffffu / per_head + 1;  // exact quotients, as per_head <= 32 and vectors < 2^27
-  // In vectors from the block's first value; below 2^32 for any tensor that fits a GPU.
+  // Exact quotients, as per_head <= 32 and vectors < 2^27.
+  const uint32_t reciprocal = 0xffffffffu / per_head + 1;
+  // In vectors from the block's first value; below 2^32, as check_offsets sees to.
   const auto offset_of = [&](uint32_t vector) {
     const uint32_t head = __umulhi(vector, reciprocal);
     return static_cast<uint32_t>(head * codec.tokens) * per_head + vector - head * per_head;
@@ -350,7 +353,7 @@ __device__ void quantize_tokens(const Codec& codec, uint32_t part, const uint8_t
       head = __reduce_min_sync(kEveryLane, head);
       if (head == codec.heads) head = 0;  // the range alone overflows
       if (lane == 0)
-        atomicMin(target.first_non_finite, non_finite_key(block * kBlockTokens + token, head, part));
+        atomicMin(target.first_non_finite, non_finite_place(block * kBlockTokens + token, head, part));
     }
     const Affine affine = close_group<Element>(codec, part, minimum, maximum);
     if (lane == 0) write_group(target, token, affine);
@@ -398,7 +401,7 @@ __device__ void quantize_segments(const Codec& codec, uint32_t part, const uint8
     if (member == 0) {
       write_group(target, group_index(codec, part, head, token, begin), affine);
       if (!group_finite(minimum, maximum)) {
-        atomicMin(target.first_non_finite, non_finite_key(block * kBlockTokens + token, head, part));
+        atomicMin(target.first_non_finite, non_finite_place(block * kBlockTokens + token, head, part));
       }
     }
     if (active) {
@@ -442,7 +445,7 @@ __device__ void quantize_channels(const Codec& codec, uint32_t part, const uint8
     write_group(target, index, affine);
     if (!finite) {
       const uint64_t token = block * kBlockTokens + (bad_token == kBlockTokens ? 0 : bad_token);
-      atomicMin(target.first_non_finite, non_finite_key(token, head, part));
+      atomicMin(target.first_non_finite, non_finite_place(token, head, part));
     }
     with_code_maker<Element>(affine, codec.code_limit[part], minimum, maximum, [&](const auto& maker) {
 #pragma unroll 16

@@ -4,9 +4,7 @@
 // Codes are read from the cache (2 bytes a channel pair and token); extremes, mean and sums of the tokens left, 10
 // bytes a channel, live in shared memory. Integers, and doubles that are only multiplied and divided, so the order is
 // the CPU's.
-#include "device/device_cuda.h"
 #include "kv/launch.cuh"
-#include "kv/operations.h"
 #include "kv/order.cuh"
 #include "kv/pack.cuh"
 
@@ -43,8 +41,6 @@ struct RepackShared {
   uint32_t choice;
   unsigned long long bits;
 };
-
-constexpr uint32_t kEven = 0x00ff00ffu;
 
 __device__ __forceinline__ uint32_t round_half_even(uint32_t sum, uint32_t count) {
   const uint32_t quotient = sum / count, rest = 2 * (sum - quotient * count);
@@ -226,24 +222,31 @@ __global__ void __launch_bounds__(kEncodeThreads)
   }
 }
 
+// Dynamic shared memory: GreedyMemory, 10 bytes a channel.
+uint32_t state_bytes_of(const Codec& codec) {
+  return codec.repack >= PH_KV_REPACK_GREEDY ? 10 * codec.channels + 4 : 0;
+}
+
 }  // namespace
 
-void repack(ph_device& device, const Codec& codec, const uint8_t* key_codes, const uint8_t* value_codes,
-            uint8_t* order) {
-  if (codec.blocks == 0) return;
-  const uint32_t words = codec.channels / 2;
-  const uint32_t state_bytes = codec.repack >= PH_KV_REPACK_GREEDY ? 4 * (5 * words + 1) : 0;
+void check_repack(const ph_device& device, const Codec& codec) {
   constexpr uint32_t kStaticBytes = sizeof(RepackShared) + 64;
-  if (state_bytes + kStaticBytes > static_cast<uint32_t>(device.shared_bytes)) {
+  if (state_bytes_of(codec) + kStaticBytes > static_cast<uint32_t>(device.shared_bytes)) {
     throw Error(PH_ERROR_UNSUPPORTED,
                 "Cannot repack greedily with %u heads of %u channels: this GPU holds %u channels in all",
                 codec.heads, codec.head_dim,
                 (static_cast<uint32_t>(device.shared_bytes) - kStaticBytes) / 10);
   }
+}
+
+void repack(ph_device& device, const Codec& codec, const uint8_t* key_codes, const uint8_t* value_codes,
+            uint8_t* order) {
+  check_repack(device, codec);
+  if (codec.blocks == 0) return;
+  const uint32_t state_bytes = state_bytes_of(codec);
   dispatch_pack(codec.pack, [&](auto pack) {
     const auto kernel = RepackKernel<decltype(pack)::value>;
-    PH_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(state_bytes)));
+    allow_shared(device, kernel);
     kernel<<<grid_of(codec.blocks), kEncodeThreads, state_bytes, device.stream>>>(codec, key_codes,
                                                                                   value_codes, order);
   });

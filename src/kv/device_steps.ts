@@ -165,7 +165,7 @@ export function readEncodeStatus(
 /**
  * Looks at what {@linkcode decodeKv} left in the status buffer.
  *
- * Throws `corrupt` if a record was malformed; its block was not written.
+ * Throws `corrupt` if a record was malformed; what its block then holds is undefined.
  *
  * @example
  * ```ts

@@ -1,5 +1,5 @@
 // The kv codec through the C ABI alone, for the sanitizers and for every instruction set: round trips within
-// the bound, the steps against the fused operations, and damaged records.
+// the bound, the steps against the fused operations, damaged records and orders.
 //
 // kv_native_test [SEED [STRIDE]]: STRIDE runs each n-th case only, for slow sanitizers.
 #include <cmath>
@@ -36,7 +36,7 @@ struct Buffer {
   ~Buffer() { OK(ph_buffer_destroy(device, handle, error, sizeof error)); }
   Buffer(const Buffer&) = delete;
   template <typename T>
-  void upload(const std::vector<T>& data) {
+  void upload(const std::vector<T>& data) const {
     OK(ph_buffer_upload(device, handle, 0, data.data(), data.size() * sizeof(T), error, sizeof error));
   }
   template <typename T>
@@ -77,8 +77,8 @@ std::vector<uint8_t> random_tensor(const ph_kv_codec& codec, std::mt19937& rando
   return x;
 }
 
-uint64_t checksum =
-    0xcbf29ce484222325;  // FNV-1a of all records: the same for every backend and instruction set
+// FNV-1a of all records: the same for every backend and instruction set.
+uint64_t checksum = 0xcbf29ce484222325;
 
 bool same(const Buffer& a, const Buffer& b) { return a.download<uint8_t>() == b.download<uint8_t>(); }
 
@@ -162,6 +162,56 @@ void round_trip(ph_kv_codec codec, std::mt19937& random) {
   }
 }
 
+uint64_t first_malformed(const ph_kv_codec& codec, const Buffer& records, uint64_t bytes,
+                         const Buffer& offsets) {
+  const uint64_t tensor_bytes = codec.tokens * codec.heads * codec.head_dim * element_bytes(codec);
+  Buffer keys(tensor_bytes), values(tensor_bytes), status(16);
+  OK(ph_kv_decode(device, &codec, records.handle, bytes, offsets.handle, keys.handle, 0, values.handle, 0,
+                  status.handle, error, sizeof error));
+  return status.download<uint64_t>()[0];
+}
+
+// Two blocks of codes; an order that is none, and a payload at an odd place, make the record malformed.
+void malformed_records() {
+  ph_kv_codec codec{};
+  codec.heads = 2;
+  codec.head_dim = 64;
+  codec.tokens = 128;
+  codec.key_rel = codec.value_rel = 0.1f;
+  codec.pack = 16;
+  Quantized key_part(codec, PH_KV_KEYS), value_part(codec, PH_KV_VALUES);
+  std::vector<uint8_t> codes(key_part.codes.size);
+  for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<uint8_t>(i * i >> 8);
+  for (const Quantized* part : {&key_part, &value_part}) {
+    part->codes.upload(codes);
+    part->scales.upload(std::vector<float>(part->scales.size / 4, 1.0f));
+    part->zeros.upload(std::vector<int32_t>(part->zeros.size / 4, 0));
+  }
+  const uint64_t workspace_bytes = ph_kv_workspace_bytes(&codec);
+  Buffer order(codec.tokens), records(ph_kv_records_capacity(&codec)), offsets(24), status(16),
+      workspace(workspace_bytes);
+  const auto pack = [&](const std::vector<uint8_t>& tokens) {
+    order.upload(tokens);
+    OK(ph_kv_pack(device, &codec, key_part.codes.handle, key_part.scales.handle, key_part.zeros.handle,
+                  value_part.codes.handle, value_part.scales.handle, value_part.zeros.handle, order.handle,
+                  records.handle, offsets.handle, workspace_bytes > 0 ? workspace.handle : nullptr,
+                  status.handle, error, sizeof error));
+    return status.download<uint64_t>()[1];
+  };
+  std::vector<uint8_t> tokens(codec.tokens);
+  for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = i % 64;
+  uint64_t bytes = pack(tokens);
+  CHECK(first_malformed(codec, records, bytes, offsets) == UINT64_MAX);
+
+  std::vector<uint8_t> damaged = records.download<uint8_t>();
+  damaged[offsets.download<uint64_t>()[1] + 16 + 4] += 2;  // the first payload of the second block's values
+  records.upload(damaged);
+  CHECK(first_malformed(codec, records, bytes, offsets) == 1);
+
+  bytes = pack(std::vector<uint8_t>(codec.tokens, 255));
+  CHECK(first_malformed(codec, records, bytes, offsets) == 0);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -208,6 +258,7 @@ int main(int count, char** arguments) {
       }
     }
   }
+  malformed_records();
   OK(ph_device_close(device, error, sizeof error));
   fprintf(stderr, "%d cases, checksum %016llx\n", runs, static_cast<unsigned long long>(checksum));
   return 0;
