@@ -10,6 +10,7 @@ export const STATUS_CODES = [
   "no-gpu",
   "cuda",
   "internal",
+  "non-finite",
 ] as const satisfies readonly (ErrorCode | "ok")[];
 
 const ERROR_BYTES = 1024;

@@ -14,6 +14,11 @@ export function countDevices(backend: NativeBackend): number {
 /** Host memory lent to asynchronous calls, so that it is not collected before they return. */
 const lent = new Set<object>();
 
+/** What lives on a device, and is closed before it. */
+export interface NativeResource {
+  close(): void;
+}
+
 /**
  * A `ph_device`. What is closed while an asynchronous call is in flight is freed
  * when the call returns.
@@ -21,7 +26,7 @@ const lent = new Set<object>();
 export class NativeDevice {
   readonly library: Library;
   readonly #handle: Deno.PointerObject;
-  readonly #buffers = new Set<NativeBuffer>();
+  readonly #resources = new Set<NativeResource>();
   #callsInFlight = 0;
   #isClosed = false;
 
@@ -51,11 +56,21 @@ export class NativeDevice {
     const { symbols } = this.library;
     const handle = create(symbols.ph_buffer_create, this.handle, BigInt(byteLength));
     const buffer = new NativeBuffer(this, handle, (destroyed) => {
-      this.#buffers.delete(destroyed);
+      this.disown(destroyed);
       call(symbols.ph_buffer_destroy, this.#handle, handle);
     });
-    this.#buffers.add(buffer);
+    this.own(buffer);
     return buffer;
+  }
+
+  /** From now on `resource` is closed before the device. */
+  own(resource: NativeResource): void {
+    this.#resources.add(resource);
+  }
+
+  /** `resource` is closed, and the device may forget it. */
+  disown(resource: NativeResource): void {
+    this.#resources.delete(resource);
   }
 
   synchronize(): void {
@@ -101,11 +116,11 @@ export class NativeDevice {
     }
   }
 
-  /** Closes the device and its buffers. Does nothing the second time. */
+  /** Closes the device and what lives on it. Does nothing the second time. */
   close(): void {
     if (this.#isClosed) return;
     this.#isClosed = true;
-    for (const buffer of this.#buffers) buffer.close();
+    for (const resource of this.#resources) resource.close();
     this.#closeWhenIdle();
   }
 

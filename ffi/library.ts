@@ -3,6 +3,7 @@ import { PackhorseError } from "../src/error.ts";
 import { STRUCTS } from "./structs.ts";
 import { DEVICE_SYMBOLS } from "./symbols/device.ts";
 import { KV_SYMBOLS } from "./symbols/kv.ts";
+import { KV_CACHE_SYMBOLS } from "./symbols/kv_cache.ts";
 import { LIBRARY_SYMBOLS } from "./symbols/library.ts";
 
 /** `PH_ABI_VERSION` of the header that this code was written to. */
@@ -11,7 +12,7 @@ export const ABI_VERSION = 1;
 /** Where native code can run; each has its own library. */
 export type NativeBackend = "cpu" | "cuda";
 
-const SYMBOLS = { ...DEVICE_SYMBOLS, ...KV_SYMBOLS };
+const SYMBOLS = { ...DEVICE_SYMBOLS, ...KV_SYMBOLS, ...KV_CACHE_SYMBOLS };
 
 /** A loaded library. It stays loaded for the process, since a call may be in flight at any time. */
 export interface Library {

@@ -148,5 +148,49 @@ export const KV_STATISTICS = new Struct("ph_kv_statistics", 2, {
   compared: "u64[2]",
 });
 
+export const KV_CACHE_CONFIG = new Struct("ph_kv_cache_config", 3, {
+  layers: "u32",
+  query_heads: "u32",
+  kv_heads: "u32",
+  head_dim: "u32",
+  dtype: "u32",
+  sequences: "u32",
+  residual: "u32",
+  sinks: "u32",
+  tokens: "u64",
+  step_tokens: "u64",
+  pool_bytes: "u64",
+});
+
+export const KV_CACHE_CODEC = new Struct("ph_kv_cache_codec", 4, {
+  key_quantizer: "u32",
+  value_quantizer: "u32",
+  key_bits: "u32",
+  value_bits: "u32",
+  key_rel: "f32",
+  value_rel: "f32",
+});
+
+export const KV_CACHE_STATISTICS = new Struct("ph_kv_cache_statistics", 5, {
+  pool_bytes: "u64",
+  recent_bytes: "u64",
+  index_bytes: "u64",
+  page_table_bytes: "u64",
+  step_bytes: "u64",
+  workspace_bytes: "u64",
+  free_bytes: "u64",
+  packed_bytes: "u64",
+  sequences: "u64",
+  tokens: "u64",
+  packed_tokens: "u64",
+});
+
 /** All structs of the C ABI. */
-export const STRUCTS = [DEVICE_INFO, KV_CODEC, KV_STATISTICS];
+export const STRUCTS = [
+  DEVICE_INFO,
+  KV_CODEC,
+  KV_STATISTICS,
+  KV_CACHE_CONFIG,
+  KV_CACHE_CODEC,
+  KV_CACHE_STATISTICS,
+];

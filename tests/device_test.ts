@@ -386,6 +386,6 @@ Deno.test("device: what is dropped without being disposed is freed", async () =>
     ],
   }).output();
   assertEquals([code, new TextDecoder().decode(stderr)], [0, ""]);
-  // Of 200 buffers.
+  // Of 200 buffers and as many caches.
   assertLess(Number(new TextDecoder().decode(stdout)), 100);
 });

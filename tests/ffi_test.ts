@@ -1,11 +1,19 @@
 /** The symbol tables, structs and enums of `ffi/` against the text of `packhorse.h`, both ways. */
 import { assert, assertEquals, assertGreater } from "@std/assert";
 import { STATUS_CODES } from "../ffi/call.ts";
-import { DTYPE, KV_GROUPING, KV_PART, KV_QUANTIZER, KV_REPACK } from "../ffi/enums.ts";
+import {
+  DTYPE,
+  KV_CACHE_QUANTIZER,
+  KV_GROUPING,
+  KV_PART,
+  KV_QUANTIZER,
+  KV_REPACK,
+} from "../ffi/enums.ts";
 import { ABI_VERSION, loadLibrary } from "../ffi/library.ts";
 import { STRUCTS } from "../ffi/structs.ts";
 import { DEVICE_SYMBOLS } from "../ffi/symbols/device.ts";
 import { KV_SYMBOLS } from "../ffi/symbols/kv.ts";
+import { KV_CACHE_SYMBOLS } from "../ffi/symbols/kv_cache.ts";
 import { LIBRARY_SYMBOLS } from "../ffi/symbols/library.ts";
 
 const header = Deno.readTextFileSync(new URL("../cuda/include/packhorse.h", import.meta.url))
@@ -14,8 +22,9 @@ const header = Deno.readTextFileSync(new URL("../cuda/include/packhorse.h", impo
 /** The FFI type of a C declaration, which may end in a name. */
 function ffiType(declaration: string): string {
   const type = declaration.replace(/\bconst\b/, "").replace(/\w+\s*$/, "").replaceAll(/\s/g, "");
-  if (/^ph_(device|buffer)\*$/.test(type)) return "pointer";
+  if (/^ph_(device|buffer|kv_cache)\*$/.test(type)) return "pointer";
   if (type.endsWith("*")) return "buffer";
+  if (type === "float") return "f32";
   return type.replace(/^uint(\d+)_t$/, "u$1").replace(/^int(\d+)_t$/, "i$1");
 }
 
@@ -32,6 +41,7 @@ const symbols: Record<string, Deno.ForeignFunction> = {
   ...LIBRARY_SYMBOLS,
   ...DEVICE_SYMBOLS,
   ...KV_SYMBOLS,
+  ...KV_CACHE_SYMBOLS,
 };
 
 Deno.test("ffi: every function of the header has a symbol with its parameters, and every symbol a function", () => {
@@ -73,6 +83,7 @@ Deno.test("ffi: the values of enums are the header's", () => {
   assertEquals(enumOf("ph_kv_grouping", "PH_KV_PER_"), KV_GROUPING);
   assertEquals(enumOf("ph_kv_repack", "PH_KV_REPACK_"), KV_REPACK);
   assertEquals(enumOf("ph_kv_part", "PH_KV_"), KV_PART);
+  assertEquals(enumOf("ph_kv_cache_quantizer", "PH_KV_CACHE_"), KV_CACHE_QUANTIZER);
   const codes = Object.entries(enumOf("ph_status", "PH_")).map(([word, value]) => {
     assertEquals(STATUS_CODES[value], word.replace(/^error_/, "").replaceAll("_", "-") as "ok");
     return value;

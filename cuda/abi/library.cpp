@@ -39,6 +39,40 @@ std::vector<uint32_t> layout_of(uint32_t which) {
               FIELD(ph_kv_statistics, max_error_over_scale),
               FIELD(ph_kv_statistics, squared_error),
               FIELD(ph_kv_statistics, compared)};
+    case PH_STRUCT_KV_CACHE_CONFIG:
+      return {sizeof(ph_kv_cache_config),
+              FIELD(ph_kv_cache_config, layers),
+              FIELD(ph_kv_cache_config, query_heads),
+              FIELD(ph_kv_cache_config, kv_heads),
+              FIELD(ph_kv_cache_config, head_dim),
+              FIELD(ph_kv_cache_config, dtype),
+              FIELD(ph_kv_cache_config, sequences),
+              FIELD(ph_kv_cache_config, residual),
+              FIELD(ph_kv_cache_config, sinks),
+              FIELD(ph_kv_cache_config, tokens),
+              FIELD(ph_kv_cache_config, step_tokens),
+              FIELD(ph_kv_cache_config, pool_bytes)};
+    case PH_STRUCT_KV_CACHE_CODEC:
+      return {sizeof(ph_kv_cache_codec),
+              FIELD(ph_kv_cache_codec, key_quantizer),
+              FIELD(ph_kv_cache_codec, value_quantizer),
+              FIELD(ph_kv_cache_codec, key_bits),
+              FIELD(ph_kv_cache_codec, value_bits),
+              FIELD(ph_kv_cache_codec, key_rel),
+              FIELD(ph_kv_cache_codec, value_rel)};
+    case PH_STRUCT_KV_CACHE_STATISTICS:
+      return {sizeof(ph_kv_cache_statistics),
+              FIELD(ph_kv_cache_statistics, pool_bytes),
+              FIELD(ph_kv_cache_statistics, recent_bytes),
+              FIELD(ph_kv_cache_statistics, index_bytes),
+              FIELD(ph_kv_cache_statistics, page_table_bytes),
+              FIELD(ph_kv_cache_statistics, step_bytes),
+              FIELD(ph_kv_cache_statistics, workspace_bytes),
+              FIELD(ph_kv_cache_statistics, free_bytes),
+              FIELD(ph_kv_cache_statistics, packed_bytes),
+              FIELD(ph_kv_cache_statistics, sequences),
+              FIELD(ph_kv_cache_statistics, tokens),
+              FIELD(ph_kv_cache_statistics, packed_tokens)};
     default:
       return {};
   }

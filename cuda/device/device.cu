@@ -110,6 +110,11 @@ void download(ph_device& device, void* target, const uint8_t* source, uint64_t b
   synchronize(device);
 }
 
+// Pageable memory is copied to the driver's own before the call returns.
+void enqueue_upload(ph_device& device, uint8_t* target, const void* source, uint64_t bytes) {
+  PH_CUDA_TRY(cudaMemcpyAsync(target, source, bytes, cudaMemcpyHostToDevice, device.stream));
+}
+
 void copy(ph_device& device, uint8_t* target, const uint8_t* source, uint64_t bytes) {
   PH_CUDA_TRY(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDeviceToDevice, device.stream));
 }

@@ -27,6 +27,8 @@ void release(ph_device& device, uint8_t* data);
 // Copies in stream order; upload and download wait until the host memory is free or filled.
 void upload(ph_device& device, uint8_t* target, const void* source, uint64_t bytes);
 void download(ph_device& device, void* target, const uint8_t* source, uint64_t bytes);
+// Copies host memory in stream order without waiting for the stream; `source` may be reused when it returns.
+void enqueue_upload(ph_device& device, uint8_t* target, const void* source, uint64_t bytes);
 void copy(ph_device& device, uint8_t* target, const uint8_t* source, uint64_t bytes);
 void fill(ph_device& device, uint8_t* target, uint8_t value, uint64_t bytes);
 

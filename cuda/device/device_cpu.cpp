@@ -98,6 +98,9 @@ void upload(ph_device&, uint8_t* target, const void* source, uint64_t bytes) {
 void download(ph_device&, void* target, const uint8_t* source, uint64_t bytes) {
   copy_parallel(static_cast<uint8_t*>(target), source, bytes);
 }
+void enqueue_upload(ph_device&, uint8_t* target, const void* source, uint64_t bytes) {
+  copy_parallel(target, static_cast<const uint8_t*>(source), bytes);
+}
 void copy(ph_device&, uint8_t* target, const uint8_t* source, uint64_t bytes) {
   copy_parallel(target, source, bytes);
 }

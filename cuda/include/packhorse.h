@@ -40,7 +40,8 @@ enum ph_status {
   PH_ERROR_CORRUPT = 4, /* bytes that no encoder writes */
   PH_ERROR_NO_GPU = 5,
   PH_ERROR_CUDA = 6,
-  PH_ERROR_INTERNAL = 7
+  PH_ERROR_INTERNAL = 7,
+  PH_ERROR_NON_FINITE = 8 /* a NaN or an infinity where there must be none */
 };
 
 enum ph_dtype { PH_F16 = 0, PH_BF16 = 1, PH_F32 = 2, PH_I32 = 3, PH_U8 = 4 };
@@ -52,7 +53,14 @@ PH_API uint32_t ph_abi_version(void);
 
 /* Writes the layout of one struct as u32 words: sizeof, then offsetof each field in declaration order.
  * Returns the number of words, or 0 for an unknown struct; writes at most `capacity` words. */
-enum ph_struct { PH_STRUCT_DEVICE_INFO = 0, PH_STRUCT_KV_CODEC = 1, PH_STRUCT_KV_STATISTICS = 2 };
+enum ph_struct {
+  PH_STRUCT_DEVICE_INFO = 0,
+  PH_STRUCT_KV_CODEC = 1,
+  PH_STRUCT_KV_STATISTICS = 2,
+  PH_STRUCT_KV_CACHE_CONFIG = 3,
+  PH_STRUCT_KV_CACHE_CODEC = 4,
+  PH_STRUCT_KV_CACHE_STATISTICS = 5
+};
 PH_API uint32_t ph_layout(uint32_t which, uint32_t* words, uint32_t capacity);
 
 /* ---- device -------------------------------------------------------------------------------------- */
@@ -285,6 +293,123 @@ PH_API int32_t ph_kv_measure(ph_device* device, const ph_kv_codec* codec, const 
                              uint64_t keys_offset, const ph_buffer* values, uint64_t values_offset,
                              ph_buffer* statistics, ph_buffer* workspace, ph_buffer* status, char* error,
                              uint32_t error_bytes);
+
+/* ---- kv cache: packed, growing, read by attention ------------------------------------------------- */
+/*
+ * A cache holds the keys and values of `layers` layers for up to `sequences` sequences. Tokens arrive in steps: a step
+ * appends one or more tokens to some of the sequences, in every layer. The first `sinks` tokens of a sequence and its
+ * newest stay as they came, in 16 bits; as soon as `residual` tokens or more would remain after it, a block of 64 tokens
+ * is packed in the "tiles" layout (cuda/kv/tile.h), which attention unpacks in registers. Packing is that of the codec
+ * above, per token over all kv heads and channels, without repacking (a width spans the whole block):
+ *   packkv: scale = store((max - min) * rel); codes up to ceil(1 / rel) + 1
+ *   fixed:  scale = store_up((max - min) / (2^bits - 1)); every residual takes `bits` bits
+ * Zero points have 16 bits: where one would not fit, the scale is raised until it does, to at most |min| / 32767.
+ * Widths are chosen on the device, per block, head and group of 32 channels; records take the bytes they need, in pages
+ * of 65,536 bytes from a pool of fixed size.
+ *
+ * A cache belongs to its device and to one thread at a time. No call allocates device memory after creation. append and
+ * attend only enqueue; begin enqueues too, unless the pool looks exhausted by the largest sizes that records can have:
+ * then it waits for the device to learn the true ones.
+ */
+
+typedef struct ph_kv_cache ph_kv_cache;
+
+enum ph_kv_cache_quantizer { PH_KV_CACHE_PACKKV = 0, PH_KV_CACHE_FIXED = 1 };
+
+typedef struct ph_kv_cache_config {
+  uint32_t layers;      /* 1..4096 */
+  uint32_t query_heads; /* kv_heads times a group of 1..16 */
+  uint32_t kv_heads;    /* 1..1024 */
+  uint32_t head_dim;    /* 64, 96, 128 or 256 */
+  uint32_t dtype;       /* PH_F16 or PH_BF16: of tokens, queries and outputs */
+  uint32_t sequences;   /* most at once, 1..65536 */
+  uint32_t residual;    /* newest tokens that stay in 16 bits at least, 8..65536 */
+  uint32_t sinks;       /* first tokens that stay in 16 bits, 0..65536 */
+  uint64_t tokens;      /* most tokens of a sequence */
+  uint64_t step_tokens; /* most tokens of a step, over all its sequences */
+  uint64_t pool_bytes;  /* for packed blocks; rounded down to pages */
+} ph_kv_cache_config;
+
+/* How a layer is packed. */
+typedef struct ph_kv_cache_codec {
+  uint32_t key_quantizer; /* ph_kv_cache_quantizer */
+  uint32_t value_quantizer;
+  uint32_t key_bits; /* fixed: 1..8; else 0 */
+  uint32_t value_bits;
+  float key_rel; /* packkv: 1/254..1; else 0 */
+  float value_rel;
+} ph_kv_cache_codec;
+
+/* Every byte that a cache has allocated, by purpose, and what is in it. */
+typedef struct ph_kv_cache_statistics {
+  uint64_t pool_bytes;       /* pages for packed blocks */
+  uint64_t recent_bytes;     /* tokens in 16 bits */
+  uint64_t index_bytes;      /* where records end */
+  uint64_t page_table_bytes; /* where pages are */
+  uint64_t step_bytes;       /* the plan of a step */
+  uint64_t workspace_bytes;  /* scratch of append and attend */
+  uint64_t free_bytes;       /* pages of the pool that no sequence holds */
+  uint64_t packed_bytes;     /* records of all sequences; shared ones count once for each */
+  uint64_t sequences;        /* alive */
+  uint64_t tokens;           /* of all sequences */
+  uint64_t packed_tokens;    /* of these, packed */
+} ph_kv_cache_statistics;
+
+/* Creates a cache and all its memory. `codecs` has one entry per layer. */
+PH_API ph_kv_cache* ph_kv_cache_create(ph_device* device, const ph_kv_cache_config* config,
+                                       const ph_kv_cache_codec* codecs, int32_t* status, char* error,
+                                       uint32_t error_bytes);
+/* Frees the cache once the work enqueued so far no longer needs it. */
+PH_API int32_t ph_kv_cache_destroy(ph_device* device, ph_kv_cache* cache, char* error, uint32_t error_bytes);
+
+/* Starts an empty sequence and writes its number. */
+PH_API int32_t ph_kv_cache_add(ph_device* device, ph_kv_cache* cache, uint32_t* sequence, char* error,
+                               uint32_t error_bytes);
+/* Starts a sequence with the tokens of another; they share packed pages until one of them writes to it. Waits for
+ * the device. */
+PH_API int32_t ph_kv_cache_fork(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint32_t* fork,
+                                char* error, uint32_t error_bytes);
+/* Keeps the first `tokens` tokens of a sequence. Tokens of a block that is cut go back to 16 bits with the values
+ * they were packed to. Waits for the device. */
+PH_API int32_t ph_kv_cache_truncate(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint64_t tokens,
+                                    char* error, uint32_t error_bytes);
+/* Ends a sequence; its number may be given again. This, and truncate, end the step: no attention until the next. */
+PH_API int32_t ph_kv_cache_remove(ph_device* device, ph_kv_cache* cache, uint32_t sequence, char* error,
+                                  uint32_t error_bytes);
+/* Tokens of a sequence, those of a step that has begun included. */
+PH_API int32_t ph_kv_cache_length(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint64_t* tokens,
+                                  char* error, uint32_t error_bytes);
+
+/* Begins a step: sequence sequences[i] will get tokens[i] (> 0) more tokens in every layer. Reserves pages and plans
+ * attention. PH_ERROR_OUT_OF_MEMORY leaves the cache as it was. Every layer must have been appended to since the last
+ * step began. */
+PH_API int32_t ph_kv_cache_begin(ph_device* device, ph_kv_cache* cache, const uint32_t* sequences,
+                                 const uint32_t* tokens, uint32_t count, char* error, uint32_t error_bytes);
+/* Appends the step's tokens to a layer, once a step: keys (after RoPE) and values [step tokens, kv_heads, head_dim],
+ * the tokens of sequences[0] first. Packs the blocks that are due. */
+PH_API int32_t ph_kv_cache_append(ph_device* device, ph_kv_cache* cache, uint32_t layer,
+                                  const ph_buffer* keys, uint64_t keys_offset, const ph_buffer* values,
+                                  uint64_t values_offset, char* error, uint32_t error_bytes);
+/* Attention of the step's tokens over their sequences, after the layer's append: queries and out
+ * [step tokens, query_heads, head_dim]. out = softmax(scale * q . K) . V, causal; query head h reads kv head
+ * h / (query_heads / kv_heads). At most 8 tokens per sequence. Relative error within 1e-3 of exact attention over the
+ * unpacked values. Deterministic: a sequence's results do not depend on the rest of the batch. */
+PH_API int32_t ph_kv_cache_attend(ph_device* device, ph_kv_cache* cache, uint32_t layer,
+                                  const ph_buffer* queries, uint64_t queries_offset, ph_buffer* out,
+                                  uint64_t out_offset, float scale, char* error, uint32_t error_bytes);
+
+/* Tokens [first, first + count) of a sequence as attention sees them, rounded to dtype: keys and values
+ * [count, kv_heads, head_dim]. */
+PH_API int32_t ph_kv_cache_read(ph_device* device, ph_kv_cache* cache, uint32_t layer, uint32_t sequence,
+                                uint64_t first, uint64_t count, ph_buffer* keys, uint64_t keys_offset,
+                                ph_buffer* values, uint64_t values_offset, char* error, uint32_t error_bytes);
+/* Waits for the device. PH_ERROR_NON_FINITE names the first sequence and token that was packed with a value that
+ * is not finite (it counts as 0), if there was one since the last call. */
+PH_API int32_t ph_kv_cache_check(ph_device* device, ph_kv_cache* cache, char* error, uint32_t error_bytes);
+/* Waits for the device. */
+PH_API int32_t ph_kv_cache_get_statistics(ph_device* device, ph_kv_cache* cache,
+                                          ph_kv_cache_statistics* statistics, char* error,
+                                          uint32_t error_bytes);
 
 #ifdef __cplusplus
 }

@@ -1,8 +1,24 @@
 /**
- * The key/value cache codec: packing, unpacking and measuring layers and files.
+ * The key/value cache: packing, unpacking and measuring layers and files, and a cache that grows and is read by
+ * attention as it is.
  *
  * @module
  */
+export {
+  KvCache,
+  type KvCacheStatistics,
+  type KvReadOptions,
+  type KvSequence,
+  type KvStepPart,
+} from "./cache.ts";
+export type {
+  KvCacheCodec,
+  KvCacheConfig,
+  KvCacheDType,
+  KvCacheOptions,
+  KvCachePartCodec,
+} from "./cache_options.ts";
+export type { KvAttendOptions, KvCacheStep } from "./cache_step.ts";
 export {
   type KvBits,
   type KvCodec,

@@ -1,6 +1,7 @@
-// Run with --v8-flags=--expose-gc: drops devices and buffers without disposing them, and prints how much the
-// memory of the process grew.
+// Run with --v8-flags=--expose-gc: drops devices, buffers and kv caches without disposing them, and prints how
+// much the memory of the process grew.
 import { Device } from "../../src/device/mod.ts";
+import { KvCache } from "../../src/kv/mod.ts";
 
 declare const gc: () => void;
 
@@ -12,6 +13,20 @@ function dropOne(): void {
   device.createBuffer("u8", BYTES).fill(1);
 }
 
+using kept = Device.open({ backend: "cpu" });
+const TOKENS = 4096;
+const HEAD_DIM = 256;
+using tokens = kept.createBuffer("f16", TOKENS * HEAD_DIM);
+tokens.fill();
+
+function dropCache(): void {
+  const shape = { layers: 1, queryHeads: 1, kvHeads: 1, headDim: HEAD_DIM, dtype: "f16" } as const;
+  const limits = { sequences: 1, tokens: TOKENS, stepTokens: TOKENS, residual: TOKENS };
+  const cache = KvCache.create(kept, { ...shape, ...limits, poolBytes: BYTES });
+  // BYTES of keys and values that stay in 16 bits.
+  cache.begin([{ sequence: cache.add(), tokens: TOKENS }]).append(0, tokens, tokens);
+}
+
 async function collect(): Promise<void> {
   gc();
   // Finalizers run in a task of their own.
@@ -19,10 +34,12 @@ async function collect(): Promise<void> {
 }
 
 dropOne();
+dropCache();
 await collect();
 const before = Deno.memoryUsage().rss;
 for (let i = 0; i < 200; i++) {
   dropOne();
+  dropCache();
   if (i % 10 === 0) await collect();
 }
 await collect();

@@ -1,0 +1,153 @@
+// extern "C": the growing kv cache.
+#include "abi/arguments.h"
+#include "kv/growing_cache.h"
+
+using ph::checked;
+using ph::checked_tensor;
+using ph::Error;
+using ph::guard;
+
+namespace {
+
+ph_kv_cache& checked_cache(ph_kv_cache* cache) {
+  if (cache == nullptr) throw Error(PH_ERROR_INVALID_ARGUMENT, "The kv cache is null");
+  return *cache;
+}
+
+uint64_t token_bytes(const ph_kv_cache& cache, uint32_t heads) {
+  return static_cast<uint64_t>(heads) * cache.config().head_dim * 2;
+}
+
+template <typename T>
+T& checked_result(T* result, const char* what) {
+  if (result == nullptr) throw Error(PH_ERROR_INVALID_ARGUMENT, "The place for %s is null", what);
+  return *result;
+}
+
+}  // namespace
+
+extern "C" {
+
+ph_kv_cache* ph_kv_cache_create(ph_device* device, const ph_kv_cache_config* config,
+                                const ph_kv_cache_codec* codecs, int32_t* status, char* error,
+                                uint32_t error_bytes) {
+  ph_kv_cache* cache = nullptr;
+  const int32_t result = guard(error, error_bytes, [&] {
+    if (config == nullptr || codecs == nullptr)
+      throw Error(PH_ERROR_INVALID_ARGUMENT, "The kv cache's configuration is null");
+    cache = new ph_kv_cache(checked(device), *config, codecs);
+  });
+  if (status != nullptr) *status = result;
+  return cache;
+}
+
+int32_t ph_kv_cache_destroy(ph_device* device, ph_kv_cache* cache, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    delete &checked_cache(cache);
+  });
+}
+
+int32_t ph_kv_cache_add(ph_device* device, ph_kv_cache* cache, uint32_t* sequence, char* error,
+                        uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    checked_result(sequence, "the sequence") = checked_cache(cache).add();
+  });
+}
+
+int32_t ph_kv_cache_fork(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint32_t* fork,
+                         char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    checked_result(fork, "the fork") = checked_cache(cache).fork(sequence);
+  });
+}
+
+int32_t ph_kv_cache_truncate(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint64_t tokens,
+                             char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    checked_cache(cache).truncate(sequence, tokens);
+  });
+}
+
+int32_t ph_kv_cache_remove(ph_device* device, ph_kv_cache* cache, uint32_t sequence, char* error,
+                           uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    checked_cache(cache).remove(sequence);
+  });
+}
+
+int32_t ph_kv_cache_length(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint64_t* tokens,
+                           char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    checked_result(tokens, "the length") = checked_cache(cache).length(sequence);
+  });
+}
+
+int32_t ph_kv_cache_begin(ph_device* device, ph_kv_cache* cache, const uint32_t* sequences,
+                          const uint32_t* tokens, uint32_t count, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    if (count > 0 && (sequences == nullptr || tokens == nullptr))
+      throw Error(PH_ERROR_INVALID_ARGUMENT, "The sequences or token counts of the step are null");
+    checked_cache(cache).begin(sequences, tokens, count);
+  });
+}
+
+int32_t ph_kv_cache_append(ph_device* device, ph_kv_cache* cache, uint32_t layer, const ph_buffer* keys,
+                           uint64_t keys_offset, const ph_buffer* values, uint64_t values_offset, char* error,
+                           uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    ph_kv_cache& valid = checked_cache(cache);
+    const uint64_t bytes = valid.step_tokens() * token_bytes(valid, valid.config().kv_heads);
+    valid.append(layer, {{checked_tensor(keys, keys_offset, bytes, "keys"),
+                          checked_tensor(values, values_offset, bytes, "values")}});
+  });
+}
+
+int32_t ph_kv_cache_attend(ph_device* device, ph_kv_cache* cache, uint32_t layer, const ph_buffer* queries,
+                           uint64_t queries_offset, ph_buffer* out, uint64_t out_offset, float scale,
+                           char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    ph_kv_cache& valid = checked_cache(cache);
+    const uint64_t bytes = valid.step_tokens() * token_bytes(valid, valid.config().query_heads);
+    valid.attend(layer, checked_tensor(queries, queries_offset, bytes, "queries"),
+                 checked_tensor(out, out_offset, bytes, "the output"), scale);
+  });
+}
+
+int32_t ph_kv_cache_read(ph_device* device, ph_kv_cache* cache, uint32_t layer, uint32_t sequence,
+                         uint64_t first, uint64_t count, ph_buffer* keys, uint64_t keys_offset,
+                         ph_buffer* values, uint64_t values_offset, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    ph_kv_cache& valid = checked_cache(cache);
+    if (count > valid.length(sequence)) count = UINT32_MAX;  // too many: reported with the sequence's length
+    const uint64_t bytes = count == UINT32_MAX ? 0 : count * token_bytes(valid, valid.config().kv_heads);
+    valid.read(layer, sequence, first, count, checked_tensor(keys, keys_offset, bytes, "keys"),
+               checked_tensor(values, values_offset, bytes, "values"));
+  });
+}
+
+int32_t ph_kv_cache_check(ph_device* device, ph_kv_cache* cache, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    checked_cache(cache).check();
+  });
+}
+
+int32_t ph_kv_cache_get_statistics(ph_device* device, ph_kv_cache* cache, ph_kv_cache_statistics* statistics,
+                                   char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    checked_result(statistics, "the statistics") = checked_cache(cache).statistics();
+  });
+}
+
+}  // extern "C"

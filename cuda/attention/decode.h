@@ -1,0 +1,22 @@
+// Decode attention over a growing cache: softmax(scale * q . K) . V in one kernel, keys and values unpacked in registers.
+//
+// The step's tokens are appended already. Query token j of a sequence's m attends to the tokens before it and itself.
+#pragma once
+
+#include "kv/cache.h"
+
+namespace ph::attention {
+
+// Scratch memory for the steps of a cache: partial results of every piece. It must be zero before the first step, and is
+// decode's own from then on.
+uint64_t decode_workspace_bytes(const kv::CacheView& cache, uint64_t pieces);
+
+// Pieces that a processor works on at once: pieces come in multiples of it, to keep all processors busy to the end.
+uint32_t resident_pieces(ph_device& device, const kv::CacheView& cache, const kv::TileShape& shape);
+
+// queries and out: [tokens, query_heads, head_dim] of the cache's dtype. Query head h reads kv head
+// h / (query_heads / heads). Deterministic; a sequence's results do not depend on the rest of the batch.
+void decode(ph_device& device, const kv::CacheView& cache, const kv::TileShape& shape, uint32_t layer,
+            const kv::StepView& step, const uint8_t* queries, uint8_t* out, float scale, uint8_t* workspace);
+
+}  // namespace ph::attention

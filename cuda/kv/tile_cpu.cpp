@@ -1,0 +1,336 @@
+// The work on tiles on one CPU core; see tile_cpu.h.
+//
+// Compiled once per instruction set. All arithmetic is IEEE float32 with contraction off (CMakeLists.txt), so the wider
+// forms give the same bits.
+#include "kv/tile_cpu.h"
+
+#include "common/vector_cpu.h"
+
+namespace ph::kv::PH_INSTRUCTION_SET {
+
+using namespace ph::PH_INSTRUCTION_SET;
+
+namespace {
+
+// ---- quantise
+
+// 0 in place of what is not finite: x * 0 is NaN for those, and 0 for all others.
+Floats finite_or_zero(Floats x) { return x * 0.0f == 0.0f ? x : Floats{}; }
+
+TokenExtremes extremes(uint32_t dtype, const uint8_t* x, uint32_t values) {
+  return with_element(dtype, [&](auto element) {
+    using Element = decltype(element);
+    Floats minimum = splat(__builtin_inff()), maximum = splat(-__builtin_inff()), poison = {};
+    for (uint32_t i = 0; i < values; i += kVectorLanes) {
+      const Floats raw = Element::read(x + 2 * i), value = finite_or_zero(raw);
+      minimum = smaller(value, minimum);
+      maximum = larger(value, maximum);
+      poison += raw * 0.0f;
+    }
+    return TokenExtremes{smallest(minimum), largest(maximum), sum(poison) == 0.0f};
+  });
+}
+
+void quantize(const TileShape& shape, uint32_t part, const uint8_t* const* rows, const Affine* affines,
+              uint8_t* codes) {
+  const Floats limit = splat(static_cast<float>(shape.parts[part].code_limit));
+  with_element(shape.dtype, [&](auto element) {
+    using Element = decltype(element);
+    for (uint32_t token = 0; token < kBlockTokens; ++token) {
+      const Floats scale = splat(affines[token].scale), zero = splat(affines[token].zero);
+      uint8_t* target = codes + token * shape.head_dim;
+      for (uint32_t channel = 0; channel < shape.head_dim; channel += kVectorLanes) {
+        const Floats x = finite_or_zero(Element::read(rows[token] + 2 * channel));
+        const Floats code = round_lanes(x / scale) - zero;  // as quantize_value
+        store_codes(target + channel, smaller(larger(code, Floats{}), limit));
+      }
+    }
+  });
+}
+
+// Calls `run` with the width of a group as a constant.
+template <typename Run>
+void with_width(uint32_t width, Run run) {
+  switch (width) {
+    case 1:
+      return run(std::integral_constant<uint32_t, 1>());
+    case 2:
+      return run(std::integral_constant<uint32_t, 2>());
+    case 3:
+      return run(std::integral_constant<uint32_t, 3>());
+    case 4:
+      return run(std::integral_constant<uint32_t, 4>());
+    case 5:
+      return run(std::integral_constant<uint32_t, 5>());
+    case 6:
+      return run(std::integral_constant<uint32_t, 6>());
+    case 7:
+      return run(std::integral_constant<uint32_t, 7>());
+    case 8:
+      return run(std::integral_constant<uint32_t, 8>());
+    default:
+      return run(std::integral_constant<uint32_t, 0>());
+  }
+}
+
+// ---- pack
+
+// A group's register (s, j) of lane 4 * g + i: four residuals, the first lowest. `residuals` are [64, head_dim] for keys
+// and quads for values.
+uint32_t fragment_register(const TileShape& shape, uint32_t part, const uint8_t* residuals, uint32_t group,
+                           uint32_t g, uint32_t i, uint32_t s, uint32_t j) {
+  if (part == PH_KV_KEYS) {
+    const uint32_t token = 8 * g + 4 * (s / 2) + j, channel = kTileChannels * group + 16 * (s % 2) + 4 * i;
+    return load<uint32_t>(residuals + token * shape.head_dim + channel);
+  }
+  const uint32_t token = 16 * i + 8 * (s / 2) + 4 * (s % 2), channel = kTileChannels * group + 8 * j + g;
+  return load<uint32_t>(residuals + token * shape.head_dim + channel * 4);
+}
+
+// One group of width 1 to 4, or half of a wide one, whose bits lie `shift` up in the residuals. Nothing for width 0.
+template <uint32_t kWidth>
+void pack_group(const TileShape& shape, uint32_t part, const uint8_t* residuals, uint32_t group,
+                uint32_t shift, uint8_t* target) {
+  if constexpr (kWidth == 0) return;
+  for (uint32_t lane = 0; lane < kLanes; ++lane) {
+    uint32_t nibbles[8], words[8];
+    for (uint32_t s = 0; s < 4; ++s) {
+      for (uint32_t j = 0; j < 2; ++j) {
+        const uint32_t low = fragment_register(shape, part, residuals, group, lane / 4, lane % 4, s, j),
+                       high = fragment_register(shape, part, residuals, group, lane / 4, lane % 4, s, j + 2);
+        nibbles[2 * s + j] = (low >> shift & 0x0f0f0f0fu) | (high >> shift & 0x0f0f0f0fu) << 4;
+      }
+    }
+    pack_words(kWidth, nibbles, words);
+    for (uint32_t x = 0; x < 2 * kWidth; ++x) store(target + word_position(kWidth, lane, x), words[x]);
+  }
+}
+
+// Flattened, as are the other functions that take some from shared headers: what is not inlined would be one function
+// for all instruction sets.
+__attribute__((flatten)) uint32_t pack(const TileShape& shape, uint32_t part, uint8_t* codes, uint8_t* bases,
+                                       uint8_t* groups) {
+  const uint32_t head_dim = shape.head_dim;
+  uint8_t smallest[kMostHeadDim], largest[kMostHeadDim];
+  memcpy(smallest, codes, head_dim);
+  memcpy(largest, codes, head_dim);
+  for (uint32_t token = 1; token < kBlockTokens; ++token) {
+    const uint8_t* row = codes + token * head_dim;
+    for (uint32_t channel = 0; channel < head_dim; ++channel) {
+      smallest[channel] = row[channel] < smallest[channel] ? row[channel] : smallest[channel];
+      largest[channel] = row[channel] > largest[channel] ? row[channel] : largest[channel];
+    }
+  }
+  const uint32_t fixed = shape.parts[part].width;
+  if (fixed > 0) memset(smallest, 0, head_dim);
+  memset(bases, 0, base_bytes(shape, part));
+  for (uint32_t channel = 0; channel < head_dim; ++channel) {
+    const BasePlace place = base_place(shape, part, channel);
+    bases[place.byte] = static_cast<uint8_t>(bases[place.byte] | smallest[channel] << place.shift);
+  }
+  for (uint32_t token = 0; token < kBlockTokens; ++token) {
+    uint8_t* row = codes + token * head_dim;
+    for (uint32_t channel = 0; channel < head_dim; ++channel) row[channel] -= smallest[channel];
+  }
+  alignas(64) uint8_t quads[kMostTileCodes];
+  const uint8_t* residuals = codes;
+  if (part == PH_KV_VALUES) {
+    for (uint32_t token = 0; token < kBlockTokens; token += 4) {
+      const uint8_t* row = codes + token * head_dim;
+      for (uint32_t channel = 0; channel < head_dim; ++channel) {
+        uint8_t* quad = quads + token * head_dim + 4 * channel;
+        for (uint32_t b = 0; b < 4; ++b) quad[b] = row[b * head_dim + channel];
+      }
+    }
+    residuals = quads;
+  }
+
+  uint32_t widths = 0;
+  for (uint32_t group = 0; group < tile_groups(shape); ++group) {
+    uint32_t residual = 0;
+    for (uint32_t channel = kTileChannels * group; channel < kTileChannels * (group + 1); ++channel) {
+      const uint32_t range = largest[channel] - smallest[channel];
+      residual = range > residual ? range : residual;
+    }
+    const uint32_t width = fixed > 0 ? fixed : bit_width(residual);
+    widths |= width << 4 * group;
+    with_width(width, [&](auto constant) {
+      constexpr uint32_t kWidth = constant.value, kLow = kWidth > 4 ? 4 : kWidth;
+      pack_group<kLow>(shape, part, residuals, group, 0, groups);
+      pack_group<kWidth - kLow>(shape, part, residuals, group, 4, groups + kGroupBytes * 4);
+    });
+    groups += kGroupBytes * width;
+  }
+  return widths;
+}
+
+// ---- unpack
+
+// Words of the lanes 4 * g + i for consecutive g, half of the eight where registers are narrow.
+constexpr uint32_t kColumnLanes = kVectorBytes == 16 ? 4 : 8;
+using Column = uint32_t __attribute__((vector_size(4 * kColumnLanes)));
+using Quarter = uint32_t __attribute__((vector_size(16)));
+
+// Four rows of four words, or for eight lanes two such squares beside each other, become columns.
+void transpose(Column rows[4]) {
+#if defined(__AVX2__)
+  constexpr Column low = {0, 8, 1, 9, 4, 12, 5, 13}, high = {2, 10, 3, 11, 6, 14, 7, 15};
+  constexpr Column even = {0, 1, 8, 9, 4, 5, 12, 13}, odd = {2, 3, 10, 11, 6, 7, 14, 15};
+#else
+  constexpr Column low = {0, 4, 1, 5}, high = {2, 6, 3, 7};
+  constexpr Column even = {0, 1, 4, 5}, odd = {2, 3, 6, 7};
+#endif
+  const Column a = __builtin_shuffle(rows[0], rows[1], low), b = __builtin_shuffle(rows[2], rows[3], low);
+  const Column c = __builtin_shuffle(rows[0], rows[1], high), d = __builtin_shuffle(rows[2], rows[3], high);
+  rows[0] = __builtin_shuffle(a, b, even);
+  rows[1] = __builtin_shuffle(a, b, odd);
+  rows[2] = __builtin_shuffle(c, d, even);
+  rows[3] = __builtin_shuffle(c, d, odd);
+}
+
+// Row r of a square, and r + 4 beside it: four words each, `stride` bytes from one row to the next.
+Column load_rows(const uint8_t* source, uint32_t stride, uint32_t r) {
+  const Quarter row = load<Quarter>(source + r * stride);
+#if defined(__AVX2__)
+  const Quarter beside = load<Quarter>(source + (r + 4) * stride);
+  return (Column)_mm256_inserti128_si256(_mm256_castsi128_si256((__m128i)row), (__m128i)beside, 1);
+#else
+  return row;
+#endif
+}
+
+// The words x of lanes 4 * g + 2 * pair + i, i in 0..1, g from `first` on: columns[i][x].
+template <uint32_t kWidth>
+void load_columns(const uint8_t* source, uint32_t first, uint32_t pair, Column columns[2][8]) {
+  constexpr uint32_t kWhole = kWidth / 2;
+  const auto load_square = [&](const uint8_t* square, uint32_t stride, Column rows[4]) {
+    for (uint32_t r = 0; r < 4; ++r) rows[r] = load_rows(square + stride * first, stride, r);
+    transpose(rows);
+  };
+  for (uint32_t chunk = 0; chunk < kWhole; ++chunk) {
+    for (uint32_t i = 0; i < 2; ++i)
+      load_square(source + 512 * chunk + 16 * (2 * pair + i), 64, columns[i] + 4 * chunk);
+  }
+  if (kWidth % 2 == 1) {
+    Column rows[4];
+    load_square(source + 512 * kWhole + 16 * pair, 32, rows);
+    for (uint32_t x = 0; x < 4; ++x) columns[x / 2][4 * kWhole + x % 2] = rows[x];
+  }
+}
+
+// The nibble words N of the same lanes.
+template <uint32_t kWidth>
+void load_nibbles(const uint8_t* source, uint32_t first, uint32_t pair, Column nibbles[2][8]) {
+  if constexpr (kWidth == 0) {
+    memset(nibbles, 0, sizeof(Column[2][8]));
+  } else {
+    Column words[2][8];
+    load_columns<kWidth>(source, first, pair, words);
+    for (uint32_t i = 0; i < 2; ++i) unpack_words(kWidth, words[i], nibbles[i]);
+  }
+}
+
+// Four bases from word `word` of a part's.
+uint32_t base_word(const TileShape& shape, uint32_t part, const uint8_t* bases, uint32_t word) {
+  if (shape.parts[part].base_bits == 8) return load<uint32_t>(bases + 4 * word);
+  return load<uint32_t>(bases + 4 * (word / 2)) >> 4 * (word % 2) & 0x0f0f0f0fu;
+}
+
+// Where the codes of register (s, j) of lanes 4 * g + i go, and the bases that turn residuals into codes.
+struct KeyTarget {
+  uint8_t* const quads;
+  const uint32_t group, first;
+  uint32_t bases[4][2];  // [i][s % 2]: of four channels
+
+  KeyTarget(uint8_t* quads, const TileShape& shape, const uint8_t* packed_bases, uint32_t group,
+            uint32_t first)
+      : quads(quads), group(group), first(first) {
+    for (uint32_t i = 0; i < 4; ++i) {
+      for (uint32_t half = 0; half < 2; ++half) {
+        bases[i][half] =
+            base_word(shape, PH_KV_KEYS, packed_bases, i * (shape.head_dim / 16) + 2 * group + half);
+      }
+    }
+  }
+
+  void put(uint32_t i, uint32_t s, uint32_t j, Column residuals) const {
+    const uint32_t quad = 8 * group + 4 * (s % 2) + i, column = 8 * (4 * (s / 2) + j) + first;
+    store(quads + (quad * kBlockTokens + column) * 4, residuals + bases[i][s % 2]);
+  }
+};
+
+struct ValueTarget {
+  uint8_t* const quads;
+  const uint32_t group, first, head_dim;
+  Column bases[4];  // [j]: of a channel, in every byte
+
+  ValueTarget(uint8_t* quads, const TileShape& shape, const uint8_t* packed_bases, uint32_t group,
+              uint32_t first)
+      : quads(quads), group(group), first(first), head_dim(shape.head_dim) {
+    Column words;
+    for (uint32_t lane = 0; lane < kColumnLanes; ++lane) {
+      words[lane] = base_word(shape, PH_KV_VALUES, packed_bases, (first + lane) * tile_groups(shape) + group);
+    }
+    for (uint32_t j = 0; j < 4; ++j) {
+      const Column one = words >> 8 * j & 0xff, two = one | one << 8;
+      bases[j] = two | two << 16;
+    }
+  }
+
+  void put(uint32_t i, uint32_t s, uint32_t j, Column residuals) const {
+    const uint32_t quad = 4 * i + 2 * (s / 2) + s % 2, column = kTileChannels * group + 8 * j + first;
+    store(quads + (quad * head_dim + column) * 4, residuals + bases[j]);
+  }
+};
+
+// Widths above 4 are two groups, of 4 bits and of the rest.
+template <uint32_t kWidth, typename Target>
+void unpack_group(const uint8_t* source, uint32_t first, const Target& target) {
+  constexpr uint32_t kLow = kWidth > 4 ? 4 : kWidth;
+  for (uint32_t pair = 0; pair < 2; ++pair) {
+    Column low[2][8], high[2][8];
+    load_nibbles<kLow>(source, first, pair, low);
+    if (kWidth > 4) load_nibbles<kWidth - kLow>(source + kGroupBytes * 4, first, pair, high);
+    for (uint32_t i = 0; i < 2; ++i) {
+#pragma GCC unroll 8
+      for (uint32_t x = 0; x < 8; ++x) {
+        Column even = low[i][x] & 0x0f0f0f0fu, odd = low[i][x] >> 4 & 0x0f0f0f0fu;
+        if (kWidth > 4) {
+          even |= (high[i][x] & 0x0f0f0f0fu) << 4;
+          odd |= high[i][x] & 0xf0f0f0f0u;
+        }
+        target.put(2 * pair + i, x / 2, x % 2, even);
+        target.put(2 * pair + i, x / 2, x % 2 + 2, odd);
+      }
+    }
+  }
+}
+
+template <typename Target>
+void unpack_part(const TileShape& shape, uint32_t widths, const uint8_t* bases, const uint8_t* source,
+                 uint8_t* quads) {
+  for (uint32_t group = 0; group < tile_groups(shape); ++group) {
+    const uint32_t width = widths >> 4 * group & 15;
+    for (uint32_t first = 0; first < 8; first += kColumnLanes) {
+      const Target target(quads, shape, bases, group, first);
+      with_width(width, [&](auto constant) { unpack_group<constant.value>(source, first, target); });
+    }
+    source += kGroupBytes * width;
+  }
+}
+
+__attribute__((flatten)) void unpack(const TileShape& shape, uint32_t part, uint32_t widths,
+                                     const uint8_t* bases, const uint8_t* groups, uint8_t* quads) {
+  if (part == PH_KV_KEYS) unpack_part<KeyTarget>(shape, widths, bases, groups, quads);
+  else unpack_part<ValueTarget>(shape, widths, bases, groups, quads);
+}
+
+#define PH_TEXT(name) #name
+#define PH_NAME(name) PH_TEXT(name)
+
+}  // namespace
+
+extern const TileKernels kTileKernels;
+const TileKernels kTileKernels = {PH_NAME(PH_INSTRUCTION_SET), extremes, quantize, pack, unpack};
+
+}  // namespace ph::kv::PH_INSTRUCTION_SET

@@ -1,0 +1,169 @@
+import { DTYPE, KV_CACHE_QUANTIZER } from "../../ffi/enums.ts";
+import { KV_CACHE_CODEC, KV_CACHE_CONFIG } from "../../ffi/structs.ts";
+import { PackhorseError } from "../error.ts";
+import { type KvDType, type KvPair, PARTS } from "./tensor.ts";
+
+/** Type of the tokens, queries and outputs of a {@linkcode KvCache}. */
+export type KvCacheDType = Extract<KvDType, "f16" | "bf16">;
+
+/**
+ * How the keys, or the values, of packed tokens become codes. A token's scale is shared by all its heads and
+ * channels:
+ *
+ * - `packkv`: `rel` times the token's range, `rel` from 1/254 to 1. A value is off by at most half the scale, and
+ *   takes the bits that its neighbours need.
+ * - `fixed`: the token's range by `2^bits - 1`, `bits` from 1 to 8. Every value takes `bits` bits.
+ */
+export type KvCachePartCodec =
+  | { readonly quantizer: "packkv"; readonly rel: number }
+  | { readonly quantizer: "fixed"; readonly bits: number };
+
+/** How the packed tokens of a layer are stored. */
+export type KvCacheCodec = KvPair<KvCachePartCodec>;
+
+/** Options of {@linkcode KvCache.create}. */
+export interface KvCacheOptions {
+  /** Layers of the model, 1 to 4096. */
+  readonly layers: number;
+  /** Heads of the queries: 1 to 16 times `kvHeads`. */
+  readonly queryHeads: number;
+  /** Heads of the keys and values, 1 to 1024. */
+  readonly kvHeads: number;
+  /** Channels of a head: 64, 96, 128 or 256. */
+  readonly headDim: number;
+  /** Type of keys, values, queries and outputs. */
+  readonly dtype: KvCacheDType;
+  /** Most sequences at once, 1 to 65,536. */
+  readonly sequences: number;
+  /** Most tokens of a sequence, 1 to 2^31 - 1. */
+  readonly tokens: number;
+  /** Most tokens of a step, over all its sequences, 1 to 2^31 - 1. Scratch memory grows with it. */
+  readonly stepTokens: number;
+  /** Bytes for packed tokens, at least 65,536, in whole pages of that size. */
+  readonly poolBytes: number;
+  /** How many of the newest tokens at least stay in 16 bits, 8 to 65,536. Default: 128. */
+  readonly residual?: number | undefined;
+  /**
+   * How many of the first tokens stay in 16 bits, 0 to 65,536. Default: 4, as models put much of their attention on
+   * the very first tokens.
+   */
+  readonly sinks?: number | undefined;
+  /**
+   * How tokens are packed: one codec for all layers, or one per layer. Default: `packkv` with `rel` 0.1 for the keys
+   * and 0.2 for the values.
+   */
+  readonly codec?: KvCacheCodec | readonly KvCacheCodec[] | undefined;
+}
+
+/** {@linkcode KvCacheOptions} with every default filled in. */
+export interface KvCacheConfig extends Required<Omit<KvCacheOptions, "codec">> {
+  /** How many of the newest tokens at least stay in 16 bits. */
+  readonly residual: number;
+  /** How many of the first tokens stay in 16 bits. */
+  readonly sinks: number;
+  /** How tokens are packed, per layer. */
+  readonly codecs: readonly KvCacheCodec[];
+}
+
+const DEFAULT_CODEC: KvCacheCodec = {
+  keys: { quantizer: "packkv", rel: 0.1 },
+  values: { quantizer: "packkv", rel: 0.2 },
+};
+
+const PAGE_BYTES = 65_536;
+const MOST_GROUP = 16;
+const HEAD_DIMS: readonly unknown[] = [64, 96, 128, 256];
+const DTYPES: readonly unknown[] = ["f16", "bf16"];
+
+/** Checks options and fills in the defaults. Throws `invalid-argument`. */
+export function resolveCacheOptions(options: KvCacheOptions): KvCacheConfig {
+  const { layers, queryHeads, kvHeads, headDim, dtype, sequences, tokens, stepTokens, poolBytes } =
+    options;
+  const { residual = 128, sinks = 4, codec = DEFAULT_CODEC } = options;
+  const within = (name: string, value: number, least: number, most: number) => {
+    if (Number.isSafeInteger(value) && value >= least && value <= most) return;
+    refuse(`${name} must be an integer from ${least} to ${most}, got ${value}`);
+  };
+  within("layers", layers, 1, 4096);
+  within("kvHeads", kvHeads, 1, 1024);
+  within("queryHeads", queryHeads, kvHeads, MOST_GROUP * kvHeads);
+  if (queryHeads % kvHeads !== 0) {
+    refuse(`queryHeads must be a multiple of the ${kvHeads} kvHeads, got ${queryHeads}`);
+  }
+  if (!HEAD_DIMS.includes(headDim)) refuse(`headDim must be 64, 96, 128 or 256, got ${headDim}`);
+  if (!DTYPES.includes(dtype)) refuse(`dtype must be f16 or bf16, got ${dtype}`);
+  within("sequences", sequences, 1, 65_536);
+  within("tokens", tokens, 1, 2 ** 31 - 1);
+  within("stepTokens", stepTokens, 1, 2 ** 31 - 1);
+  within("poolBytes", poolBytes, PAGE_BYTES, 2 ** 48 - PAGE_BYTES - 1);
+  within("residual", residual, 8, 65_536);
+  within("sinks", sinks, 0, 65_536);
+  const codecs = isList(codec) ? [...codec] : Array.from({ length: layers }, () => codec);
+  if (codecs.length !== layers) {
+    refuse(`codec must be one for all layers or a list of ${layers}, got ${codecs.length}`);
+  }
+  codecs.forEach((each, layer) => PARTS.forEach((part) => checkPart(each[part], layer, part)));
+  const shape = { layers, queryHeads, kvHeads, headDim, dtype };
+  return { ...shape, sequences, tokens, stepTokens, poolBytes, residual, sinks, codecs };
+}
+
+/** The configuration and the codecs as the native library takes them. */
+export function nativeCacheConfig(config: KvCacheConfig): {
+  config: Uint8Array<ArrayBuffer>;
+  codecs: Uint8Array<ArrayBuffer>;
+} {
+  const codecs = new Uint8Array(config.codecs.length * KV_CACHE_CODEC.byteLength);
+  config.codecs.forEach((codec, layer) =>
+    codecs.set(nativeCodec(codec), layer * KV_CACHE_CODEC.byteLength)
+  );
+  const bytes = KV_CACHE_CONFIG.write({
+    layers: config.layers,
+    query_heads: config.queryHeads,
+    kv_heads: config.kvHeads,
+    head_dim: config.headDim,
+    dtype: DTYPE[config.dtype],
+    sequences: config.sequences,
+    residual: config.residual,
+    sinks: config.sinks,
+    tokens: config.tokens,
+    step_tokens: config.stepTokens,
+    pool_bytes: config.poolBytes,
+  });
+  return { config: bytes, codecs };
+}
+
+function nativeCodec({ keys, values }: KvCacheCodec): Uint8Array {
+  return KV_CACHE_CODEC.write({
+    key_quantizer: KV_CACHE_QUANTIZER[keys.quantizer],
+    value_quantizer: KV_CACHE_QUANTIZER[values.quantizer],
+    key_bits: keys.quantizer === "fixed" ? keys.bits : 0,
+    value_bits: values.quantizer === "fixed" ? values.bits : 0,
+    key_rel: keys.quantizer === "packkv" ? keys.rel : 0,
+    value_rel: values.quantizer === "packkv" ? values.rel : 0,
+  });
+}
+
+function checkPart(codec: KvCachePartCodec, layer: number, part: string): void {
+  const where = `of the ${part} of layer ${layer}`;
+  if (codec?.quantizer === "packkv") {
+    const { rel } = codec;
+    if (typeof rel === "number" && rel >= 1 / 254 && rel <= 1) return;
+    refuse(`rel ${where} must be a number from 1/254 to 1, got ${rel}`);
+  }
+  if (codec?.quantizer === "fixed") {
+    const { bits } = codec;
+    if (Number.isInteger(bits) && bits >= 1 && bits <= 8) return;
+    refuse(`bits ${where} must be an integer from 1 to 8, got ${bits}`);
+  }
+  const { quantizer } = (codec ?? {}) as { quantizer?: unknown };
+  refuse(`quantizer ${where} must be packkv or fixed, got ${quantizer}`);
+}
+
+/** `Array.isArray` for lists that are readonly. */
+function isList<T>(value: T | readonly T[]): value is readonly T[] {
+  return Array.isArray(value);
+}
+
+function refuse(reason: string): never {
+  throw new PackhorseError("invalid-argument", `Cannot create the kv cache: ${reason}`);
+}

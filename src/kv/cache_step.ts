@@ -1,0 +1,165 @@
+import type { NativeKvCache } from "../../ffi/kv_cache.ts";
+import type { NativeTensor } from "../../ffi/kv.ts";
+import type { Device } from "../device/device.ts";
+import { type DeviceBuffer, regionOn } from "../device/device_buffer.ts";
+import { PackhorseError } from "../error.ts";
+import type { KvCacheConfig, KvCacheDType } from "./cache_options.ts";
+
+/** What a step needs of its cache. */
+export interface StepOwner {
+  readonly device: Device;
+  readonly config: KvCacheConfig;
+  readonly native: NativeKvCache;
+  /** The step that has begun last, unless it is over. */
+  step: KvCacheStep | undefined;
+}
+
+/** Makes a step that the native cache has begun the current one of its owner. */
+export let startStep: (owner: StepOwner, tokens: number) => KvCacheStep;
+
+/**
+ * New tokens for some of the sequences of a {@linkcode KvCache}, made by {@linkcode KvCache.begin}: every layer
+ * appends their keys and values, then attends with their queries.
+ *
+ * The tensors are row-major and hold the tokens of the step's first sequence, then those of its second, and so on.
+ * Calls enqueue work and wait for nothing, so the buffers may be reused, or disposed, right away. Views must start at
+ * a multiple of 16 bytes.
+ *
+ * Example: {@linkcode KvCache}.
+ */
+export class KvCacheStep {
+  /** Tokens of the step, over all its sequences. */
+  readonly tokens: number;
+  readonly #owner: StepOwner;
+
+  private constructor(owner: StepOwner, tokens: number) {
+    this.#owner = owner;
+    this.tokens = tokens;
+  }
+
+  static {
+    startStep = (owner, tokens) => owner.step = new KvCacheStep(owner, tokens);
+  }
+
+  /**
+   * Whether its time has passed: the next step has begun, a sequence was truncated or removed, or the cache was
+   * disposed.
+   */
+  get isOver(): boolean {
+    return this.#owner.step !== this || this.#owner.native.isClosed;
+  }
+
+  /**
+   * Appends the step's tokens to a layer, once: keys (after rotary embedding) and values
+   * `[tokens, kvHeads, headDim]` of the cache's dtype. Packs the blocks that are due.
+   *
+   * Throws `invalid-argument` for a layer that does not exist or has the tokens already, for a buffer of another
+   * device, dtype, length or alignment, and once the step is over; `disposed`.
+   */
+  append(
+    layer: number,
+    keys: DeviceBuffer<KvCacheDType>,
+    values: DeviceBuffer<KvCacheDType>,
+  ): void {
+    const { native, config } = this.#current("append");
+    checkLayer(config, layer, "append");
+    const tensor = (name: string, buffer: DeviceBuffer<KvCacheDType>) =>
+      this.#tensor(`append: ${name}`, buffer, "kvHeads");
+    native.append(layer, tensor("keys", keys), tensor("values", values));
+  }
+
+  /**
+   * Attention of the step's tokens over their sequences: `out = softmax(scale * queries . keys) . values`, where a
+   * token sees those before it and itself, and query head `h` reads kv head `floor(h * kvHeads / queryHeads)`.
+   * `queries` and `out` are `[tokens, queryHeads, headDim]` of the cache's dtype and must not overlap. A layer must
+   * have been appended to before.
+   *
+   * Besides rounding `out` to its type, the relative error is within 1e-3 of exact attention over what packed tokens
+   * are unpacked to, which is what {@linkcode KvCache.read} rounds to 16 bits. A sequence's results are the same, bit for bit, whatever else is in the step.
+   *
+   * Throws `unsupported` if the step has more than 8 tokens of a sequence, else as {@linkcode append}.
+   */
+  attend(
+    layer: number,
+    queries: DeviceBuffer<KvCacheDType>,
+    out: DeviceBuffer<KvCacheDType>,
+    options: KvAttendOptions = {},
+  ): void {
+    const { native, config } = this.#current("attend");
+    const { scale = 1 / Math.sqrt(config.headDim) } = options;
+    checkLayer(config, layer, "attend");
+    const single = typeof scale === "number" ? Math.fround(scale) : NaN;
+    if (!(single > 0 && single < Infinity)) {
+      refuse(`Cannot attend: scale must be positive and finite as a float32, got ${scale}`);
+    }
+    const from = this.#tensor("attend: queries", queries, "queryHeads");
+    const to = this.#tensor("attend: out", out, "queryHeads");
+    if (
+      from.buffer === to.buffer && Math.abs(from.byteOffset - to.byteOffset) < queries.byteLength
+    ) {
+      refuse(
+        `Cannot attend: queries and out overlap; they start at bytes ${from.byteOffset} and ` +
+          `${to.byteOffset} of a buffer, and have ${queries.byteLength}`,
+      );
+    }
+    native.attend(layer, from, to, scale);
+  }
+
+  #current(action: string): StepOwner {
+    void this.#owner.native.handle; // throws once disposed
+    if (this.isOver) {
+      refuse(
+        `Cannot ${action}: the step is over, as the next has begun or a sequence was truncated or removed`,
+      );
+    }
+    return this.#owner;
+  }
+
+  #tensor(
+    name: string,
+    buffer: DeviceBuffer<KvCacheDType>,
+    heads: "kvHeads" | "queryHeads",
+  ): NativeTensor {
+    return cacheTensor(`Cannot ${name}`, buffer, { ...this.#owner, heads, tokens: this.tokens });
+  }
+}
+
+/** Options of {@linkcode KvCacheStep.attend}. */
+export interface KvAttendOptions {
+  /** What products of queries and keys are multiplied by, a positive number. Default: `1 / sqrt(headDim)`. */
+  readonly scale?: number | undefined;
+}
+
+/** Throws `invalid-argument` unless the cache has the layer. */
+export function checkLayer({ layers }: KvCacheConfig, layer: number, action: string): void {
+  if (Number.isInteger(layer) && layer >= 0 && layer < layers) return;
+  refuse(`Cannot ${action}: layer must be an integer from 0 to ${layers - 1}, got ${layer}`);
+}
+
+/** The tensor `[tokens, heads, headDim]` that fills a buffer. Throws `invalid-argument` if it cannot, or `disposed`. */
+export function cacheTensor(
+  name: string,
+  buffer: DeviceBuffer<KvCacheDType>,
+  { device, config, heads, tokens }: {
+    readonly device: Device;
+    readonly config: KvCacheConfig;
+    readonly heads: "kvHeads" | "queryHeads";
+    readonly tokens: number;
+  },
+): NativeTensor {
+  const { dtype, headDim } = config;
+  if (buffer.dtype !== dtype || buffer.length !== tokens * config[heads] * headDim) {
+    refuse(
+      `${name} must be [${tokens}, ${config[heads]}, ${headDim}] (tokens, ${heads}, headDim) of ` +
+        `${dtype}; the buffer is ${buffer.length} elements of ${buffer.dtype}`,
+    );
+  }
+  if (buffer.byteOffset % 16 !== 0) {
+    refuse(`${name} must start at a multiple of 16 bytes, not at ${buffer.byteOffset}`);
+  }
+  return regionOn(buffer, device);
+}
+
+function refuse(message: string): never {
+  throw new PackhorseError("invalid-argument", message);
+}
