@@ -211,6 +211,16 @@ export class NativeBuffer {
     );
   }
 
+  read(offset: number, byteLength: number): void {
+    call(
+      this.device.library.symbols.ph_buffer_read,
+      this.device.handle,
+      this.handle,
+      BigInt(offset),
+      BigInt(byteLength),
+    );
+  }
+
   /** Keeps the memory until {@linkcode release}, also when the buffer is closed meanwhile. */
   hold(): void {
     this.#holds++;

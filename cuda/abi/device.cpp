@@ -87,6 +87,17 @@ int32_t ph_buffer_fill(ph_device* device, ph_buffer* buffer, uint64_t offset, ui
   });
 }
 
+int32_t ph_buffer_read(ph_device* device, const ph_buffer* buffer, uint64_t offset, uint64_t bytes, char* error,
+                       uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    const uint8_t* source = checked_range(buffer, offset, bytes, "a read");
+    if (offset % 16 != 0)
+      throw ph::Error(PH_ERROR_INVALID_ARGUMENT, "Cannot read from byte %llu: it must be a multiple of 16",
+                      static_cast<unsigned long long>(offset));
+    ph::read(checked(device), source, bytes);
+  });
+}
+
 int32_t ph_device_timer_begin(ph_device* device, char* error, uint32_t error_bytes) {
   return guard(error, error_bytes, [&] { ph::timer_begin(checked(device)); });
 }

@@ -273,7 +273,7 @@ void attend_packed(const DecodeCall& call, const kv::StepSequence& sequence, con
   kv::TileReader reader;
   alignas(64) uint8_t keys[kMostTileCodes], values[kMostTileCodes];
   ChunkTokens tokens = {};
-  for (uint32_t block = piece.first; block < piece.first + piece.count; ++block) {
+  for (uint32_t block = piece.first_block; block < piece.first_block + piece.blocks; ++block) {
     reader.read(call.cache, call.layer, sequence.sequence, block, head);
     reader.unpack(kernels, call.shape, PH_KV_KEYS, keys);
     reader.unpack(kernels, call.shape, PH_KV_VALUES, values);
@@ -286,7 +286,8 @@ void attend_packed(const DecodeCall& call, const kv::StepSequence& sequence, con
 // ---- tokens in 16 bits: sinks, then those after the packed blocks
 
 template <typename Element>
-void attend_recent(const DecodeCall& call, const kv::StepSequence& sequence, uint32_t head, Rows& rows) {
+void attend_recent(const DecodeCall& call, const kv::StepSequence& sequence, const kv::StepPiece& piece,
+                   uint32_t head, Rows& rows) {
   const kv::CacheView& cache = call.cache;
   const uint32_t head_dim = cache.head_dim;
   const uint64_t length = sequence.before + sequence.tokens;
@@ -294,7 +295,8 @@ void attend_recent(const DecodeCall& call, const kv::StepSequence& sequence, uin
   const uint64_t unpacked = cache.sinks + static_cast<uint64_t>(sequence.packed) * kBlockTokens;
   const uint64_t count = sinks + (unpacked < length ? length - unpacked : 0);
   alignas(64) float keys[kMostHeadDim * kBlockTokens], values[kBlockTokens * kMostHeadDim];
-  for (uint64_t first = 0; first < count; first += kBlockTokens) {
+  for (uint32_t run = piece.first_run; run < piece.first_run + piece.runs; ++run) {
+    const uint64_t first = static_cast<uint64_t>(run) * kBlockTokens;
     ChunkTokens tokens = {};
     for (uint32_t i = 0; i < kBlockTokens; ++i) {
       const uint32_t column = kv::key_column(i);
@@ -335,8 +337,8 @@ __attribute__((flatten)) void attend(const DecodeCall& call, uint32_t piece_inde
       const uint32_t count = all_rows - first < kMostRows ? all_rows - first : kMostRows;
       Rows rows;
       rows.start<Element>(call, sequence, piece_index, head, first, count);
-      if (piece.count == 0) attend_recent<Element>(call, sequence, head, rows);
-      else attend_packed<Element>(call, sequence, piece, head, rows);
+      if (piece.runs > 0) attend_recent<Element>(call, sequence, piece, head, rows);
+      if (piece.blocks > 0) attend_packed<Element>(call, sequence, piece, head, rows);
       rows.finish();
     }
   });

@@ -1,5 +1,9 @@
 // A CUDA GPU as a device: one stream, memory from the stream-ordered pool.
+#include <algorithm>
 #include <memory>
+#include <mutex>
+#include <set>
+#include <utility>
 
 #include "device/device_cuda.h"
 
@@ -20,6 +24,20 @@ struct CloseDevice {
 using OwnedDevice = std::unique_ptr<ph_device, CloseDevice>;
 
 }  // namespace
+
+void allow_shared(const ph_device& device, const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({device.ordinal, kernel}) != 0) return;
+  cudaFuncAttributes attributes;
+  PH_CUDA_TRY(cudaFuncGetAttributes(&attributes, kernel));
+  PH_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   device.shared_bytes - static_cast<int>(attributes.sharedSizeBytes)));
+  PH_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   cudaSharedmemCarveoutMaxShared));
+  allowed.insert({device.ordinal, kernel});
+}
 
 uint32_t device_count() {
   int count = 0;
@@ -121,6 +139,45 @@ void copy(ph_device& device, uint8_t* target, const uint8_t* source, uint64_t by
 
 void fill(ph_device& device, uint8_t* target, uint8_t value, uint64_t bytes) {
   PH_CUDA_TRY(cudaMemsetAsync(target, value, bytes, device.stream));
+}
+
+namespace {
+
+constexpr uint32_t kReadThreads = 256;
+constexpr uint32_t kReadAhead = 8;  // 16-byte loads in flight a thread
+
+__device__ uint32_t read_sink;
+
+// Every thread block reads runs of kReadThreads * kReadAhead units in turn.
+__global__ void __launch_bounds__(kReadThreads, 4)
+    ReadKernel(const uint4* source, uint64_t units, const uint8_t* rest, uint32_t rest_bytes) {
+  constexpr uint64_t kRun = kReadThreads * kReadAhead;
+  uint32_t seen = 0;
+  for (uint64_t run = blockIdx.x * kRun; run < units; run += gridDim.x * kRun) {
+    uint4 held[kReadAhead];
+#pragma unroll
+    for (uint32_t i = 0; i < kReadAhead; ++i) {
+      const uint64_t unit = run + i * kReadThreads + threadIdx.x;
+      held[i] = unit < units ? __ldcs(source + unit) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kReadAhead; ++i) seen |= held[i].x ^ held[i].y ^ held[i].z ^ held[i].w;
+  }
+  if (blockIdx.x == 0 && threadIdx.x < rest_bytes) seen |= rest[threadIdx.x];
+  // Never so, which the compiler cannot know: otherwise it would drop the loads.
+  if (gridDim.y > 1) atomicOr(&read_sink, seen);
+}
+
+}  // namespace
+
+void read(ph_device& device, const uint8_t* source, uint64_t bytes) {
+  if (bytes == 0) return;
+  const uint64_t units = bytes / sizeof(uint4), runs = units / (kReadThreads * kReadAhead) + 1;
+  const uint32_t blocks = static_cast<uint32_t>(std::min<uint64_t>(runs, 8ull * device.processors));
+  ReadKernel<<<blocks, kReadThreads, 0, device.stream>>>(reinterpret_cast<const uint4*>(source), units,
+                                                         source + units * sizeof(uint4),
+                                                         static_cast<uint32_t>(bytes % sizeof(uint4)));
+  PH_CUDA_TRY(cudaGetLastError());
 }
 
 void timer_begin(ph_device& device) { PH_CUDA_TRY(cudaEventRecord(device.timer_begin, device.stream)); }

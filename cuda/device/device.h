@@ -31,6 +31,8 @@ void download(ph_device& device, void* target, const uint8_t* source, uint64_t b
 void enqueue_upload(ph_device& device, uint8_t* target, const void* source, uint64_t bytes);
 void copy(ph_device& device, uint8_t* target, const uint8_t* source, uint64_t bytes);
 void fill(ph_device& device, uint8_t* target, uint8_t value, uint64_t bytes);
+// Reads bytes, from a multiple of 16 on, and does nothing with them.
+void read(ph_device& device, const uint8_t* source, uint64_t bytes);
 
 void timer_begin(ph_device& device);
 float timer_end(ph_device& device);

@@ -106,6 +106,19 @@ void copy(ph_device&, uint8_t* target, const uint8_t* source, uint64_t bytes) {
 }
 void fill(ph_device&, uint8_t* target, uint8_t value, uint64_t bytes) { memset(target, value, bytes); }
 
+void read(ph_device&, const uint8_t* source, uint64_t bytes) {
+  const uint64_t words = bytes / sizeof(uint64_t);
+  uint64_t seen = 0;
+#pragma omp parallel for schedule(static) reduction(| : seen)
+  for (uint64_t i = 0; i < words; ++i) {
+    uint64_t word;
+    memcpy(&word, source + i * sizeof word, sizeof word);
+    seen |= word;
+  }
+  for (uint64_t i = words * sizeof(uint64_t); i < bytes; ++i) seen |= source[i];
+  asm volatile("" ::"r"(seen));  // or the loads would go
+}
+
 void timer_begin(ph_device& device) { device.timer = std::chrono::steady_clock::now(); }
 float timer_end(ph_device& device) {
   return std::chrono::duration<float, std::milli>(std::chrono::steady_clock::now() - device.timer).count();

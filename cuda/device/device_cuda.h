@@ -26,14 +26,12 @@ inline void cuda_check(cudaError_t result, const char* expression, const char* f
 
 #define PH_CUDA_TRY(expression) ::ph::cuda_check((expression), #expression, __FILE__, __LINE__)
 
-// Lets a kernel take all the dynamic shared memory there is. The attribute belongs to the function, not to a launch:
-// it is always set to the same value, so that threads do not lower each other's.
-template <typename Kernel>
-void allow_shared(const ph_device& device, Kernel kernel) {
-  cudaFuncAttributes attributes;
-  PH_CUDA_TRY(cudaFuncGetAttributes(&attributes, kernel));
-  PH_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   device.shared_bytes - static_cast<int>(attributes.sharedSizeBytes)));
+// Lets a kernel take all the dynamic shared memory there is. The attribute belongs to the function on a GPU, not to a
+// launch: it is always set to the same value, so that threads do not lower each other's, and once.
+void allow_shared(const ph_device& device, const void* kernel);
+template <typename... Parameters>
+void allow_shared(const ph_device& device, void (*kernel)(Parameters...)) {
+  allow_shared(device, reinterpret_cast<const void*>(kernel));
 }
 
 }  // namespace ph

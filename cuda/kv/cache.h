@@ -92,11 +92,13 @@ struct StepBlock {
   uint32_t entry, block;
 };
 
-// A piece of a sequence's tokens for one thread block of attention. Its bounds follow from the sequence's own length, so
+// A piece of a sequence's tokens for one thread block of attention: runs of 64 tokens in 16 bits (counted from the first
+// sink on, those after the packed blocks follow), and packed blocks. Its bounds follow from the sequence's own length, so
 // that results do not depend on what else is in the batch. The pieces of a sequence follow each other in their order.
 struct StepPiece {
   uint32_t entry;
-  uint32_t first, count;   // blocks; count 0: the tokens in 16 bits
+  uint32_t first_run, runs;
+  uint32_t first_block, blocks;
   uint32_t place, pieces;  // which of the sequence's pieces it is
 };
 
@@ -111,7 +113,10 @@ struct StepView {
   uint32_t most_pieces;   // of a sequence
 };
 
-constexpr uint32_t kMostPieceBlocks = 64;  // packed blocks of a piece of attention
-constexpr uint32_t kMostQueries = 8;       // tokens of a sequence in one attention call
+// A run takes a thread block of attention as long as so many packed blocks, about.
+constexpr uint32_t kRunBlocks = 2;
+constexpr uint32_t kPieceWork = 128;  // of a piece of attention, in blocks, about
+constexpr uint32_t kMostPieceWork = kPieceWork * 3 / 2;
+constexpr uint32_t kMostQueries = 8;  // tokens of a sequence in one attention call
 
 }  // namespace ph::kv

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "attention/decode.h"
 #include "common/error.h"
@@ -152,19 +153,36 @@ uint64_t index_words(const CacheView& view) {
   return static_cast<uint64_t>(view.most_blocks) * view.heads + 1;
 }
 
-// Attention is cut into pieces that depend on the sequence alone: as many for every kPieceSpan blocks as a processor
-// works on at once, so that batches whose sizes are powers of two fill the processors evenly.
-constexpr uint32_t kPieceSpan = 128;
-constexpr uint32_t kLeastPieceBlocks = 8;
-constexpr uint32_t kLeastResident = kPieceSpan / kMostPieceBlocks + 1, kMostResident = 8;
+// A sequence that is longer than this, in blocks, is likely one of few, so that smaller pieces are needed to keep all
+// processors busy.
+constexpr uint64_t kLongWork = 1152;
+
+// Into how many pieces attention over so many runs and packed blocks is cut, and where a piece begins: in blocks, the runs
+// first. Both depend on the sequence alone. Rounded to the nearest, so that lengths a little above a power of two, of
+// batches that fill the processors evenly, give no piece more.
+uint64_t piece_count(uint64_t work) {
+  const uint64_t of_piece = work > kLongWork ? kPieceWork / 2 : kPieceWork;
+  return std::max<uint64_t>((work + of_piece / 2) / of_piece, 1);
+}
+
+struct PieceBegin {
+  uint32_t run, block;
+};
+
+PieceBegin piece_begin(uint32_t runs, uint32_t blocks, uint64_t place, uint64_t pieces) {
+  const uint64_t of_runs = static_cast<uint64_t>(runs) * kRunBlocks;
+  const uint64_t at = (of_runs + blocks) * place / pieces;
+  if (at < of_runs) return {static_cast<uint32_t>(at / kRunBlocks), 0};
+  return {runs, static_cast<uint32_t>(at - of_runs)};
+}
 
 // What a step can hold at most: every sequence takes part, and each new block lies in some sequence's new tokens.
 uint64_t most_step_blocks(const ph_kv_cache_config& config) {
   return config.step_tokens / kBlockTokens + std::min<uint64_t>(config.sequences, config.step_tokens);
 }
 uint64_t most_step_pieces(const ph_kv_cache_config& config, const CacheView& view) {
-  return static_cast<uint64_t>(config.sequences) *
-         (kMostResident * divide_up(view.most_blocks, kPieceSpan) + 1);
+  const uint64_t runs = divide_up(static_cast<uint64_t>(view.sinks) + view.ring, kBlockTokens);
+  return config.sequences * piece_count(runs * kRunBlocks + view.most_blocks);
 }
 
 struct PlanLayout {
@@ -178,6 +196,11 @@ PlanLayout plan_layout(uint64_t sequences, uint64_t blocks, uint64_t pieces) {
   layout.pieces = layout.blocks + aligned(blocks * sizeof(StepBlock));
   layout.bytes = layout.pieces + aligned(pieces * sizeof(StepPiece));
   return layout;
+}
+
+// A stream that ends with its page writes to the next one.
+bool writes_last_page(const Stream& stream) {
+  return !stream.pages.empty() && stream.bound % kPageUnits != 0;
 }
 
 uint32_t blocks_due(const ph_kv_cache_config& config, uint64_t tokens) {
@@ -208,7 +231,6 @@ ph_kv_cache::ph_kv_cache(ph_device& device, const ph_kv_cache_config& config, co
       non_finite_(device, sizeof(uint64_t)),
       pages_(static_cast<uint32_t>(config.pool_bytes / kPageBytes)),
       sequences_(config.sequences),
-      resident_pieces_(kMostResident),
       appended_(config.layers, true) {
   view_.pool = pool_.data();
   view_.recent = recent_.data();
@@ -216,9 +238,6 @@ ph_kv_cache::ph_kv_cache(ph_device& device, const ph_kv_cache_config& config, co
   view_.page_tables = reinterpret_cast<uint32_t*>(page_tables_.data());
   fill(device, non_finite_.data(), 0xff, sizeof(uint64_t));
   fill(device, attention_.data(), 0, attention_.bytes());
-  for (const TileShape& shape : shapes_)
-    resident_pieces_ = std::min(resident_pieces_, attention::resident_pieces(device, view_, shape));
-  resident_pieces_ = std::max(resident_pieces_, kLeastResident);
 }
 
 const Sequence& ph_kv_cache::alive(uint32_t sequence) const {
@@ -332,12 +351,16 @@ void ph_kv_cache::tighten() {
   }
 }
 
+uint32_t ph_kv_cache::copied(uint32_t page) {
+  const uint32_t own = pages_.take();
+  copy(device_, view_.pool + own * kPageBytes, view_.pool + page * kPageBytes, kPageBytes);
+  return own;
+}
+
 void ph_kv_cache::own_last_page(uint32_t layer, uint32_t sequence) {
   Stream& stream = sequences_[sequence].streams[layer];
-  // A stream that ends with its page writes to the next one.
-  if (stream.pages.empty() || stream.bound % kPageUnits == 0 || !pages_.shared(stream.pages.back())) return;
-  const uint32_t shared = stream.pages.back(), own = pages_.take();
-  copy(device_, view_.pool + own * kPageBytes, view_.pool + shared * kPageBytes, kPageBytes);
+  if (!writes_last_page(stream) || !pages_.shared(stream.pages.back())) return;
+  const uint32_t shared = stream.pages.back(), own = copied(shared);
   pages_.drop(shared);
   stream.pages.pop_back();
   grant(layer, sequence, own);
@@ -350,8 +373,7 @@ uint32_t ph_kv_cache::fork(uint32_t sequence) {
   tighten();
   const Sequence& parent = sequences_[sequence];
   uint32_t copies = 0;
-  for (const Stream& stream : parent.streams)
-    copies += !stream.pages.empty() && stream.bound % kPageUnits != 0;
+  for (const Stream& stream : parent.streams) copies += writes_last_page(stream);
   if (copies > pages_.available()) {
     throw Error(PH_ERROR_OUT_OF_MEMORY,
                 "Cannot fork sequence %u: that takes %u pages of the pool, and %u are free", sequence, copies,
@@ -362,12 +384,14 @@ uint32_t ph_kv_cache::fork(uint32_t sequence) {
   const uint64_t used = (static_cast<uint64_t>(parent.packed) * view_.heads + 1) * sizeof(uint32_t);
   for (uint32_t layer = 0; layer < config_.layers; ++layer) {
     const Stream& from = sequences_[sequence].streams[layer];
-    for (const uint32_t page : from.pages) {
-      pages_.share(page);
-      grant(layer, slot, page);
+    // Each page is granted once: grants that are sent together are in no order.
+    const size_t shared = from.pages.size() - writes_last_page(from);
+    for (size_t i = 0; i < shared; ++i) {
+      pages_.share(from.pages[i]);
+      grant(layer, slot, from.pages[i]);
     }
+    if (shared < from.pages.size()) grant(layer, slot, copied(from.pages.back()));
     sequences_[slot].streams[layer].bound = from.bound;
-    own_last_page(layer, slot);
     const uint64_t recent = recent_part_bytes(view_) * kParts;
     copy(device_, reinterpret_cast<uint8_t*>(index_of(view_, layer, slot)),
          reinterpret_cast<const uint8_t*>(index_of(view_, layer, sequence)), used);
@@ -421,12 +445,6 @@ void ph_kv_cache::truncate(uint32_t sequence, uint64_t tokens) {
   }
   cut.tokens = tokens;
   planned_ = false;
-}
-
-uint32_t ph_kv_cache::packed_pieces(uint32_t packed) const {
-  const uint64_t even =
-      resident_pieces_ * divide_up(packed, kPieceSpan) - 1;  // and one for the tokens in 16 bits
-  return static_cast<uint32_t>(std::min(even, divide_up(packed, kLeastPieceBlocks)));
 }
 
 void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint32_t count) {
@@ -493,15 +511,23 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
 
   std::vector<StepPiece> pieces;
   uint32_t most_pieces = 0;
-  for (uint32_t i = 0; i < count; ++i) {
-    const uint32_t packed = entries[i].packed, cuts = packed_pieces(packed);
-    pieces.push_back({i, 0, 0, 0, cuts + 1});  // the tokens in 16 bits
-    for (uint32_t place = 0; place < cuts; ++place) {
-      const uint32_t first = static_cast<uint32_t>(static_cast<uint64_t>(packed) * place / cuts);
-      const uint32_t end = static_cast<uint32_t>(static_cast<uint64_t>(packed) * (place + 1) / cuts);
-      pieces.push_back({i, first, end - first, place + 1, cuts + 1});
+  // The longest first, so that short ones fill the gaps at the end.
+  std::vector<uint32_t> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](uint32_t a, uint32_t b) { return entries[a].packed > entries[b].packed; });
+  for (const uint32_t i : order) {
+    const uint64_t tokens_now = entries[i].before + entries[i].tokens;
+    const uint64_t packed_tokens = static_cast<uint64_t>(entries[i].packed) * kBlockTokens;
+    const uint32_t runs = static_cast<uint32_t>(divide_up(tokens_now - packed_tokens, kBlockTokens));
+    const uint64_t cuts = piece_count(static_cast<uint64_t>(runs) * kRunBlocks + entries[i].packed);
+    for (uint64_t place = 0; place < cuts; ++place) {
+      const PieceBegin begin = piece_begin(runs, entries[i].packed, place, cuts);
+      const PieceBegin end = piece_begin(runs, entries[i].packed, place + 1, cuts);
+      pieces.push_back({i, begin.run, end.run - begin.run, begin.block, end.block - begin.block,
+                        static_cast<uint32_t>(place), static_cast<uint32_t>(cuts)});
     }
-    most_pieces = std::max(most_pieces, cuts + 1);
+    most_pieces = std::max(most_pieces, static_cast<uint32_t>(cuts));
   }
 
   for (const StepSequence& entry : entries) {

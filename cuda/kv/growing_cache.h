@@ -87,11 +87,11 @@ struct ph_kv_cache {
   std::vector<uint32_t> stream_ends();
   // Lowers every bound to the true end, and gives back the pages behind it.
   void tighten();
-  // Pieces of attention over so many packed blocks.
-  uint32_t packed_pieces(uint32_t packed) const;
   uint64_t page_table_position(uint32_t layer, uint32_t sequence, uint64_t page) const;
   void grant(uint32_t layer, uint32_t sequence, uint32_t page);
   void send_grants();
+  // A page of one's own with what is in another.
+  uint32_t copied(uint32_t page);
   // Replaces the page in which a stream ends by a copy of its own.
   void own_last_page(uint32_t layer, uint32_t sequence);
 
@@ -103,7 +103,6 @@ struct ph_kv_cache {
       non_finite_;
   ph::kv::PagePool pages_;
   std::vector<ph::kv::Sequence> sequences_;
-  uint32_t resident_pieces_;
 
   ph::kv::StepView step_{};
   std::vector<bool> appended_;  // layers, in this step

@@ -115,6 +115,17 @@ export const DEVICE_SYMBOLS = {
     ],
     result: "i32",
   },
+  ph_buffer_read: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // const ph_buffer* buffer
+      "u64", // uint64_t offset
+      "u64", // uint64_t bytes
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
   ph_device_timer_begin: {
     parameters: [
       "pointer", // ph_device* device

@@ -176,6 +176,14 @@ export class DeviceBuffer<T extends DType = DType> implements Disposable {
   }
 
   /**
+   * Enqueues reading every byte and doing nothing with it, as fast as the device can: what work that is bound by
+   * memory is measured against. A view must start at a multiple of 16 bytes.
+   */
+  read(): void {
+    this.#native.read(this.#byteOffset, this.byteLength);
+  }
+
+  /**
    * Elements `offset` to `offset + length` (by default all from `offset` on) of the
    * same memory. Disposing a view does nothing. Operations on tensors need views
    * that start at a multiple of 16 bytes.
