@@ -92,10 +92,17 @@ ph_device* open_device(uint32_t ordinal) {
 ph_device* open_device_on_stream(uint32_t ordinal, uint64_t stream) {
   OwnedDevice device = find_device(ordinal);
   device->stream = reinterpret_cast<cudaStream_t>(stream);
+  if (device->stream == cudaStreamPerThread) {
+    throw Error(
+        PH_ERROR_INVALID_ARGUMENT,
+        "Cannot open GPU %u on CUDA's per-thread default stream, which is another one in every thread: give "
+        "a stream of cudaStreamCreate",
+        ordinal);
+  }
 #if CUDART_VERSION >= 13000
-  // The default streams are every GPU's.
+  // The legacy default stream is every GPU's.
   int owner = device->ordinal;
-  if (stream > reinterpret_cast<uint64_t>(cudaStreamPerThread))
+  if (device->stream != nullptr && device->stream != cudaStreamLegacy)
     PH_CUDA_TRY(cudaStreamGetDevice(device->stream, &owner));
   if (owner != device->ordinal) {
     throw Error(PH_ERROR_INVALID_ARGUMENT, "Cannot open GPU %u on stream 0x%llx, which is one of GPU %d",

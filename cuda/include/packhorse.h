@@ -85,8 +85,8 @@ PH_API uint32_t ph_device_count(void);
 /* Opens device `ordinal` with a stream of its own. */
 PH_API ph_device* ph_device_open(uint32_t ordinal, int32_t* status, char* error, uint32_t error_bytes);
 /* Opens GPU `ordinal` on a stream of the caller's: a cudaStream_t or CUstream of that GPU, 0 for CUDA's legacy default
- * stream. It must live as long as the device; closing leaves it open. Memory is allocated and freed in its order.
- * PH_ERROR_UNSUPPORTED on the CPU. */
+ * stream; not the per-thread one. It must live as long as the device; closing leaves it open. Memory is allocated and
+ * freed in its order. PH_ERROR_UNSUPPORTED on the CPU. */
 PH_API ph_device* ph_device_open_on_stream(uint32_t ordinal, uint64_t stream, int32_t* status, char* error,
                                            uint32_t error_bytes);
 /* Writes the device's stream, a cudaStream_t; 0 on the CPU. */

@@ -27,7 +27,13 @@ void PagePool::drop(uint32_t page) {
 DeviceMemory::DeviceMemory(ph_device& device, uint64_t bytes)
     : device_(device), data_(allocate(device, std::max<uint64_t>(bytes, 16))), bytes_(bytes) {}
 
-DeviceMemory::~DeviceMemory() { release(device_, data_); }
+DeviceMemory::~DeviceMemory() {
+  try {
+    release(device_, data_);
+  } catch (const Error&) {
+    // A GPU that has failed takes its memory with it; later calls report that.
+  }
+}
 
 namespace {
 

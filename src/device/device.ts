@@ -16,8 +16,9 @@ export interface DeviceOptions {
   readonly ordinal?: number | undefined;
   /**
    * A CUDA stream of one's own that work is enqueued on: a `cudaStream_t` (or `CUstream`) of that GPU, or 0n for CUDA's
-   * legacy default stream. It must live as long as the device, and stays open when the device is disposed. Nothing tells
-   * whether it is a stream at all: any other number may crash the process. Default: the device makes its own.
+   * legacy default stream; not the per-thread one. It must live as long as the device, and stays open when the device
+   * is disposed. Nothing tells whether it is a stream at all: any other number may crash the process. Default: the
+   * device makes its own.
    */
   readonly stream?: bigint | undefined;
 }
@@ -90,8 +91,8 @@ export class Device implements Disposable {
    *
    * Throws `library-missing` if there is no library (or no permission to load it),
    * `abi-mismatch` if it belongs to another version of Packhorse, `no-gpu` if there
-   * is no GPU, `invalid-argument` for a backend or an ordinal that does not exist, and for a stream of another GPU,
-   * `unsupported` for a stream on the CPU.
+   * is no GPU, `invalid-argument` for a backend or an ordinal that does not exist, and for a stream of another GPU or
+   * of every thread, `unsupported` for a stream on the CPU.
    */
   static open(options: DeviceOptions = {}): Device {
     const { ordinal = 0, stream } = options;
