@@ -2,7 +2,11 @@ import { PackhorseError } from "../src/error.ts";
 import { call, create } from "./call.ts";
 import type { HostBytes, NativeDevice } from "./device.ts";
 import type { NativeTensor } from "./kv.ts";
+import type { NativeKvCacheGraph } from "./kv_cache_graph.ts";
 import { KV_CACHE_STATISTICS } from "./structs.ts";
+
+/** `PH_KV_CACHE_SHAPE_WORDS` */
+const SHAPE_WORDS = 6;
 
 /** The sequences of a step, by their numbers, and how many tokens each gets. */
 export interface NativeStep {
@@ -94,6 +98,17 @@ export class NativeKvCache {
       BigInt(out.byteOffset),
       scale,
     );
+  }
+
+  /** The words of the current step's shape. */
+  get stepShape(): Uint32Array<ArrayBuffer> {
+    const shape = new Uint32Array(SHAPE_WORDS);
+    call(this.#symbols.ph_kv_cache_step_shape, ...this.#handles, shape);
+    return shape;
+  }
+
+  replay(graph: NativeKvCacheGraph): void {
+    call(this.#symbols.ph_kv_cache_replay, ...this.#handles, graph.handle);
   }
 
   /** Tokens `first` to `first + count` into `keys` and `values`. */

@@ -1,8 +1,11 @@
 // extern "C": the growing kv cache.
+#include <algorithm>
+
 #include "abi/arguments.h"
 #include "kv/growing_cache.h"
 
 using ph::checked;
+using ph::checked_for_capture;
 using ph::checked_tensor;
 using ph::Error;
 using ph::guard;
@@ -12,6 +15,14 @@ namespace {
 ph_kv_cache& checked_cache(ph_kv_cache* cache) {
   if (cache == nullptr) throw Error(PH_ERROR_INVALID_ARGUMENT, "The kv cache is null");
   return *cache;
+}
+
+// The cache whose step enqueues work: it may be captured, as part of that cache's step.
+ph_kv_cache& checked_step(ph_device* device, ph_kv_cache* cache) {
+  ph_kv_cache& valid = checked_cache(cache);
+  if (!valid.capturing()) checked(device);
+  else checked_for_capture(device);
+  return valid;
 }
 
 uint64_t token_bytes(const ph_kv_cache& cache, uint32_t heads) {
@@ -43,7 +54,7 @@ ph_kv_cache* ph_kv_cache_create(ph_device* device, const ph_kv_cache_config* con
 
 int32_t ph_kv_cache_destroy(ph_device* device, ph_kv_cache* cache, char* error, uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
-    checked(device);
+    checked_for_capture(device);
     delete &checked_cache(cache);
   });
 }
@@ -83,7 +94,7 @@ int32_t ph_kv_cache_remove(ph_device* device, ph_kv_cache* cache, uint32_t seque
 int32_t ph_kv_cache_length(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint64_t* tokens,
                            char* error, uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
-    checked(device);
+    checked_for_capture(device);
     checked_result(tokens, "the length") = checked_cache(cache).length(sequence);
   });
 }
@@ -102,8 +113,7 @@ int32_t ph_kv_cache_append(ph_device* device, ph_kv_cache* cache, uint32_t layer
                            uint64_t keys_offset, const ph_buffer* values, uint64_t values_offset, char* error,
                            uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
-    checked(device);
-    ph_kv_cache& valid = checked_cache(cache);
+    ph_kv_cache& valid = checked_step(device, cache);
     const uint64_t bytes = valid.step_tokens() * token_bytes(valid, valid.config().kv_heads);
     valid.append(layer, {{checked_tensor(keys, keys_offset, bytes, "keys"),
                           checked_tensor(values, values_offset, bytes, "values")}});
@@ -114,8 +124,7 @@ int32_t ph_kv_cache_attend(ph_device* device, ph_kv_cache* cache, uint32_t layer
                            uint64_t queries_offset, ph_buffer* out, uint64_t out_offset, float scale,
                            char* error, uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
-    checked(device);
-    ph_kv_cache& valid = checked_cache(cache);
+    ph_kv_cache& valid = checked_step(device, cache);
     const uint64_t bytes = valid.step_tokens() * token_bytes(valid, valid.config().query_heads);
     valid.attend(layer, checked_tensor(queries, queries_offset, bytes, "queries"),
                  checked_tensor(out, out_offset, bytes, "the output"), scale);
@@ -147,6 +156,50 @@ int32_t ph_kv_cache_get_statistics(ph_device* device, ph_kv_cache* cache, ph_kv_
   return guard(error, error_bytes, [&] {
     checked(device);
     checked_result(statistics, "the statistics") = checked_cache(cache).statistics();
+  });
+}
+
+// ---- graphs
+
+int32_t ph_kv_cache_step_shape(ph_device* device, ph_kv_cache* cache, uint32_t* shape, char* error,
+                               uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    const auto words = checked_step(device, cache).step_shape();
+    std::copy(words.begin(), words.end(), &checked_result(shape, "the shape"));
+  });
+}
+
+int32_t ph_kv_cache_capture_begin(ph_device* device, ph_kv_cache* cache, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    checked_cache(cache).begin_capture();
+  });
+}
+
+ph_kv_cache_graph* ph_kv_cache_capture_end(ph_device* device, ph_kv_cache* cache, int32_t* status,
+                                           char* error, uint32_t error_bytes) {
+  ph_kv_cache_graph* graph = nullptr;
+  const int32_t result = guard(error, error_bytes, [&] {
+    checked_for_capture(device);
+    graph = checked_cache(cache).end_capture();
+  });
+  if (status != nullptr) *status = result;
+  return graph;
+}
+
+int32_t ph_kv_cache_replay(ph_device* device, ph_kv_cache* cache, ph_kv_cache_graph* graph, char* error,
+                           uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    checked_cache(cache).replay(checked_result(graph, "the graph"));
+  });
+}
+
+int32_t ph_kv_cache_graph_destroy(ph_device* device, ph_kv_cache_graph* graph, char* error,
+                                  uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked_for_capture(device);
+    delete &checked_result(graph, "the graph");
   });
 }
 

@@ -8,8 +8,9 @@
  *   it, or NULL on failure with the code in *status. On failure the message stands in `error`
  *   (NUL-terminated, cut at error_bytes), a buffer of the call: nothing is kept per thread, so calls may
  *   come from any thread.
- * - Work on a device is enqueued on its one stream in call order. ph_device_synchronize waits for it. On
- *   the CPU the work is done when the call returns. Only the functions that say so wait.
+ * - Work on a device is enqueued on its one stream in call order, its own or one of the caller's.
+ *   ph_device_synchronize waits for it. On the CPU the work is done when the call returns. Only the functions
+ *   that say so wait.
  * - A region of device memory is a ph_buffer and a byte offset. Offsets of tensors must be multiples of 16.
  * - Multi-byte values are little-endian. A shape [a, b, c] is row-major, c contiguous.
  * - Structs are checked once, at load, by ph_layout.
@@ -83,6 +84,13 @@ typedef struct ph_device_info {
 PH_API uint32_t ph_device_count(void);
 /* Opens device `ordinal` with a stream of its own. */
 PH_API ph_device* ph_device_open(uint32_t ordinal, int32_t* status, char* error, uint32_t error_bytes);
+/* Opens GPU `ordinal` on a stream of the caller's: a cudaStream_t or CUstream of that GPU, 0 for CUDA's legacy default
+ * stream; not the per-thread one. It must live as long as the device; closing leaves it open. Memory is allocated and
+ * freed in its order. PH_ERROR_UNSUPPORTED on the CPU. */
+PH_API ph_device* ph_device_open_on_stream(uint32_t ordinal, uint64_t stream, int32_t* status, char* error,
+                                           uint32_t error_bytes);
+/* Writes the device's stream, a cudaStream_t; 0 on the CPU. */
+PH_API int32_t ph_device_stream(ph_device* device, uint64_t* stream, char* error, uint32_t error_bytes);
 /* Waits for enqueued work, then frees the device. Its buffers must be gone. */
 PH_API int32_t ph_device_close(ph_device* device, char* error, uint32_t error_bytes);
 PH_API int32_t ph_device_get_info(ph_device* device, ph_device_info* info, char* error, uint32_t error_bytes);
@@ -92,6 +100,15 @@ PH_API int32_t ph_device_synchronize(ph_device* device, char* error, uint32_t er
 /* Allocates `bytes` (> 0) of device memory, 256-byte aligned, contents undefined. */
 PH_API ph_buffer* ph_buffer_create(ph_device* device, uint64_t bytes, int32_t* status, char* error,
                                    uint32_t error_bytes);
+/* A buffer over `bytes` (> 0) of memory that is the caller's: of this GPU (as from cudaMalloc; not managed), or of this
+ * process on the CPU. The address must be a multiple of 16, as kernels move 16 bytes at a time. The memory must stay until
+ * the buffer is destroyed and the work that uses it is done; destroying the buffer does not free it. On CUDA,
+ * PH_ERROR_INVALID_ARGUMENT if the first or the last byte is no memory of this GPU; the CPU checks nothing. */
+PH_API ph_buffer* ph_buffer_wrap(ph_device* device, uint64_t address, uint64_t bytes, int32_t* status,
+                                 char* error, uint32_t error_bytes);
+/* Writes where the buffer is: a device pointer on CUDA, a pointer on the CPU. */
+PH_API int32_t ph_buffer_address(ph_device* device, const ph_buffer* buffer, uint64_t* address, char* error,
+                                 uint32_t error_bytes);
 /* Frees the buffer once the work enqueued so far no longer needs it. */
 PH_API int32_t ph_buffer_destroy(ph_device* device, ph_buffer* buffer, char* error, uint32_t error_bytes);
 /* Copies host memory to the buffer, in stream order; waits until `source` may be reused. */
@@ -313,7 +330,8 @@ PH_API int32_t ph_kv_measure(ph_device* device, const ph_kv_codec* codec, const 
  *
  * A cache belongs to its device and to one thread at a time. No call allocates device memory after creation. append and
  * attend only enqueue; begin enqueues too, unless the pool looks exhausted by the largest sizes that records can have:
- * then it waits for the device to learn the true ones.
+ * then it waits for the device to learn the true ones. On CUDA what begin uploads passes through 2 MiB of pinned memory;
+ * it waits for a part of that only if the GPU is as many uploads behind.
  */
 
 typedef struct ph_kv_cache ph_kv_cache;
@@ -414,6 +432,41 @@ PH_API int32_t ph_kv_cache_check(ph_device* device, ph_kv_cache* cache, char* er
 PH_API int32_t ph_kv_cache_get_statistics(ph_device* device, ph_kv_cache* cache,
                                           ph_kv_cache_statistics* statistics, char* error,
                                           uint32_t error_bytes);
+
+/*
+ * CUDA graphs: the work of a step, captured once, runs again in later steps of the same shape by one launch. A step still
+ * begins with ph_kv_cache_begin, which is not captured.
+ *
+ *   begin; shape; graph known?  yes: replay(graph)
+ *                               no:  capture_begin; append and attend ...; graph = capture_end; replay(graph)
+ *
+ * Between capture_begin and capture_end nothing runs. append and attend of this cache, ph_buffer_copy, ph_buffer_fill and
+ * whatever the caller enqueues on the stream become part of the graph; buffers may be wrapped or destroyed (the memory is
+ * freed when the capture ends), a cache destroyed (its capture is abandoned). Every other call on the device is
+ * PH_ERROR_INVALID_ARGUMENT and does no harm. A graph holds the addresses and the scale of the calls it captured:
+ * their memory must stay as long as the graph is replayed.
+ */
+typedef struct ph_kv_cache_graph ph_kv_cache_graph;
+
+/* Words of a shape: sequences, tokens, blocks to pack, pieces of attention, most tokens and most pieces of a sequence. */
+#define PH_KV_CACHE_SHAPE_WORDS 6u
+
+/* Writes the shape of the current step, PH_KV_CACHE_SHAPE_WORDS words: graphs are good for steps of an equal shape. */
+PH_API int32_t ph_kv_cache_step_shape(ph_device* device, ph_kv_cache* cache, uint32_t* shape, char* error,
+                                      uint32_t error_bytes);
+/* Begins to capture work of the current step. PH_ERROR_UNSUPPORTED on the CPU and on the legacy default stream. */
+PH_API int32_t ph_kv_cache_capture_begin(ph_device* device, ph_kv_cache* cache, char* error,
+                                         uint32_t error_bytes);
+/* Ends the capture; the step is as it was before. Whatever it returns, work on the device runs again. */
+PH_API ph_kv_cache_graph* ph_kv_cache_capture_end(ph_device* device, ph_kv_cache* cache, int32_t* status,
+                                                  char* error, uint32_t error_bytes);
+/* Enqueues the captured work for the current step. PH_ERROR_INVALID_ARGUMENT, which changes nothing, for a step of another
+ * shape, a graph of another cache, and where a layer has the step's tokens already or lacks those that are attended to. */
+PH_API int32_t ph_kv_cache_replay(ph_device* device, ph_kv_cache* cache, ph_kv_cache_graph* graph,
+                                  char* error, uint32_t error_bytes);
+/* Frees the graph; work of its that is enqueued is done all the same. Its cache may be gone, its device must not. */
+PH_API int32_t ph_kv_cache_graph_destroy(ph_device* device, ph_kv_cache_graph* graph, char* error,
+                                         uint32_t error_bytes);
 
 #ifdef __cplusplus
 }

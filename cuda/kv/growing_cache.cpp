@@ -28,7 +28,13 @@ void PagePool::drop(uint32_t page) {
 DeviceMemory::DeviceMemory(ph_device& device, uint64_t bytes)
     : device_(device), data_(allocate(device, std::max<uint64_t>(bytes, 16))), bytes_(bytes) {}
 
-DeviceMemory::~DeviceMemory() { release(device_, data_); }
+DeviceMemory::~DeviceMemory() {
+  try {
+    release(device_, data_);
+  } catch (const Error&) {
+    // A GPU that has failed takes its memory with it; later calls report that.
+  }
+}
 
 namespace {
 
@@ -580,10 +586,7 @@ void ph_kv_cache::attend(uint32_t layer, const uint8_t* queries, uint8_t* out, f
   if (!appended_[layer])
     throw Error(PH_ERROR_INVALID_ARGUMENT, "Layer %u lacks the tokens of this step: append them first",
                 layer);
-  if (!planned_) {
-    throw Error(PH_ERROR_INVALID_ARGUMENT,
-                "Cannot attend before a step begins; truncating or removing a sequence ends it");
-  }
+  require_step("attend");
   if (step_.most_queries > kMostQueries) {
     throw Error(PH_ERROR_UNSUPPORTED, "Cannot attend with %u tokens of a sequence in a step: the most is %u",
                 step_.most_queries, kMostQueries);
@@ -593,6 +596,7 @@ void ph_kv_cache::attend(uint32_t layer, const uint8_t* queries, uint8_t* out, f
                 "The scale of attention must be positive and finite: current value is %g",
                 static_cast<double>(scale));
   }
+  if (capture_) capture_->attended[layer] = true;
   if (step_.sequence_count == 0) return;
   attention::decode(device_, view_, shapes_[layer], layer, step_, queries, out, scale, attention_.data());
 }

@@ -2,9 +2,12 @@
 // for both backends.
 #pragma once
 
+#include <array>
+#include <optional>
 #include <vector>
 
 #include "kv/cache_operations.h"
+#include "kv/step_graph.h"
 
 namespace ph::kv {
 
@@ -73,6 +76,14 @@ struct ph_kv_cache {
   void check();
   ph_kv_cache_statistics statistics();
 
+  // Capture and replay, in step_graph.cpp.
+  ~ph_kv_cache();
+  std::array<uint32_t, PH_KV_CACHE_SHAPE_WORDS> step_shape() const;
+  void begin_capture();
+  ph_kv_cache_graph* end_capture();
+  void replay(ph_kv_cache_graph& graph);
+  bool capturing() const { return capture_.has_value(); }
+
   const ph_kv_cache_config& config() const { return config_; }
   uint64_t step_tokens() const { return step_.tokens; }
 
@@ -81,6 +92,7 @@ struct ph_kv_cache {
   ph::kv::Sequence& alive(uint32_t sequence);
   void require_layer(uint32_t layer) const;
   void require_idle(const char* what) const;
+  void require_step(const char* what) const;
   uint32_t free_slot() const;
 
   // The true ends of all streams, in units: waits for the device.
@@ -108,4 +120,8 @@ struct ph_kv_cache {
   std::vector<bool> appended_;  // layers, in this step
   bool planned_ = false;        // attention of this step
   std::vector<ph::kv::WordAt> grants_;
+  const uint64_t serial_ = next_serial();  // of all caches of the process
+  std::optional<ph::kv::Capture> capture_;
+
+  static uint64_t next_serial();
 };

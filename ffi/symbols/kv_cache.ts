@@ -150,4 +150,52 @@ export const KV_CACHE_SYMBOLS = {
     ],
     result: "i32",
   },
+  ph_kv_cache_step_shape: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // ph_kv_cache* cache
+      "buffer", // uint32_t* shape
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
+  ph_kv_cache_capture_begin: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // ph_kv_cache* cache
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
+  ph_kv_cache_capture_end: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // ph_kv_cache* cache
+      "buffer", // int32_t* status
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "pointer", // ph_kv_cache_graph*
+  },
+  ph_kv_cache_replay: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // ph_kv_cache* cache
+      "pointer", // ph_kv_cache_graph* graph
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
+  ph_kv_cache_graph_destroy: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // ph_kv_cache_graph* graph
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
 } as const satisfies Deno.ForeignLibraryInterface;

@@ -4,6 +4,7 @@ import type { Device } from "../device/device.ts";
 import { type DeviceBuffer, regionOn } from "../device/device_buffer.ts";
 import { PackhorseError } from "../error.ts";
 import type { KvCacheConfig, KvCacheDType } from "./cache_options.ts";
+import { captureGraph, type KvStepGraph, nativeOfGraph } from "./step_graph.ts";
 
 /** What a step needs of its cache. */
 export interface StepOwner {
@@ -103,6 +104,85 @@ export class KvCacheStep {
       );
     }
     native.attend(layer, from, to, scale);
+  }
+
+  /**
+   * Which graphs are good for this step: those of steps whose shape is the same text. It tells how many sequences,
+   * tokens, blocks to pack and pieces of attention the step has, which change slowly while sequences grow.
+   *
+   * Throws `invalid-argument` once the step is over, `disposed`.
+   */
+  get shape(): string {
+    const [sequences, tokens, blocks, pieces, mostTokens, mostPieces] =
+      this.#current("tell the shape").native.stepShape;
+    return `${sequences} sequences of up to ${mostTokens} tokens, ${tokens} in all; ` +
+      `${blocks} blocks to pack; up to ${mostPieces} pieces each, ${pieces} in all`;
+  }
+
+  /**
+   * Captures what `enqueue` enqueues on the device as a CUDA graph, without running any of it: {@linkcode append} and
+   * {@linkcode attend} of this step, {@linkcode DeviceBuffer.copyFrom}, {@linkcode DeviceBuffer.fill}, and whatever an
+   * engine enqueues on the device's stream. {@linkcode replay} then runs it, in this step and in later ones of the same
+   * {@linkcode shape}, with one launch for all layers. New values go to the same buffers before each replay.
+   *
+   * All other calls throw `invalid-argument` in `enqueue`, as they would wait, or allocate memory. What `enqueue` throws
+   * ends the capture and is thrown again; the step goes on as if nothing had been called.
+   *
+   * Throws `unsupported` on the CPU and on CUDA's legacy default stream, `invalid-argument` once the step is over, while
+   * an asynchronous call is in flight, and if `enqueue` is asynchronous; `disposed`; `cuda` if the work cannot be captured.
+   *
+   * @example
+   * ```ts
+   * import { Device, KvCache, type KvStepGraph } from "@packhorse/packhorse";
+   *
+   * using device = Device.open();
+   * const shape = { layers: 2, queryHeads: 4, kvHeads: 2, headDim: 64, dtype: "f16" } as const;
+   * const limits = { sequences: 1, tokens: 4096, stepTokens: 512, poolBytes: 2 ** 20 };
+   * using cache = KvCache.create(device, { ...shape, ...limits });
+   * const sequence = cache.add();
+   * using keys = device.createBuffer("f16", 2 * 64);
+   * using queries = device.createBuffer("f16", 4 * 64);
+   * using out = device.createBuffer("f16", 4 * 64);
+   *
+   * using stack = new DisposableStack();
+   * const graphs = new Map<string, KvStepGraph>();
+   * for (let token = 0; token < 3; token++) {
+   *   const step = cache.begin([{ sequence }]);
+   *   keys.fill(token); // a model would compute these
+   *   queries.fill(token);
+   *   const decode = () => {
+   *     for (let layer = 0; layer < shape.layers; layer++) {
+   *       step.append(layer, keys, keys);
+   *       step.attend(layer, queries, out);
+   *     }
+   *   };
+   *   if (device.backend === "cpu") {
+   *     decode();
+   *   } else {
+   *     const graph = graphs.get(step.shape) ?? stack.use(step.capture(decode));
+   *     graphs.set(step.shape, graph);
+   *     step.replay(graph);
+   *   }
+   * }
+   * ```
+   */
+  capture(enqueue: () => void): KvStepGraph {
+    const { native } = this.#current("capture");
+    return captureGraph(native, this.shape, enqueue);
+  }
+
+  /**
+   * Enqueues captured work for this step. The layers that it appends to have the step's tokens then.
+   *
+   * Throws `invalid-argument` if the step differs in its {@linkcode shape} from the captured one, for a graph of
+   * another cache, if a layer has the tokens already or lacks those that are attended to, and once the step is over; then
+   * nothing has changed. `disposed` if the graph, or the cache, was disposed.
+   */
+  replay(graph: KvStepGraph): void {
+    const { native } = this.#current("replay");
+    const captured = nativeOfGraph(graph);
+    if (captured.device !== native.device) refuse("Cannot replay a graph of another device");
+    native.replay(captured);
   }
 
   #current(action: string): StepOwner {

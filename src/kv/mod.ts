@@ -19,6 +19,7 @@ export type {
   KvCachePartCodec,
 } from "./cache_options.ts";
 export type { KvAttendOptions, KvCacheStep } from "./cache_step.ts";
+export type { KvStepGraph } from "./step_graph.ts";
 export {
   type KvBits,
   type KvCodec,
