@@ -247,7 +247,7 @@ void ph_kv_cache::require_idle(const char* what) const {
 
 uint32_t ph_kv_cache::free_slot() const {
   for (uint32_t slot = 0; slot < config_.sequences; ++slot) {
-    if (!sequences_[slot].alive) return slot;
+    if (!sequences_[slot].alive && sequences_[slot].awaited.empty()) return slot;
   }
   throw Error(PH_ERROR_OUT_OF_MEMORY, "The kv cache is full: it holds %u sequences", config_.sequences);
 }
@@ -288,13 +288,15 @@ uint32_t ph_kv_cache::add() {
 }
 
 void ph_kv_cache::remove(uint32_t sequence) {
-  require_idle("remove a sequence");
-  Sequence& removed = alive(sequence);
+  // No step knows of one that is still being imported.
+  const bool known = sequence >= config_.sequences || sequences_[sequence].awaited.empty();
+  if (known) require_idle("remove a sequence");
+  Sequence& removed = known ? alive(sequence) : sequences_[sequence];
   for (const Stream& stream : removed.streams) {
     for (const uint32_t page : stream.pages) pages_.drop(page);
   }
   removed = Sequence{};
-  planned_ = false;
+  if (known) planned_ = false;
 }
 
 std::vector<uint32_t> ph_kv_cache::stream_ends() {
