@@ -417,7 +417,7 @@ PH_API int32_t ph_kv_cache_get_statistics(ph_device* device, ph_kv_cache* cache,
  *   offsets  u64 [blocks + 1]: block b's records go from offsets[b] to offsets[b + 1]; the first is 0
  *   recent   tokens in 16 bits, in their order, which are the sinks and those after the blocks:
  *            keys [kv_heads, tokens - 64 * blocks, head_dim], then values
- * None of the four functions works between a step's begin and its last append, but for ph_kv_cache_import. */
+ * A sequence of the step that has begun can be measured and exported once all layers have its tokens. */
 
 /* The packed blocks of a sequence, and the bytes of their records in each layer: record_bytes[layers]. Waits for the
  * device. */

@@ -516,7 +516,9 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
     }
     sequence.tokens += entry.tokens;
     sequence.packed = entry.packed;
+    sequence.step = steps_ + 1;
   }
+  ++steps_;
   send_grants();
 
   const PlanLayout layout = plan_layout(count, blocks.size(), pieces.size());

@@ -36,6 +36,7 @@ struct Sequence {
   std::vector<Stream> streams;
   // While it is imported it is not alive yet, but takes its slot and its pages: the layers that are still to come.
   std::vector<bool> awaited = {};
+  uint64_t step = 0;  // the last one that named it
 };
 
 // One layer of a sequence in host memory.
@@ -103,6 +104,8 @@ struct ph_kv_cache {
   ph::kv::Sequence& alive(uint32_t sequence);
   void require_layer(uint32_t layer) const;
   void require_idle(const char* what) const;
+  // Throws if a layer still lacks tokens of the sequence.
+  void require_settled(uint32_t sequence, const char* what) const;
   uint32_t free_slot() const;
   // The slot of a sequence that is being imported.
   ph::kv::Sequence& importing(uint32_t sequence);
@@ -134,6 +137,7 @@ struct ph_kv_cache {
   uint32_t resident_pieces_;
 
   ph::kv::StepView step_{};
+  uint64_t steps_ = 0;          // begun so far
   std::vector<bool> appended_;  // layers, in this step
   bool planned_ = false;        // attention of this step
   std::vector<ph::kv::WordAt> grants_;

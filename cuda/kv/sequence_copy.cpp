@@ -86,8 +86,12 @@ void ph_kv_cache::for_each_recent(uint32_t layer, uint32_t sequence, const Seque
   }
 }
 
+void ph_kv_cache::require_settled(uint32_t sequence, const char* what) const {
+  if (alive(sequence).step == steps_) require_idle(what);
+}
+
 uint32_t ph_kv_cache::measure(uint32_t sequence, uint64_t* record_bytes) {
-  require_idle("measure a sequence");
+  require_settled(sequence, "export a sequence");
   const Sequence& measured = alive(sequence);
   const std::vector<uint32_t> ends = stream_ends();
   for (uint32_t layer = 0; layer < config_.layers; ++layer)
@@ -97,7 +101,7 @@ uint32_t ph_kv_cache::measure(uint32_t sequence, uint64_t* record_bytes) {
 }
 
 void ph_kv_cache::export_layer(uint32_t sequence, uint32_t layer, SequenceLayer target) {
-  require_idle("export a sequence");
+  require_settled(sequence, "export a sequence");
   require_layer(layer);
   const Sequence& from = alive(sequence);
   std::vector<uint32_t> ends(static_cast<size_t>(from.packed) * view_.heads + 1);
@@ -125,7 +129,6 @@ void ph_kv_cache::export_layer(uint32_t sequence, uint32_t layer, SequenceLayer 
 }
 
 uint32_t ph_kv_cache::begin_import(uint64_t tokens, uint32_t blocks, const uint64_t* record_bytes) {
-  require_idle("import a sequence");
   if (tokens > config_.tokens) {
     throw Error(PH_ERROR_INVALID_ARGUMENT,
                 "Cannot import a sequence of %llu tokens: the cache was created for %llu",
@@ -161,7 +164,8 @@ uint32_t ph_kv_cache::begin_import(uint64_t tokens, uint32_t blocks, const uint6
     if (blocks > 0) needed += pages_of(kStreamStart + record_bytes[layer] / kUnitBytes);
   }
   const uint32_t slot = free_slot();
-  if (needed > pages_.available()) tighten();
+  const bool idle = std::find(appended_.begin(), appended_.end(), false) == appended_.end();
+  if (needed > pages_.available() && idle) tighten();
   if (needed > pages_.available()) {
     throw Error(
         PH_ERROR_OUT_OF_MEMORY,
