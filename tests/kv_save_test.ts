@@ -408,7 +408,7 @@ test("records that no encoder writes are refused by name", async (device, folder
   });
   const prepared = await prepare(device, folder, options);
   using _cache = prepared.cache;
-  const { file, path, load, refuse, assertUnchanged } = prepared;
+  const { file, load, refuse, assertUnchanged } = prepared;
   const blocks = 3;
   assertEquals(phkvEntries(file), 2 * (blocks + 1));
   /** Forges bytes of a block of a layer. */
