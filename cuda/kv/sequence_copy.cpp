@@ -35,22 +35,14 @@ uint64_t recent_bytes(const CacheView& cache, const Sequence& sequence) {
   return kParts * unpacked_tokens(sequence) * cache.heads * cache.head_dim * 2;
 }
 
-// Moves `count` tokens from `first` on between [count][heads][head_dim] and their place in [heads, tokens, head_dim].
-void place_rows(const CacheView& cache, uint64_t tokens, uint64_t first, uint64_t count, const uint8_t* rows,
-                uint8_t* tensor) {
+// Calls visit(row, place, bytes) for the heads of `count` tokens: at byte `row` of [count][heads][head_dim], and at byte
+// `place` of [heads, tokens, head_dim], whose tokens from `first` on they are.
+template <typename Visit>
+void for_each_row(const CacheView& cache, uint64_t tokens, uint64_t first, uint64_t count, Visit visit) {
   const uint64_t bytes = cache.head_dim * 2;
   for (uint64_t i = 0; i < count; ++i) {
     for (uint64_t head = 0; head < cache.heads; ++head)
-      memcpy(tensor + (head * tokens + first + i) * bytes, rows + (i * cache.heads + head) * bytes, bytes);
-  }
-}
-
-void take_rows(const CacheView& cache, uint64_t tokens, uint64_t first, uint64_t count, uint8_t* rows,
-               const uint8_t* tensor) {
-  const uint64_t bytes = cache.head_dim * 2;
-  for (uint64_t i = 0; i < count; ++i) {
-    for (uint64_t head = 0; head < cache.heads; ++head)
-      memcpy(rows + (i * cache.heads + head) * bytes, tensor + (head * tokens + first + i) * bytes, bytes);
+      visit((i * cache.heads + head) * bytes, (head * tokens + first + i) * bytes, bytes);
   }
 }
 
@@ -120,12 +112,15 @@ void ph_kv_cache::export_layer(uint32_t sequence, uint32_t layer, SequenceLayer 
                    });
   const uint64_t tokens = unpacked_tokens(from), part_bytes = target.recent_bytes / kParts;
   std::vector<uint8_t> rows;
-  for_each_recent(layer, sequence, from,
-                  [&](uint32_t part, uint64_t token, uint64_t count, const uint8_t* memory) {
-                    rows.resize(count * view_.heads * view_.head_dim * 2);
-                    download(device_, rows.data(), memory, rows.size());
-                    place_rows(view_, tokens, token, count, rows.data(), target.recent + part * part_bytes);
-                  });
+  for_each_recent(
+      layer, sequence, from, [&](uint32_t part, uint64_t token, uint64_t count, const uint8_t* memory) {
+        rows.resize(count * view_.heads * view_.head_dim * 2);
+        download(device_, rows.data(), memory, rows.size());
+        uint8_t* const tensor = target.recent + part * part_bytes;
+        for_each_row(view_, tokens, token, count, [&](uint64_t row, uint64_t place, uint64_t bytes) {
+          memcpy(tensor + place, rows.data() + row, bytes);
+        });
+      });
 }
 
 uint32_t ph_kv_cache::begin_import(uint64_t tokens, uint32_t blocks, const uint64_t* record_bytes) {
@@ -228,7 +223,10 @@ void ph_kv_cache::import_layer(uint32_t sequence, uint32_t layer, ConstSequenceL
   std::vector<uint8_t> rows;
   for_each_recent(layer, sequence, to, [&](uint32_t part, uint64_t token, uint64_t count, uint8_t* memory) {
     rows.resize(count * view_.heads * view_.head_dim * 2);
-    take_rows(view_, tokens, token, count, rows.data(), source.recent + part * part_bytes);
+    const uint8_t* const tensor = source.recent + part * part_bytes;
+    for_each_row(view_, tokens, token, count, [&](uint64_t row, uint64_t place, uint64_t bytes) {
+      memcpy(rows.data() + row, tensor + place, bytes);
+    });
     enqueue_upload(device_, memory, rows.data(), rows.size());
   });
   to.awaited[layer] = false;
