@@ -118,10 +118,13 @@ uint64_t product(std::initializer_list<uint64_t> factors) {
 
 uint64_t divide_up(uint64_t value, uint64_t divisor) { return (value + divisor - 1) / divisor; }
 
-// Units that a block takes at most.
+}  // namespace
+
 uint64_t largest_block_units(const TileShape& shape) {
   return (kParamsBytes + static_cast<uint64_t>(shape.heads) * largest_record_bytes(shape)) / kUnitBytes;
 }
+
+namespace {
 
 CacheView make_view(const ph_kv_cache_config& config, const std::vector<TileShape>& shapes) {
   CacheView view{};

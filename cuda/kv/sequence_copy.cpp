@@ -148,9 +148,7 @@ uint32_t ph_kv_cache::begin_import(uint64_t tokens, uint32_t blocks, const uint6
   }
   uint64_t needed = 0;
   for (uint32_t layer = 0; layer < config_.layers; ++layer) {
-    const TileShape& shape = shapes_[layer];
-    const uint64_t most =
-        blocks * (kParamsBytes + static_cast<uint64_t>(shape.heads) * largest_record_bytes(shape));
+    const uint64_t most = blocks * largest_block_units(shapes_[layer]) * kUnitBytes;
     if (record_bytes[layer] > most || record_bytes[layer] % kUnitBytes != 0) {
       throw Error(PH_ERROR_CORRUPT,
                   "The records of layer %u take %llu bytes, but %u blocks a multiple of 16 up to %llu", layer,
@@ -196,22 +194,22 @@ void ph_kv_cache::import_layer(uint32_t sequence, uint32_t layer, ConstSequenceL
   require_bytes("records", source.record_bytes, (stream.bound - kStreamStart) * kUnitBytes);
   require_bytes("tokens in 16 bits", source.recent_bytes, recent_bytes(view_, to));
 
-  std::vector<uint32_t> ends = {kStreamStart}, record_bytes(view_.heads);
+  std::vector<uint32_t> ends = {kStreamStart}, record_ends(view_.heads);
   ends.reserve(static_cast<size_t>(to.packed) * view_.heads + 1);
   for (uint32_t block = 0; block < to.packed; ++block) {
     const uint64_t begin = source.offsets[block], end = source.offsets[block + 1];
     const bool ordered = begin <= end && end <= source.record_bytes && (block > 0 || begin == 0) &&
                          (block + 1 < to.packed || end == source.record_bytes);
     const BlockFlaw flaw =
-        ordered ? check_block(shapes_[layer], source.records + begin, end - begin, record_bytes.data())
+        ordered ? check_block(shapes_[layer], source.records + begin, end - begin, record_ends.data())
                 : BlockFlaw{"its place is not between those of its neighbours", kNoHead};
     if (flaw.what != nullptr) {
       malformed = block;
       if (flaw.head == kNoHead) throw Error(PH_ERROR_CORRUPT, "%s", flaw.what);
       throw Error(PH_ERROR_CORRUPT, "head %u: %s", flaw.head, flaw.what);
     }
-    for (uint32_t head = 0; head < view_.heads; ++head)
-      ends.push_back(ends.back() + ((head == 0 ? kParamsBytes : 0) + record_bytes[head]) / kUnitBytes);
+    const uint32_t start = ends.back();
+    for (const uint32_t end_bytes : record_ends) ends.push_back(start + end_bytes / kUnitBytes);
   }
 
   enqueue_upload(device_, reinterpret_cast<uint8_t*>(index_of(view_, layer, sequence)), ends.data(),

@@ -137,14 +137,15 @@ const char* record_flaw(const TileShape& shape, const uint8_t* record, uint64_t 
 
 }  // namespace
 
-BlockFlaw check_block(const TileShape& shape, const uint8_t* block, uint64_t bytes, uint32_t* record_bytes) {
+BlockFlaw check_block(const TileShape& shape, const uint8_t* block, uint64_t bytes, uint32_t* record_ends) {
   if (bytes < kParamsBytes) return {"it is cut off", kNoHead};
   if (const char* flaw = params_flaw(shape, block)) return {flaw, kNoHead};
-  uint64_t position = kParamsBytes;
+  uint32_t position = kParamsBytes;
   for (uint32_t head = 0; head < shape.heads; ++head) {
-    if (const char* flaw = record_flaw(shape, block + position, bytes - position, record_bytes[head]))
+    uint32_t record_bytes = 0;
+    if (const char* flaw = record_flaw(shape, block + position, bytes - position, record_bytes))
       return {flaw, head};
-    position += record_bytes[head];
+    record_ends[head] = position += record_bytes;
   }
   if (position != bytes) return {"it is longer than its records", kNoHead};
   return {nullptr, kNoHead};

@@ -14,8 +14,9 @@ struct BlockFlaw {
   uint32_t head;     // whose record it is, or kNoHead for the params and the block as a whole
 };
 
-// Checks the params and head records of a block, which must fill `bytes` bytes of host memory, and writes the size of each
-// head's record in bytes. Every code is checked, so that a block without a flaw is attended to the same on all backends.
-BlockFlaw check_block(const TileShape& shape, const uint8_t* block, uint64_t bytes, uint32_t* record_bytes);
+// Checks the params and head records of a block, which must fill `bytes` bytes of host memory, and writes where the record
+// of each head ends, in bytes from the block's beginning. Every code is checked, so that a block without a flaw is
+// attended to the same on all backends.
+BlockFlaw check_block(const TileShape& shape, const uint8_t* block, uint64_t bytes, uint32_t* record_ends);
 
 }  // namespace ph::kv
