@@ -132,6 +132,12 @@ class Pair implements Disposable {
   }
 }
 
+/** Bytes of the process without those of JavaScript, which come and go as its collector likes. */
+function memoryOutsideHeap(): number {
+  const { rss, heapTotal, external } = Deno.memoryUsage();
+  return rss - heapTotal - external;
+}
+
 const partCodecs = fc.oneof(
   fc.double({ min: 1 / 254, max: 1, noNaN: true }).map(packkv),
   fc.integer({ min: 1, max: 8 }).map(fixed),
@@ -160,7 +166,7 @@ const operations: fc.Arbitrary<Operation[]> = fc.array(
     which: fc.nat(60),
     amount: fc.oneof(fc.integer({ min: 1, max: 8 }), fc.integer({ min: 1, max: 250 })),
   }),
-  { minLength: 1, maxLength: 12, size: "max" },
+  { minLength: 6, maxLength: 12, size: "max" },
 );
 
 const kinds = Object.keys(DATA_KINDS) as DataKind[];
@@ -197,10 +203,10 @@ for (const backend of backends()) {
           done.push(pair.done);
         },
       ),
-      { numRuns: 50 },
+      { numRuns: 30 },
     );
-    for (const what of Object.keys(done[0]!) as (keyof Pair["done"])[]) {
-      assertGreater(done.reduce((sum, each) => sum + each[what], 0), 5, what);
+    for (const what of ["append", "fork", "truncate", "remove", "save", "load"] as const) {
+      assertGreater(done.reduce((sum, each) => sum + each[what], 0), 3, what);
     }
   });
 
@@ -243,7 +249,7 @@ for (const backend of backends()) {
         const where = `operation ${i} from seed ${seed}: ${JSON.stringify(operation)}`;
         throw new Error(`${backend}: ${where}`, { cause });
       }
-      if (i === 2000) early = Deno.memoryUsage().rss;
+      if (i === 3000) early = memoryOutsideHeap();
     }
     pair.assertHolds();
     for (const [what, share] of Object.entries(shares)) {
@@ -252,6 +258,6 @@ for (const backend of backends()) {
     assertGreater(pair.done.full, 100);
     for (const { sequence } of pair.held) pair.cache.remove(sequence);
     assertEquals(pair.cache.statistics(), start, `seed ${seed}`);
-    assertLess(Deno.memoryUsage().rss - early, 2 ** 26);
+    assertLess(memoryOutsideHeap() - early, 2 ** 26);
   });
 }
