@@ -14,6 +14,20 @@ export interface NativeStep {
   readonly tokens: Uint32Array<ArrayBuffer>;
 }
 
+/** One layer of a sequence in host memory, as `ph_kv_cache_export` writes it. */
+export interface NativeSequenceLayer {
+  readonly records: HostBytes;
+  /** An element more than there are blocks. */
+  readonly offsets: BigUint64Array<ArrayBuffer>;
+  readonly recent: HostBytes;
+}
+
+/** A block that no encoder writes, and why not. */
+export interface NativeMalformedBlock {
+  readonly block: number;
+  readonly reason: string;
+}
+
 /**
  * A `ph_kv_cache`, freed before its device closes. Calls are synchronous, for a cache belongs to one thread at a
  * time. Numbers of sequences, layers and tokens must fit their types.
@@ -144,6 +158,65 @@ export class NativeKvCache {
     const bytes = new Uint8Array(KV_CACHE_STATISTICS.byteLength);
     call(this.#symbols.ph_kv_cache_get_statistics, ...this.#handles, bytes);
     return KV_CACHE_STATISTICS.read(bytes);
+  }
+
+  /** Packed blocks of a sequence, and the bytes of their records in each of `layers` layers. */
+  measure(sequence: number, layers: number): { blocks: number; recordByteLengths: number[] } {
+    const blocks = new Uint32Array(1);
+    const bytes = new BigUint64Array(layers);
+    call(this.#symbols.ph_kv_cache_measure, ...this.#handles, sequence, blocks, bytes);
+    return { blocks: blocks[0]!, recordByteLengths: Array.from(bytes, Number) };
+  }
+
+  /** Fills `target`, whose arrays have the lengths that {@linkcode measure} says. */
+  exportLayer(sequence: number, layer: number, target: NativeSequenceLayer): void {
+    const memory = this.#layerMemory(target);
+    call(this.#symbols.ph_kv_cache_export, ...this.#handles, sequence, layer, ...memory);
+  }
+
+  /** Takes room for a sequence, which is there once all its layers were imported. */
+  beginImport(
+    { tokens, blocks, recordByteLengths }: {
+      readonly tokens: number;
+      readonly blocks: number;
+      /** Of each layer. */
+      readonly recordByteLengths: readonly number[];
+    },
+  ): number {
+    const sequence = new Uint32Array(1);
+    const bytes = BigUint64Array.from(recordByteLengths, BigInt);
+    call(
+      this.#symbols.ph_kv_cache_begin_import,
+      ...this.#handles,
+      BigInt(tokens),
+      blocks,
+      bytes,
+      sequence,
+    );
+    return sequence[0]!;
+  }
+
+  /** Imports a layer, unless a block is malformed. */
+  importLayer(
+    sequence: number,
+    layer: number,
+    source: NativeSequenceLayer,
+  ): NativeMalformedBlock | undefined {
+    const memory = this.#layerMemory(source);
+    const malformed = new BigUint64Array(1);
+    const symbol = this.#symbols.ph_kv_cache_import;
+    try {
+      call(symbol, ...this.#handles, sequence, layer, ...memory, malformed);
+    } catch (error) {
+      if (!(error instanceof PackhorseError) || error.code !== "corrupt") throw error;
+      return { block: Number(malformed[0]), reason: error.message };
+    }
+    return undefined;
+  }
+
+  #layerMemory({ records, offsets, recent }: NativeSequenceLayer) {
+    const recordBytes = BigInt(records.byteLength);
+    return [records, recordBytes, offsets, recent, BigInt(recent.byteLength)] as const;
   }
 
   /** Frees the cache. Does nothing the second time. */

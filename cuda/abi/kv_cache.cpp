@@ -203,4 +203,53 @@ int32_t ph_kv_cache_graph_destroy(ph_device* device, ph_kv_cache_graph* graph, c
   });
 }
 
+int32_t ph_kv_cache_measure(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint32_t* blocks,
+                            uint64_t* record_bytes, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    checked_result(record_bytes, "the bytes of records");
+    checked_result(blocks, "the blocks") = checked_cache(cache).measure(sequence, record_bytes);
+  });
+}
+
+int32_t ph_kv_cache_export(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint32_t layer,
+                           uint8_t* records, uint64_t record_bytes, uint64_t* offsets, uint8_t* recent,
+                           uint64_t recent_bytes, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    if (record_bytes > 0) checked_result(records, "the records");
+    if (recent_bytes > 0) checked_result(recent, "the tokens in 16 bits");
+    checked_result(offsets, "the offsets");
+    checked_cache(cache).export_layer(sequence, layer,
+                                      {records, record_bytes, offsets, recent, recent_bytes});
+  });
+}
+
+int32_t ph_kv_cache_begin_import(ph_device* device, ph_kv_cache* cache, uint64_t tokens, uint32_t blocks,
+                                 const uint64_t* record_bytes, uint32_t* sequence, char* error,
+                                 uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    checked_result(record_bytes, "the bytes of records");
+    uint32_t& number = checked_result(sequence, "the sequence");
+    number = checked_cache(cache).begin_import(tokens, blocks, record_bytes);
+  });
+}
+
+int32_t ph_kv_cache_import(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint32_t layer,
+                           const uint8_t* records, uint64_t record_bytes, const uint64_t* offsets,
+                           const uint8_t* recent, uint64_t recent_bytes, uint64_t* malformed, char* error,
+                           uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    if (record_bytes > 0) checked_result(records, "the records");
+    if (recent_bytes > 0) checked_result(recent, "the tokens in 16 bits");
+    checked_result(offsets, "the offsets");
+    uint64_t& block = checked_result(malformed, "a malformed block");
+    block = UINT64_MAX;
+    checked_cache(cache).import_layer(sequence, layer, {records, record_bytes, offsets, recent, recent_bytes},
+                                      block);
+  });
+}
+
 }  // extern "C"

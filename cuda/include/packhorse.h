@@ -468,6 +468,37 @@ PH_API int32_t ph_kv_cache_replay(ph_device* device, ph_kv_cache* cache, ph_kv_c
 PH_API int32_t ph_kv_cache_graph_destroy(ph_device* device, ph_kv_cache_graph* graph, char* error,
                                          uint32_t error_bytes);
 
+/* A sequence to host memory and back, a layer at a time: into a cache of the same layers, kv_heads, head_dim, dtype,
+ * codecs and sinks, with the bits that it had. A layer is
+ *   records  those of its packed blocks, one after another: per block the parameters, then a record per kv head
+ *   offsets  u64 [blocks + 1]: block b's records go from offsets[b] to offsets[b + 1]; the first is 0
+ *   recent   tokens in 16 bits, in their order, which are the sinks and those after the blocks:
+ *            keys [kv_heads, tokens - 64 * blocks, head_dim], then values
+ * A sequence of the step that has begun can be measured and exported once all layers have its tokens. */
+
+/* The packed blocks of a sequence, and the bytes of their records in each layer: record_bytes[layers]. Waits for the
+ * device. */
+PH_API int32_t ph_kv_cache_measure(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint32_t* blocks,
+                                   uint64_t* record_bytes, char* error, uint32_t error_bytes);
+/* Writes a layer of a sequence to host memory; sizes must be what ph_kv_cache_measure says. Waits for the device. */
+PH_API int32_t ph_kv_cache_export(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint32_t layer,
+                                  uint8_t* records, uint64_t record_bytes, uint64_t* offsets, uint8_t* recent,
+                                  uint64_t recent_bytes, char* error, uint32_t error_bytes);
+/* Takes a slot and pages for a sequence of which `blocks` blocks are packed, and writes its number. No function but
+ * ph_kv_cache_import and ph_kv_cache_remove, which gives all back, takes it until every layer was imported. The
+ * cache's residual may be another than the exporting one's, provided that the newest tokens in 16 bits are fewer than
+ * residual + 64. PH_ERROR_OUT_OF_MEMORY, and every other error, leaves the cache as it was. */
+PH_API int32_t ph_kv_cache_begin_import(ph_device* device, ph_kv_cache* cache, uint64_t tokens,
+                                        uint32_t blocks, const uint64_t* record_bytes, uint32_t* sequence,
+                                        char* error, uint32_t error_bytes);
+/* Imports a layer, once, in any order; with the last one the sequence is there. The memory is untrusted: if a block is
+ * none that an encoder writes, nothing of the layer is imported, the status is PH_ERROR_CORRUPT, the message says what
+ * is wrong with the block, and its number goes to `malformed` (else UINT64_MAX). */
+PH_API int32_t ph_kv_cache_import(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint32_t layer,
+                                  const uint8_t* records, uint64_t record_bytes, const uint64_t* offsets,
+                                  const uint8_t* recent, uint64_t recent_bytes, uint64_t* malformed,
+                                  char* error, uint32_t error_bytes);
+
 #ifdef __cplusplus
 }
 #endif

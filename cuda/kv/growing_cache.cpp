@@ -125,10 +125,13 @@ uint64_t product(std::initializer_list<uint64_t> factors) {
 
 uint64_t divide_up(uint64_t value, uint64_t divisor) { return (value + divisor - 1) / divisor; }
 
-// Units that a block takes at most.
+}  // namespace
+
 uint64_t largest_block_units(const TileShape& shape) {
   return (kParamsBytes + static_cast<uint64_t>(shape.heads) * largest_record_bytes(shape)) / kUnitBytes;
 }
+
+namespace {
 
 CacheView make_view(const ph_kv_cache_config& config, const std::vector<TileShape>& shapes) {
   CacheView view{};
@@ -272,7 +275,7 @@ void ph_kv_cache::require_idle(const char* what) const {
 
 uint32_t ph_kv_cache::free_slot() const {
   for (uint32_t slot = 0; slot < config_.sequences; ++slot) {
-    if (!sequences_[slot].alive) return slot;
+    if (!sequences_[slot].alive && sequences_[slot].awaited.empty()) return slot;
   }
   throw Error(PH_ERROR_OUT_OF_MEMORY, "The kv cache is full: it holds %u sequences", config_.sequences);
 }
@@ -313,13 +316,15 @@ uint32_t ph_kv_cache::add() {
 }
 
 void ph_kv_cache::remove(uint32_t sequence) {
-  require_idle("remove a sequence");
-  Sequence& removed = alive(sequence);
+  // No step knows of one that is still being imported.
+  const bool known = sequence >= config_.sequences || sequences_[sequence].awaited.empty();
+  if (known) require_idle("remove a sequence");
+  Sequence& removed = known ? alive(sequence) : sequences_[sequence];
   for (const Stream& stream : removed.streams) {
     for (const uint32_t page : stream.pages) pages_.drop(page);
   }
   removed = Sequence{};
-  planned_ = false;
+  if (known) planned_ = false;
 }
 
 std::vector<uint32_t> ph_kv_cache::stream_ends() {
@@ -546,7 +551,9 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
     }
     sequence.tokens += entry.tokens;
     sequence.packed = entry.packed;
+    sequence.step = steps_ + 1;
   }
+  ++steps_;
   send_grants();
 
   const PlanLayout layout = plan_layout(count, blocks.size(), pieces.size());

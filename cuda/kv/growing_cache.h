@@ -37,7 +37,25 @@ struct Sequence {
   uint64_t tokens = 0;
   uint32_t packed = 0;  // blocks
   std::vector<Stream> streams;
+  // While it is imported it is not alive yet, but takes its slot and its pages: the layers that are still to come.
+  std::vector<bool> awaited = {};
+  uint64_t step = 0;  // the last one that named it
 };
+
+// Units that a block takes at most.
+uint64_t largest_block_units(const TileShape& shape);
+
+// One layer of a sequence in host memory.
+template <typename Byte, typename Offset>
+struct HostLayer {
+  Byte* records;  // of its blocks, one after another
+  uint64_t record_bytes;
+  Offset* offsets;  // [blocks + 1]: where they begin and end
+  Byte* recent;     // tokens in 16 bits: keys [heads, tokens - 64 * blocks, head_dim], then values
+  uint64_t recent_bytes;
+};
+using SequenceLayer = HostLayer<uint8_t, uint64_t>;
+using ConstSequenceLayer = HostLayer<const uint8_t, const uint64_t>;
 
 // Device memory that lives as long as its owner.
 class DeviceMemory {
@@ -83,6 +101,13 @@ struct ph_kv_cache {
   ph_kv_cache_graph* end_capture();
   void replay(ph_kv_cache_graph& graph);
   bool capturing() const { return capture_.has_value(); }
+  // Sequences to and from host memory, of untrusted origin (sequence_copy.cpp); see packhorse.h.
+  uint32_t measure(uint32_t sequence, uint64_t* record_bytes);
+  void export_layer(uint32_t sequence, uint32_t layer, ph::kv::SequenceLayer target);
+  uint32_t begin_import(uint64_t tokens, uint32_t blocks, const uint64_t* record_bytes);
+  // Throws PH_ERROR_CORRUPT and sets `malformed` for a block that no encoder writes.
+  void import_layer(uint32_t sequence, uint32_t layer, ph::kv::ConstSequenceLayer source,
+                    uint64_t& malformed);
 
   const ph_kv_cache_config& config() const { return config_; }
   uint64_t step_tokens() const { return step_.tokens; }
@@ -93,7 +118,15 @@ struct ph_kv_cache {
   void require_layer(uint32_t layer) const;
   void require_idle(const char* what) const;
   void require_step(const char* what) const;
+  // Throws if a layer still lacks tokens of the sequence.
+  void require_settled(uint32_t sequence, const char* what) const;
   uint32_t free_slot() const;
+  // The slot of a sequence that is being imported.
+  ph::kv::Sequence& importing(uint32_t sequence);
+  // Calls visit(part, token, count, memory) for stretches of tokens in 16 bits, in their order; memory is the device's,
+  // [count][heads][head_dim].
+  template <typename Visit>
+  void for_each_recent(uint32_t layer, uint32_t sequence, const ph::kv::Sequence& held, Visit visit) const;
 
   // The true ends of all streams, in units: waits for the device.
   std::vector<uint32_t> stream_ends();
@@ -117,6 +150,7 @@ struct ph_kv_cache {
   std::vector<ph::kv::Sequence> sequences_;
 
   ph::kv::StepView step_{};
+  uint64_t steps_ = 0;          // begun so far
   std::vector<bool> appended_;  // layers, in this step
   bool planned_ = false;        // attention of this step
   std::vector<ph::kv::WordAt> grants_;

@@ -160,10 +160,38 @@ export const KV_CACHE_SYMBOLS = {
     ],
     result: "i32",
   },
+  ph_kv_cache_measure: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // ph_kv_cache* cache
+      "u32", // uint32_t sequence
+      "buffer", // uint32_t* blocks
+      "buffer", // uint64_t* record_bytes
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
   ph_kv_cache_capture_begin: {
     parameters: [
       "pointer", // ph_device* device
       "pointer", // ph_kv_cache* cache
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
+  ph_kv_cache_export: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // ph_kv_cache* cache
+      "u32", // uint32_t sequence
+      "u32", // uint32_t layer
+      "buffer", // uint8_t* records
+      "u64", // uint64_t record_bytes
+      "buffer", // uint64_t* offsets
+      "buffer", // uint8_t* recent
+      "u64", // uint64_t recent_bytes
       "buffer", // char* error
       "u32", // uint32_t error_bytes
     ],
@@ -189,10 +217,40 @@ export const KV_CACHE_SYMBOLS = {
     ],
     result: "i32",
   },
+  ph_kv_cache_begin_import: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // ph_kv_cache* cache
+      "u64", // uint64_t tokens
+      "u32", // uint32_t blocks
+      "buffer", // const uint64_t* record_bytes
+      "buffer", // uint32_t* sequence
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
   ph_kv_cache_graph_destroy: {
     parameters: [
       "pointer", // ph_device* device
       "pointer", // ph_kv_cache_graph* graph
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
+  ph_kv_cache_import: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // ph_kv_cache* cache
+      "u32", // uint32_t sequence
+      "u32", // uint32_t layer
+      "buffer", // const uint8_t* records
+      "u64", // uint64_t record_bytes
+      "buffer", // const uint64_t* offsets
+      "buffer", // const uint8_t* recent
+      "u64", // uint64_t recent_bytes
+      "buffer", // uint64_t* malformed
       "buffer", // char* error
       "u32", // uint32_t error_bytes
     ],

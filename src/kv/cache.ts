@@ -16,6 +16,7 @@ import {
   startStep,
   type StepOwner,
 } from "./cache_step.ts";
+import { type KvSequenceFileOptions, loadSequence, saveSequence } from "./sequence_file.ts";
 import type { KvPair } from "./tensor.ts";
 
 /** A sequence of a {@linkcode KvCache}, made by {@linkcode KvCache.add} or {@linkcode KvCache.fork}. */
@@ -138,6 +139,8 @@ export class KvCache implements Disposable {
   /** What steps know of the cache. */
   readonly #owner: StepOwner;
   readonly #sequences = new Set<KvSequence>();
+  /** Those that are being saved, once for each time. */
+  readonly #saving: KvSequence[] = [];
 
   private constructor(device: Device, config: KvCacheConfig) {
     const bytes = nativeCacheConfig(config);
@@ -185,7 +188,7 @@ export class KvCache implements Disposable {
    * Throws as {@linkcode fork}, and `invalid-argument` if the sequence has fewer tokens.
    */
   truncate(sequence: KvSequence, tokens: number): void {
-    const number = this.#numberOf(sequence, "truncate");
+    const number = this.#changing(sequence, "truncate");
     if (!isCount(tokens)) {
       refuse(`Cannot truncate sequence ${number}: tokens must be a count, got ${tokens}`);
     }
@@ -200,7 +203,7 @@ export class KvCache implements Disposable {
    * begun.
    */
   remove(sequence: KvSequence): void {
-    this.#native.remove(this.#numberOf(sequence, "remove"));
+    this.#native.remove(this.#changing(sequence, "remove"));
     this.#sequences.delete(sequence);
     this.#owner.step = undefined;
   }
@@ -222,7 +225,7 @@ export class KvCache implements Disposable {
     if (parts.length === 0) refuse("Cannot begin a step without sequences");
     const sequences = Uint32Array.from(
       parts,
-      ({ sequence }) => this.#numberOf(sequence, "begin a step with"),
+      ({ sequence }) => this.#changing(sequence, "begin a step with"),
     );
     const tokens = Uint32Array.from(parts, ({ tokens = 1, sequence: { number } }) => {
       if (Number.isInteger(tokens) && tokens >= 1 && tokens < 2 ** 32) return tokens;
@@ -275,6 +278,80 @@ export class KvCache implements Disposable {
   }
 
   /**
+   * Saves a sequence to a `.phkv` file, from which {@linkcode load} restores it, bit for bit. Its records are written as
+   * they are, layer by layer, so that little more than a layer's is in host memory at once; each wait for the device is
+   * for one layer. The file appears complete or not at all, in place of one that may be there.
+   *
+   * Meanwhile the sequence can be read and forked, but begins no step, and is neither truncated nor removed; other
+   * sequences go on.
+   *
+   * Throws `invalid-argument` if there is no such sequence, or a layer still lacks its tokens of the step that has
+   * begun; `io` if the file cannot be written; the signal's reason.
+   *
+   * @example
+   * ```ts
+   * import { Device, KvCache } from "@packhorse/packhorse";
+   * import { assertEquals } from "@std/assert";
+   *
+   * const path = `${await Deno.makeTempDir()}/prompt.phkv`;
+   * using device = Device.open({ backend: "cpu" });
+   * const shape = { layers: 1, queryHeads: 2, kvHeads: 1, headDim: 64, dtype: "f16" } as const;
+   * const limits = { sequences: 2, tokens: 1024, stepTokens: 512, poolBytes: 2 ** 20 };
+   * {
+   *   using cache = KvCache.create(device, { ...shape, ...limits });
+   *   const sequence = cache.add();
+   *   using keys = device.createBuffer("f16", 300 * 64);
+   *   keys.upload(Float16Array.from({ length: keys.length }, (_, i) => Math.sin(i)));
+   *   cache.begin([{ sequence, tokens: 300 }]).append(0, keys, keys);
+   *   await cache.save(sequence, path);
+   * }
+   *
+   * // Later, in a cache of the same shape and codec, the prompt need not be computed again.
+   * using cache = KvCache.create(device, { ...shape, ...limits, tokens: 4096 });
+   * const sequence = await cache.load(path);
+   * assertEquals(cache.length(sequence), 300);
+   * assertEquals(cache.statistics().packedTokens, 128);
+   * ```
+   */
+  async save(
+    sequence: KvSequence,
+    path: string,
+    options: KvSequenceFileOptions = {},
+  ): Promise<void> {
+    const number = this.#numberOf(sequence, "save");
+    this.#saving.push(sequence);
+    try {
+      const { config } = this;
+      await saveSequence({ native: this.#native, config }, number, path, options);
+    } finally {
+      this.#saving.splice(this.#saving.indexOf(sequence), 1);
+    }
+  }
+
+  /**
+   * Starts a sequence with what {@linkcode save} wrote: the same tokens, packed where they were packed, so that reading
+   * and attention give the same bits. The cache must have the same layers, kvHeads, headDim, dtype, codecs and sinks,
+   * on any backend. Its residual may differ: with a larger one, packing pauses until that many tokens are there; a
+   * smaller one must leave room for the newest tokens that the file has in 16 bits, fewer than `residual + 64`, for
+   * packing them would change them.
+   *
+   * The file is untrusted, and checked to the last byte before the sequence is there. Whatever is thrown, the cache is
+   * as it was. Pages are taken from the pool at the beginning; steps can go on meanwhile.
+   *
+   * Throws `not-found`, `io`, `newer-version`, `truncated` or `corrupt` if the file fails; `unsupported` for a file that
+   * {@linkcode packKvFile} wrote; `invalid-argument` naming what differs if the sequence does not fit the cache, or is
+   * longer than the cache was created for; `out-of-memory` if the pool, or the number of sequences, is exhausted; the
+   * signal's reason.
+   *
+   * Example: {@linkcode save}.
+   */
+  async load(path: string, options: KvSequenceFileOptions = {}): Promise<KvSequence> {
+    const { config } = this;
+    void this.#native.handle; // throws once disposed
+    return this.#adopt(await loadSequence({ native: this.#native, config }, path, options));
+  }
+
+  /**
    * Waits for the device, and throws `non-finite` if a token was packed with a NaN or an infinity since the last call:
    * the message names the first. Such a value counts as 0 from then on.
    */
@@ -318,6 +395,15 @@ export class KvCache implements Disposable {
     const sequence = Object.freeze({ number });
     this.#sequences.add(sequence);
     return sequence;
+  }
+
+  /** The number of a sequence that is to change. */
+  #changing(sequence: KvSequence, action: string): number {
+    const number = this.#numberOf(sequence, action);
+    if (!this.#saving.includes(sequence)) return number;
+    return refuse(
+      `Cannot ${action} sequence ${number}: it is being saved; wait until save is done, or fork it`,
+    );
   }
 
   /** The number of a sequence, if it is one of this cache. */

@@ -46,7 +46,12 @@ export type {
   PackKvFileOptions,
   UnpackKvFileOptions,
 } from "./file_options.ts";
-export type { KvFileReport, KvLayerReport } from "./file_report.ts";
+export type {
+  KvFileReport,
+  KvLayerReport,
+  KvSequenceFileReport,
+  KvSequenceLayerReport,
+} from "./file_report.ts";
 export { inspectKvFile } from "./inspect_file.ts";
 export { type KvMeasurement, type KvPartMeasurement, measureKv } from "./measure.ts";
 export { packKv, unpackKv } from "./pack.ts";
@@ -61,6 +66,7 @@ export {
   repackKv,
   unpackCodes,
 } from "./steps.ts";
+export type { KvSequenceFileOptions } from "./sequence_file.ts";
 export { type KvSweepRow, sweepKvFile, type SweepKvFileOptions } from "./sweep_file.ts";
 export type { KvDType, KvLayout, KvPair, KvPart, KvShape, KvTensor } from "./tensor.ts";
 export { unpackKvFile, type UnpackKvFileReport } from "./unpack_file.ts";
