@@ -2,12 +2,35 @@ import { PackhorseError } from "../src/error.ts";
 import { call, create } from "./call.ts";
 import type { HostBytes, NativeDevice } from "./device.ts";
 import type { NativeTensor } from "./kv.ts";
+import type { Library } from "./library.ts";
 import { KV_CACHE_STATISTICS } from "./structs.ts";
 
 /** The sequences of a step, by their numbers, and how many tokens each gets. */
 export interface NativeStep {
   readonly sequences: Uint32Array<ArrayBuffer>;
   readonly tokens: Uint32Array<ArrayBuffer>;
+}
+
+/** What creating a cache would allocate, in the words of `ph_kv_cache_statistics`, and what its blocks can take. */
+export interface NativeCachePlan {
+  readonly statistics: ReturnType<typeof KV_CACHE_STATISTICS.read>;
+  /** Per layer, the least and the most bytes of a packed block. */
+  readonly blockBytes: readonly { readonly least: number; readonly most: number }[];
+}
+
+/** Plans a cache from the bytes of a `ph_kv_cache_config` and of a `ph_kv_cache_codec` per layer. Needs no device. */
+export function planCache(
+  { symbols }: Library,
+  { config, codecs, layers }: { config: HostBytes; codecs: HostBytes; layers: number },
+): NativeCachePlan {
+  const statistics = new Uint8Array(KV_CACHE_STATISTICS.byteLength);
+  const bytes = new BigUint64Array(2 * layers);
+  call(symbols.ph_kv_cache_plan, config, codecs, statistics, bytes);
+  const blockBytes = Array.from({ length: layers }, (_, layer) => ({
+    least: Number(bytes[2 * layer]),
+    most: Number(bytes[2 * layer + 1]),
+  }));
+  return { statistics: KV_CACHE_STATISTICS.read(statistics), blockBytes };
 }
 
 /**
