@@ -2,7 +2,16 @@ import { Command, EnumType } from "@cliffy/command";
 import { CompletionsCommand } from "@cliffy/command/completions";
 import { HelpCommand } from "@cliffy/command/help";
 import config from "../deno.json" with { type: "json" };
-import { type GlobalOptions, relativeScale, tensorPattern, tokenCount } from "./options.ts";
+import {
+  byteSize,
+  bytesPerSecond,
+  cacheCodec,
+  type GlobalOptions,
+  positiveCount,
+  relativeScale,
+  tensorPattern,
+  tokenCount,
+} from "./options.ts";
 
 // What the commands do is loaded when they run, so that help and completions answer at once.
 
@@ -17,6 +26,9 @@ const VALUE_PATTERN: ["--value-pattern <name:pattern>", string, { depends: strin
   'Name of the value tensors, "layers.<n>.value" unless given.',
   { depends: ["key-pattern"] },
 ];
+
+const KV_HELP = "How tokens are packed: raw16, packkv:k=0.1,v=0.2, fixed:k=4,v=4 or kivi:4. " +
+  "May be given several times. packkv unless given.";
 
 /** The command tree: every command, option and help text. */
 export function createApp() {
@@ -61,6 +73,10 @@ function createKv() {
     .globalType("scale", relativeScale)
     .globalType("tokens", tokenCount)
     .globalType("pattern", tensorPattern)
+    .globalType("count", positiveCount)
+    .globalType("size", byteSize)
+    .globalType("speed", bytesPerSecond)
+    .globalType("codec", cacheCodec)
     .globalType("quantizer", new EnumType(["packkv", "kivi"]))
     .globalType("grouping", new EnumType(["token", "head"]))
     .globalType("bits", new EnumType([2, 3, 4, 8]))
@@ -143,5 +159,47 @@ function createKv() {
     .action(async (options, input) =>
       (await import("./commands/kv_sweep.ts")).kvSweep(options, input)
     )
+    .command("plan", "Say how long a context fits into a memory, and where its bytes go.")
+    .option("--config <file:file>", "The model's config.json, as on Hugging Face.", {
+      required: true,
+    })
+    .option("--memory <size:size>", "Memory for weights and cache, such as 24GiB.", {
+      required: true,
+    })
+    .option("--weights <size:size>", "Bytes of the weights. Counted from the config unless given.")
+    .option("--kv <codec:codec>", KV_HELP, { collect: true })
+    .option("--batch <sequences:count>", "Sequences at once.", { default: 1 })
+    .option("--context <tokens:count>", "Plan for so many tokens of each, not for the most.")
+    .option("--residual <tokens:tokens>", "Latest tokens to leave in 16 bits. 128 unless given.")
+    .option("--sinks <tokens:tokens>", "First tokens to leave in 16 bits. 4 unless given.")
+    .option("--step-tokens <tokens:count>", "Most tokens of a step. 2048 unless given.")
+    .option(
+      "--bandwidth <speed:speed>",
+      "Memory bandwidth in GB/s, or such as 4.8TB/s. Unless given, that of the GPU, " +
+        "or 4 TB/s without one.",
+    )
+    .option(
+      "--bits-per-value <bits:number>",
+      "Bits that packkv takes, instead of measuring them.",
+      {
+        conflicts: ["dump"],
+      },
+    )
+    .option(
+      "--dump <file:file>",
+      "Cache in a .safetensors file to measure packkv on. One of a small model unless given.",
+    )
+    .option(...KEY_PATTERN)
+    .option(...VALUE_PATTERN)
+    .option("--svg <file:file>", "Also write a chart of context against memory.")
+    .example(
+      "Compare codecs on a GPU of 24 GiB",
+      "packhorse kv plan --config config.json --memory 24GiB --kv raw16 --kv packkv --kv fixed:4",
+    )
+    .example(
+      "See what 8 sequences of 32,768 tokens take",
+      "packhorse kv plan --config config.json --memory 80GB --batch 8 --context 32768",
+    )
+    .action(async (options) => (await import("./commands/kv_plan.ts")).kvPlan(options))
     .reset();
 }
