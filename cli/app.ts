@@ -1,6 +1,7 @@
 import { Command, EnumType } from "@cliffy/command";
 import { CompletionsCommand } from "@cliffy/command/completions";
 import { HelpCommand } from "@cliffy/command/help";
+import { DEFAULT_CACHE_CODECS } from "../src/kv/cache_codec.ts";
 import config from "../deno.json" with { type: "json" };
 import {
   byteSize,
@@ -27,8 +28,10 @@ const VALUE_PATTERN: ["--value-pattern <name:pattern>", string, { depends: strin
   { depends: ["key-pattern"] },
 ];
 
-const KV_HELP = "How tokens are packed: raw16, packkv:k=0.1,v=0.2, fixed:k=4,v=4 or kivi:4. " +
-  "May be given several times. packkv unless given.";
+const KV_FORMS = "How tokens are packed: raw16, packkv:k=0.1,v=0.2, fixed:k=4,v=4 or kivi:4. " +
+  "May be given several times. ";
+const KV_HELP = `${KV_FORMS}packkv unless given.`;
+const KV_BENCH_HELP = `${KV_FORMS}All of ${DEFAULT_CACHE_CODECS.join(", ")} unless given.`;
 
 /** The command tree: every command, option and help text. */
 export function createApp() {
@@ -77,6 +80,8 @@ function createKv() {
     .globalType("size", byteSize)
     .globalType("speed", bytesPerSecond)
     .globalType("codec", cacheCodec)
+    .globalType("head-dim", new EnumType([64, 96, 128, 256]))
+    .globalType("half", new EnumType(["f16", "bf16"]))
     .globalType("quantizer", new EnumType(["packkv", "kivi"]))
     .globalType("grouping", new EnumType(["token", "head"]))
     .globalType("bits", new EnumType([2, 3, 4, 8]))
@@ -201,5 +206,27 @@ function createKv() {
       "packhorse kv plan --config config.json --memory 80GB --batch 8 --context 32768",
     )
     .action(async (options) => (await import("./commands/kv_plan.ts")).kvPlan(options))
+    .command("bench", "Measure growing caches on this machine: append, and decode attention.")
+    .option("--kv <codec:codec>", KV_BENCH_HELP, { collect: true })
+    .option("--tokens <tokens:count>", "Tokens of a sequence.", { default: 8192 })
+    .option("--batch <sequences:count>", "Sequences at once.", { default: 1 })
+    .option("--heads <heads:count>", "Heads of the keys and values.", { default: 8 })
+    .option("--group <heads:count>", "Query heads of each of them.", { default: 4 })
+    .option("--head-dim <channels:head-dim>", "Channels of a head.", { default: 128 })
+    .option("--dtype <type:half>", "Type of the tokens.", { default: "f16" })
+    .option("--layers <layers:count>", "Layers. As many as exceed processor caches unless given.")
+    .option("--repeat <times:count>", "How often attention is measured.", { default: 20 })
+    .option(
+      "--dump <file:file>",
+      "Cache in a .safetensors file to draw tokens from. One of a small model unless given.",
+    )
+    .option(...KEY_PATTERN)
+    .option(...VALUE_PATTERN)
+    .option("--svg <file:file>", "Also write a chart.")
+    .example(
+      "Compare three codecs at 32,768 tokens",
+      "packhorse kv bench --tokens 32768 --kv packkv:k=0.1,v=0.2 --kv fixed:4 --kv fixed:2",
+    )
+    .action(async (options) => (await import("./commands/kv_bench.ts")).kvBench(options))
     .reset();
 }

@@ -56,6 +56,20 @@ export async function writePlanChart(
   await writeChart(file, planChart(points, memoryBytes));
 }
 
+/** What a benchmark measured of a codec. */
+export interface BenchBar {
+  kv: string;
+  bitsPerValue: number;
+  prefillBytesPerSecond: number;
+  appendSeconds: number;
+  attendSeconds: number;
+}
+
+/** Fills a file with an SVG chart of what was measured, side by side. */
+export async function writeBenchChart(file: AtomicFile, bars: readonly BenchBar[]): Promise<void> {
+  await writeChart(file, benchChart(bars));
+}
+
 async function writeChart(file: AtomicFile, chart: TopLevelSpec): Promise<void> {
   const { spec } = compile(chart);
   const svg = await new View(parse(spec), { renderer: "none" }).toSVG();
@@ -136,6 +150,44 @@ function planChart(points: readonly PlanPoint[], memoryBytes: number): TopLevelS
         encoding: { x: memory },
       },
     ],
+  };
+}
+
+function benchChart(bars: readonly BenchBar[]): TopLevelSpec {
+  const measures: [string, (bar: BenchBar) => number][] = [
+    ["attention, µs a layer", ({ attendSeconds }) => 1e6 * attendSeconds],
+    ["append, µs a layer", ({ appendSeconds }) => 1e6 * appendSeconds],
+    ["prefill, GB/s", ({ prefillBytesPerSecond }) => prefillBytesPerSecond / 1e9],
+    ["bits per value", ({ bitsPerValue }) => bitsPerValue],
+  ];
+  const kv = { field: "kv", type: "nominal", sort: bars.map(({ kv }) => kv) } as const;
+  return {
+    ...STYLE,
+    data: {
+      values: measures.flatMap(([measure, of]) =>
+        bars.map((bar) => ({ kv: bar.kv, measure, value: of(bar) }))
+      ),
+    },
+    facet: {
+      column: {
+        field: "measure",
+        type: "nominal",
+        title: null,
+        sort: measures.map(([measure]) => measure),
+      },
+    },
+    spec: {
+      width: 170,
+      height: { step: 26 },
+      mark: { type: "bar" },
+      encoding: {
+        y: { ...kv, title: null, axis: { labelLimit: 300 } },
+        x: { field: "value", type: "quantitative", title: null, axis: { tickCount: 4 } },
+        color: { ...kv, legend: null },
+      },
+    },
+    resolve: { scale: { x: "independent" } },
+    title: { text: "Growing caches", anchor: "middle", offset: 12 },
   };
 }
 

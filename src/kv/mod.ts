@@ -4,6 +4,7 @@
  *
  * @module
  */
+export { benchKvCache, type BenchKvCacheOptions, type KvCacheBench } from "./bench_cache.ts";
 export {
   KvCache,
   type KvCacheStatistics,
