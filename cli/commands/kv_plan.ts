@@ -116,6 +116,11 @@ export async function kvPlan(options: GlobalOptions & KvPlanOptions): Promise<vo
     printPlans(plans);
     printSummary(plans, raw16, { batch, model });
     printSources(plans, { dump, bitsPerValue, bandwidth });
+    if (raw16.backend !== device.backend) {
+      print(
+        `sizes are those of the ${raw16.backend} library; there is no GPU, so the CPU measured`,
+      );
+    }
     if (svg !== undefined) print(`${svg} written`);
   }
   if (plans.every(({ plan }) => !plan.fits)) {

@@ -117,13 +117,16 @@ export async function benchKvCache(
     buffer.upload(bits);
     return buffer;
   };
-  const sample = sampler.sample({ tokens: Math.max(tokens, batch), heads: kvHeads, headDim });
-  const input = { keys: upload(sample.keys), values: upload(sample.values) };
+  const inputs = Array.from({ length: Math.min(layers, sampler.layers) }, (_, layer) => {
+    const size = { tokens: Math.max(tokens, batch), heads: kvHeads, headDim };
+    const { keys, values } = sampler.sample(layer, size);
+    return { keys: upload(keys), values: upload(values) };
+  });
   const queries = upload(
-    sampler.sample({ tokens: batch, heads: shape.queryHeads, headDim }).keys,
+    sampler.sample(0, { tokens: batch, heads: shape.queryHeads, headDim }).keys,
   );
   const out = stack.use(device.createBuffer(dtype, queries.length));
-  const run = { cache, input, progress };
+  const run = { cache, inputs, progress };
 
   // Once to touch all memory, then to measure.
   for (const sequence of (await prefill(run, tokens)).sequences) cache.remove(sequence);
@@ -155,8 +158,8 @@ export async function benchKvCache(
 
 interface Run {
   readonly cache: KvCache;
-  /** `[tokens, kvHeads, headDim]`, which every layer and sequence gets. */
-  readonly input: KvPair<DeviceBuffer<KvCacheDType>>;
+  /** `[tokens, kvHeads, headDim]` for the layers in turn, the same for every sequence. */
+  readonly inputs: readonly KvPair<DeviceBuffer<KvCacheDType>>[];
   readonly progress: ProgressCount;
 }
 
@@ -204,11 +207,16 @@ async function appendSingly(
 }
 
 /** Appends the step's tokens, the input from token `first` on, to every layer. */
-function appendAll({ cache: { config }, input }: Run, step: KvCacheStep, first: number): void {
+function appendAll({ cache: { config }, inputs }: Run, step: KvCacheStep, first: number): void {
   const token = config.kvHeads * config.headDim;
-  const keys = input.keys.view(first * token, step.tokens * token);
-  const values = input.values.view(first * token, step.tokens * token);
-  for (let layer = 0; layer < config.layers; layer++) step.append(layer, keys, values);
+  const views = inputs.map(({ keys, values }) => ({
+    keys: keys.view(first * token, step.tokens * token),
+    values: values.view(first * token, step.tokens * token),
+  }));
+  for (let layer = 0; layer < config.layers; layer++) {
+    const { keys, values } = views[layer % views.length]!;
+    step.append(layer, keys, values);
+  }
 }
 
 /** Lets a signal and the progress bar have their turn. */

@@ -64,12 +64,17 @@ export class KvSampler {
     return new KvSampler(layers, seed);
   }
 
-  /** Keys and values `[tokens, heads, headDim]` in the manner of one layer of the file. */
+  /** How many layers of the file there are to choose from. */
+  get layers(): number {
+    return this.#layers.length;
+  }
+
+  /** Keys and values `[tokens, heads, headDim]` in the manner of layer `layer` of the file. */
   sample(
+    layer: number,
     { tokens, heads, headDim }: { tokens: number; heads: number; headDim: number },
-    layer = 0,
   ): Bits {
-    const source = this.#layers[layer % this.#layers.length]!;
+    const source = this.#layers[layer]!;
     const length = tokens * heads * headDim;
     const sample = { keys: new Uint16Array(length), values: new Uint16Array(length) };
     const width = Math.min(headDim, source.headDim);
