@@ -18,7 +18,7 @@ import type { KvPair } from "./tensor.ts";
 export interface KvCachePlanOptions {
   /** The model's layers, heads and type, as {@linkcode readModelConfig} reads them. */
   readonly model: Pick<KvModel, "layers" | "queryHeads" | "kvHeads" | "headDim" | "dtype">;
-  /** Bytes of device memory for weights and cache. What else needs memory, as activations do, is not of it. */
+  /** Bytes of device memory for weights and cache. What else needs memory, as activations and the driver do, is not of it. */
   readonly memoryBytes: number;
   /** Bytes that the weights take of it. */
   readonly weightBytes: number;

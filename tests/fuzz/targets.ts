@@ -7,6 +7,7 @@ import {
   SafetensorsReader,
   SafetensorsWriter,
 } from "../../src/io/mod.ts";
+import { readModelConfig } from "../../src/kv/mod.ts";
 import { phkvJson, withPhkvHeader, withPhkvJson } from "../forge_phkv.ts";
 import { TemporaryFolder } from "../temporary_folder.ts";
 import { mutateBytes, mutateJson, mutateNumber } from "./mutate.ts";
@@ -65,7 +66,23 @@ export async function makeTargets(folder: TemporaryFolder): Promise<Target[]> {
       mutate: (random, seed) => mutateBytes(random, seed, encode("(),:'<i4|u1>f8' 0123456789{}")),
       read: readArray,
     },
+    {
+      fileName: "fuzz.config.json",
+      seeds: [
+        await Deno.readFile(new URL("../fixtures/configs/llama-3.1-8b.json", import.meta.url)),
+      ],
+      mutate: (random, seed) => encode(mutateJson(random, decode(seed))),
+      read: readConfig,
+    },
   ];
+}
+
+async function readConfig(path: string): Promise<void> {
+  const { layers, queryHeads, kvHeads, headDim, weights } = await readModelConfig(path);
+  for (const size of [layers, queryHeads, kvHeads, headDim, queryHeads / kvHeads]) {
+    assert(Number.isSafeInteger(size) && size >= 1, `${size}`);
+  }
+  if ("bytes" in weights) assert(Number.isSafeInteger(weights.bytes) && weights.bytes > 0);
 }
 
 async function safetensorsSeed(): Promise<Uint8Array> {
