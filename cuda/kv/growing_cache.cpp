@@ -198,7 +198,7 @@ CacheSizes make_sizes(const ph_kv_cache_config& config, const CacheView& view) {
   return sizes;
 }
 
-// Statistics of a cache without sequences.
+// Statistics of a cache of these sizes without sequences.
 ph_kv_cache_statistics empty_statistics(const CacheSizes& sizes) {
   ph_kv_cache_statistics found{};
   found.pool_bytes = sizes.pool;
@@ -646,7 +646,10 @@ void ph_kv_cache::check() {
 ph_kv_cache_statistics ph_kv_cache::statistics() {
   require_idle("count the bytes");
   tighten();
-  ph_kv_cache_statistics found = empty_statistics(sizes_);
+  // What was allocated, not what was planned.
+  ph_kv_cache_statistics found =
+      empty_statistics({pool_.bytes(), recent_.bytes(), index_.bytes(), page_tables_.bytes(), plan_.bytes(),
+                        workspace_.bytes(), attention_.bytes(), words_.bytes(), non_finite_.bytes()});
   found.free_bytes = pages_.available() * kPageBytes;
   for (const Sequence& sequence : sequences_) {
     if (!sequence.alive) continue;
