@@ -304,12 +304,7 @@ class Planner {
     const { model, codec, widths, bitsPerValue } = this.#options;
     const { least, most } = this.#blockBytes(codec);
     const partValues = BLOCK_TOKENS * model.kvHeads * model.headDim;
-    // Parts add up, and the two of a plain codec are alike.
-    const plain = this.#blockBytes({ keys: PLAIN, values: PLAIN }).least;
-    const isRaw = isStandIn(codec);
-    const leastKeys = codec === undefined || isRaw
-      ? least / 2
-      : Math.min(least, this.#blockBytes({ ...codec, values: PLAIN }).least - plain / 2);
+    const leastKeys = least * this.#shareOfKeys(codec);
     if (least === most) return { keys: leastKeys, values: least - leastKeys, most };
     const bits = (bytes: number) => 8 * bytes / (2 * partValues);
     if (bitsPerValue !== undefined) {
@@ -335,6 +330,16 @@ class Planner {
     const keys = leastKeys + payload(widths.keys, "keys");
     const values = least - leastKeys + payload(widths.values, "values");
     return { keys, values, most: Math.max(most, keys + values) };
+  }
+
+  /** What share of a block is the keys', without widths that depend on the data. */
+  #shareOfKeys(codec: KvCacheCodec | undefined): number {
+    if (codec === undefined || isStandIn(codec)) return 1 / 2;
+    // Beside a plain part, of which two are alike. What parts share may not add up.
+    const plain = this.#blockBytes({ keys: PLAIN, values: PLAIN }).least / 2;
+    const keys = this.#blockBytes({ keys: codec.keys, values: PLAIN }).least - plain;
+    const values = this.#blockBytes({ keys: PLAIN, values: codec.values }).least - plain;
+    return keys / (keys + values);
   }
 
   #blockBytes(codec: KvCacheCodec | undefined): { least: number; most: number } {
