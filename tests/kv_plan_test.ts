@@ -307,7 +307,7 @@ function randomPlan(random: () => number): KvCachePlanOptions {
       headDim: pick(64, 96, 128, 256),
       dtype: pick("f16", "bf16"),
     },
-    memoryBytes: 4_000_000 + below(12_000_000),
+    memoryBytes: 32_000_000 + below(32_000_000),
     weightBytes: below(1_000_000),
     batch,
     residual: pick(undefined, 8, 100),
