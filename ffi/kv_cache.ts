@@ -3,6 +3,7 @@ import { call, create } from "./call.ts";
 import type { HostBytes, NativeDevice } from "./device.ts";
 import type { NativeTensor } from "./kv.ts";
 import type { NativeKvCacheGraph } from "./kv_cache_graph.ts";
+import type { Library } from "./library.ts";
 import { KV_CACHE_STATISTICS } from "./structs.ts";
 
 /** `PH_KV_CACHE_SHAPE_WORDS` */
@@ -26,6 +27,28 @@ export interface NativeSequenceLayer {
 export interface NativeMalformedBlock {
   readonly block: number;
   readonly reason: string;
+}
+
+/** What creating a cache would allocate, in the words of `ph_kv_cache_statistics`, and what its blocks can take. */
+export interface NativeCachePlan {
+  readonly statistics: ReturnType<typeof KV_CACHE_STATISTICS.read>;
+  /** Per layer, the least and the most bytes of a packed block. */
+  readonly blockBytes: readonly { readonly least: number; readonly most: number }[];
+}
+
+/** Plans a cache from the bytes of a `ph_kv_cache_config` and of a `ph_kv_cache_codec` per layer. Needs no device. */
+export function planCache(
+  { symbols }: Library,
+  { config, codecs, layers }: { config: HostBytes; codecs: HostBytes; layers: number },
+): NativeCachePlan {
+  const statistics = new Uint8Array(KV_CACHE_STATISTICS.byteLength);
+  const bytes = new BigUint64Array(2 * layers);
+  call(symbols.ph_kv_cache_plan, config, codecs, statistics, bytes);
+  const blockBytes = Array.from({ length: layers }, (_, layer) => ({
+    least: Number(bytes[2 * layer]),
+    most: Number(bytes[2 * layer + 1]),
+  }));
+  return { statistics: KV_CACHE_STATISTICS.read(statistics), blockBytes };
 }
 
 /**

@@ -52,6 +52,17 @@ ph_kv_cache* ph_kv_cache_create(ph_device* device, const ph_kv_cache_config* con
   return cache;
 }
 
+int32_t ph_kv_cache_plan(const ph_kv_cache_config* config, const ph_kv_cache_codec* codecs,
+                         ph_kv_cache_statistics* statistics, uint64_t* block_bytes, char* error,
+                         uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    if (config == nullptr || codecs == nullptr)
+      throw Error(PH_ERROR_INVALID_ARGUMENT, "The kv cache's configuration is null");
+    checked_result(block_bytes, "the bytes of blocks");
+    checked_result(statistics, "the statistics") = ph::kv::plan_cache(*config, codecs, block_bytes);
+  });
+}
+
 int32_t ph_kv_cache_destroy(ph_device* device, ph_kv_cache* cache, char* error, uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
     checked_for_capture(device);

@@ -381,6 +381,12 @@ typedef struct ph_kv_cache_statistics {
 PH_API ph_kv_cache* ph_kv_cache_create(ph_device* device, const ph_kv_cache_config* config,
                                        const ph_kv_cache_codec* codecs, int32_t* status, char* error,
                                        uint32_t error_bytes);
+/* What creation would allocate, without a device and without allocating: the statistics of the cache before its first
+ * sequence. block_bytes, [layers][2]: the least and the most bytes that a packed block of a layer takes, over all
+ * kv heads. Attention's scratch is that of this library's backend. */
+PH_API int32_t ph_kv_cache_plan(const ph_kv_cache_config* config, const ph_kv_cache_codec* codecs,
+                                ph_kv_cache_statistics* statistics, uint64_t* block_bytes, char* error,
+                                uint32_t error_bytes);
 /* Frees the cache once the work enqueued so far no longer needs it. */
 PH_API int32_t ph_kv_cache_destroy(ph_device* device, ph_kv_cache* cache, char* error, uint32_t error_bytes);
 

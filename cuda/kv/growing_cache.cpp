@@ -212,12 +212,58 @@ bool writes_last_page(const Stream& stream) {
   return !stream.pages.empty() && stream.bound % kPageUnits != 0;
 }
 
+// The one place where it is decided how much a cache allocates.
+CacheSizes make_sizes(const ph_kv_cache_config& config, const CacheView& view) {
+  const uint64_t blocks = most_step_blocks(config), pieces = most_step_pieces(config, view);
+  product({pieces, kMostQueries, config.query_heads, config.head_dim + 2ull,
+           sizeof(float)});  // attention's scratch
+  CacheSizes sizes{};
+  sizes.pool = config.pool_bytes / kPageBytes * kPageBytes;
+  sizes.recent = product({recent_part_bytes(view), kParts, config.layers, config.sequences});
+  sizes.index = product({index_words(view), config.layers, config.sequences, sizeof(uint32_t)});
+  sizes.page_tables = product({view.most_pages, config.layers, config.sequences, sizeof(uint32_t)});
+  sizes.plan = plan_layout(config.sequences, blocks, pieces).bytes;
+  sizes.workspace = append_workspace_bytes(view, blocks);
+  sizes.attention = attention::decode_workspace_bytes(view, pieces);
+  sizes.words = product({config.layers, config.sequences, sizeof(WordAt)});
+  sizes.non_finite = sizeof(uint64_t);
+  return sizes;
+}
+
+// Statistics of a cache of these sizes without sequences.
+ph_kv_cache_statistics empty_statistics(const CacheSizes& sizes) {
+  ph_kv_cache_statistics found{};
+  found.pool_bytes = sizes.pool;
+  found.recent_bytes = sizes.recent;
+  found.index_bytes = sizes.index;
+  found.page_table_bytes = sizes.page_tables;
+  found.step_bytes = sizes.plan + sizes.words + sizes.non_finite;
+  found.workspace_bytes = sizes.workspace + sizes.attention;
+  found.free_bytes = sizes.pool;
+  return found;
+}
+
 uint32_t blocks_due(const ph_kv_cache_config& config, uint64_t tokens) {
   const uint64_t kept = static_cast<uint64_t>(config.sinks) + config.residual;
   return tokens <= kept ? 0 : static_cast<uint32_t>((tokens - kept) / kBlockTokens);
 }
 
 }  // namespace
+
+ph_kv_cache_statistics plan_cache(const ph_kv_cache_config& config, const ph_kv_cache_codec* codecs,
+                                  uint64_t* block_bytes) {
+  const std::vector<TileShape> shapes = make_shapes(checked_config(config), codecs);
+  for (size_t layer = 0; layer < shapes.size(); ++layer) {
+    TileShape least = shapes[layer];
+    for (TilePart& part : least.parts) {
+      if (part.width == 0) part.code_limit = 0;  // every group of width 0
+    }
+    block_bytes[2 * layer] = largest_block_units(least) * kUnitBytes;
+    block_bytes[2 * layer + 1] = largest_block_units(shapes[layer]) * kUnitBytes;
+  }
+  return empty_statistics(make_sizes(config, make_view(config, shapes)));
+}
+
 }  // namespace ph::kv
 
 using namespace ph;
@@ -228,16 +274,16 @@ ph_kv_cache::ph_kv_cache(ph_device& device, const ph_kv_cache_config& config, co
       config_(checked_config(config)),
       shapes_(make_shapes(config, codecs)),
       view_(make_view(config, shapes_)),
-      pool_(device, config.pool_bytes / kPageBytes * kPageBytes),
-      recent_(device, product({recent_part_bytes(view_), kParts, config.layers, config.sequences})),
-      index_(device, product({index_words(view_), config.layers, config.sequences, sizeof(uint32_t)})),
-      page_tables_(device, product({view_.most_pages, config.layers, config.sequences, sizeof(uint32_t)})),
-      plan_(device,
-            plan_layout(config.sequences, most_step_blocks(config), most_step_pieces(config, view_)).bytes),
-      workspace_(device, append_workspace_bytes(view_, most_step_blocks(config))),
-      attention_(device, attention::decode_workspace_bytes(view_, most_step_pieces(config, view_))),
-      words_(device, product({config.layers, config.sequences, sizeof(WordAt)})),
-      non_finite_(device, sizeof(uint64_t)),
+      sizes_(make_sizes(config, view_)),
+      pool_(device, sizes_.pool),
+      recent_(device, sizes_.recent),
+      index_(device, sizes_.index),
+      page_tables_(device, sizes_.page_tables),
+      plan_(device, sizes_.plan),
+      workspace_(device, sizes_.workspace),
+      attention_(device, sizes_.attention),
+      words_(device, sizes_.words),
+      non_finite_(device, sizes_.non_finite),
       pages_(static_cast<uint32_t>(config.pool_bytes / kPageBytes)),
       sequences_(config.sequences),
       appended_(config.layers, true) {
@@ -637,13 +683,10 @@ void ph_kv_cache::check() {
 ph_kv_cache_statistics ph_kv_cache::statistics() {
   require_idle("count the bytes");
   tighten();
-  ph_kv_cache_statistics found{};
-  found.pool_bytes = pool_.bytes();
-  found.recent_bytes = recent_.bytes();
-  found.index_bytes = index_.bytes();
-  found.page_table_bytes = page_tables_.bytes();
-  found.step_bytes = plan_.bytes() + words_.bytes() + non_finite_.bytes();
-  found.workspace_bytes = workspace_.bytes() + attention_.bytes();
+  // What was allocated, not what was planned.
+  ph_kv_cache_statistics found =
+      empty_statistics({pool_.bytes(), recent_.bytes(), index_.bytes(), page_tables_.bytes(), plan_.bytes(),
+                        workspace_.bytes(), attention_.bytes(), words_.bytes(), non_finite_.bytes()});
   found.free_bytes = pages_.available() * kPageBytes;
   for (const Sequence& sequence : sequences_) {
     if (!sequence.alive) continue;

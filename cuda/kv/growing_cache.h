@@ -57,6 +57,16 @@ struct HostLayer {
 using SequenceLayer = HostLayer<uint8_t, uint64_t>;
 using ConstSequenceLayer = HostLayer<const uint8_t, const uint64_t>;
 
+// Bytes of device memory that a cache allocates.
+struct CacheSizes {
+  uint64_t pool, recent, index, page_tables, plan, workspace, attention, words, non_finite;
+};
+
+// What a cache of this configuration would count before its first sequence, without a device. block_bytes, [layers][2]:
+// the least and the most that a packed block of a layer takes, over all kv heads.
+ph_kv_cache_statistics plan_cache(const ph_kv_cache_config& config, const ph_kv_cache_codec* codecs,
+                                  uint64_t* block_bytes);
+
 // Device memory that lives as long as its owner.
 class DeviceMemory {
  public:
@@ -144,6 +154,7 @@ struct ph_kv_cache {
   ph_kv_cache_config config_;
   std::vector<ph::kv::TileShape> shapes_;
   ph::kv::CacheView view_;
+  ph::kv::CacheSizes sizes_;
   ph::kv::DeviceMemory pool_, recent_, index_, page_tables_, plan_, workspace_, attention_, words_,
       non_finite_;
   ph::kv::PagePool pages_;

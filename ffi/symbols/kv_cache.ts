@@ -11,6 +11,17 @@ export const KV_CACHE_SYMBOLS = {
     ],
     result: "pointer", // ph_kv_cache*
   },
+  ph_kv_cache_plan: {
+    parameters: [
+      "buffer", // const ph_kv_cache_config* config
+      "buffer", // const ph_kv_cache_codec* codecs
+      "buffer", // ph_kv_cache_statistics* statistics
+      "buffer", // uint64_t* block_bytes
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
   ph_kv_cache_destroy: {
     parameters: [
       "pointer", // ph_device* device

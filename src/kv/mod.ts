@@ -4,6 +4,7 @@
  *
  * @module
  */
+export { benchKvCache, type BenchKvCacheOptions, type KvCacheBench } from "./bench_cache.ts";
 export {
   KvCache,
   type KvCacheStatistics,
@@ -11,6 +12,7 @@ export {
   type KvSequence,
   type KvStepPart,
 } from "./cache.ts";
+export { parseCacheCodec } from "./cache_codec.ts";
 export type {
   KvCacheCodec,
   KvCacheConfig,
@@ -53,6 +55,19 @@ export type {
   KvSequenceLayerReport,
 } from "./file_report.ts";
 export { inspectKvFile } from "./inspect_file.ts";
+export {
+  type KvCacheWidths,
+  measureKvCacheWidths,
+  type MeasureKvCacheWidthsOptions,
+} from "./measure_widths.ts";
+export { type KvModel, type KvModelWeights, readModelConfig } from "./model_config.ts";
+export {
+  type KvCachePlan,
+  type KvCachePlanBytes,
+  type KvCachePlanOptions,
+  type KvCachePlanTime,
+  planKvCache,
+} from "./plan_cache.ts";
 export { type KvMeasurement, type KvPartMeasurement, measureKv } from "./measure.ts";
 export { packKv, unpackKv } from "./pack.ts";
 export { packKvFile } from "./pack_file.ts";

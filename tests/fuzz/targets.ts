@@ -14,6 +14,7 @@ import {
   type KvCacheOptions,
   type KvCacheStep,
   type KvSequence,
+  readModelConfig,
 } from "../../src/kv/mod.ts";
 import {
   phkvEntries,
@@ -80,7 +81,23 @@ export async function makeTargets(folder: TemporaryFolder, device: Device): Prom
       mutate: (random, seed) => mutateBytes(random, seed, encode("(),:'<i4|u1>f8' 0123456789{}")),
       read: readArray,
     },
+    {
+      fileName: "fuzz.config.json",
+      seeds: [
+        await Deno.readFile(new URL("../fixtures/configs/llama-3.1-8b.json", import.meta.url)),
+      ],
+      mutate: (random, seed) => encode(mutateJson(random, decode(seed))),
+      read: readConfig,
+    },
   ];
+}
+
+async function readConfig(path: string): Promise<void> {
+  const { layers, queryHeads, kvHeads, headDim, weights } = await readModelConfig(path);
+  for (const size of [layers, queryHeads, kvHeads, headDim, queryHeads / kvHeads]) {
+    assert(Number.isSafeInteger(size) && size >= 1, `${size}`);
+  }
+  if ("bytes" in weights) assert(Number.isSafeInteger(weights.bytes) && weights.bytes > 0);
 }
 
 async function safetensorsSeed(): Promise<Uint8Array> {
