@@ -392,11 +392,21 @@ PH_API int32_t ph_kv_cache_append(ph_device* device, ph_kv_cache* cache, uint32_
                                   uint64_t values_offset, char* error, uint32_t error_bytes);
 /* Attention of the step's tokens over their sequences, after the layer's append: queries and out
  * [step tokens, query_heads, head_dim]. out = softmax(scale * q . K) . V, causal; query head h reads kv head
- * h / (query_heads / kv_heads). At most 8 tokens per sequence. Relative error within 1e-3 of exact attention over the
+ * h / (query_heads / kv_heads). At most 8 tokens per sequence; ph_kv_cache_prefill takes any number. Relative error within 1e-3 of exact attention over the
  * unpacked values. Deterministic: a sequence's results do not depend on the rest of the batch. */
 PH_API int32_t ph_kv_cache_attend(ph_device* device, ph_kv_cache* cache, uint32_t layer,
                                   const ph_buffer* queries, uint64_t queries_offset, ph_buffer* out,
                                   uint64_t out_offset, float scale, char* error, uint32_t error_bytes);
+
+/* Attention of the step's tokens, any number per sequence, and their append, in one call in place of append and attend:
+ * keys and values as append takes them, queries and out as attend does. The tokens attend to what their sequences held
+ * before the step and, causally, to each other as they are in `keys` and `values`, in 16 bits; then they are appended,
+ * with the very bytes that append writes. `out` must not overlap the other tensors. Error and determinism as attend. */
+PH_API int32_t ph_kv_cache_prefill(ph_device* device, ph_kv_cache* cache, uint32_t layer,
+                                   const ph_buffer* queries, uint64_t queries_offset, const ph_buffer* keys,
+                                   uint64_t keys_offset, const ph_buffer* values, uint64_t values_offset,
+                                   ph_buffer* out, uint64_t out_offset, float scale, char* error,
+                                   uint32_t error_bytes);
 
 /* Tokens [first, first + count) of a sequence as attention sees them, rounded to dtype: keys and values
  * [count, kv_heads, head_dim]. */

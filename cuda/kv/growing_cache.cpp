@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "attention/decode.h"
+#include "attention/prefill.h"
 #include "common/error.h"
 
 namespace ph::kv {
@@ -180,6 +181,13 @@ PlanLayout plan_layout(uint64_t sequences, uint64_t blocks, uint64_t pieces) {
   return layout;
 }
 
+void require_scale(float scale) {
+  if (scale > 0.0f && std::isfinite(scale)) return;
+  throw Error(PH_ERROR_INVALID_ARGUMENT,
+              "The scale of attention must be positive and finite: current value is %g",
+              static_cast<double>(scale));
+}
+
 uint32_t blocks_due(const ph_kv_cache_config& config, uint64_t tokens) {
   const uint64_t kept = static_cast<uint64_t>(config.sinks) + config.residual;
   return tokens <= kept ? 0 : static_cast<uint32_t>((tokens - kept) / kBlockTokens);
@@ -243,6 +251,14 @@ void ph_kv_cache::require_idle(const char* what) const {
   throw Error(PH_ERROR_INVALID_ARGUMENT,
               "Cannot %s: layer %u still lacks the tokens of the step that has begun", what,
               static_cast<uint32_t>(missing - appended_.begin()));
+}
+
+// That a layer has no tokens of the step yet.
+void ph_kv_cache::require_missing(uint32_t layer) const {
+  require_layer(layer);
+  if (appended_[layer])
+    throw Error(PH_ERROR_INVALID_ARGUMENT, "Layer %u has the tokens of this step already: begin the next one",
+                layer);
 }
 
 uint32_t ph_kv_cache::free_slot() const {
@@ -540,10 +556,7 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
 }
 
 void ph_kv_cache::append(uint32_t layer, StepTensors tensors) {
-  require_layer(layer);
-  if (appended_[layer])
-    throw Error(PH_ERROR_INVALID_ARGUMENT, "Layer %u has the tokens of this step already: begin the next one",
-                layer);
+  require_missing(layer);
   kv::append(device_, view_, shapes_[layer], layer, step_, tensors, workspace_.data(),
              reinterpret_cast<uint64_t*>(non_finite_.data()));
   appended_[layer] = true;
@@ -559,16 +572,23 @@ void ph_kv_cache::attend(uint32_t layer, const uint8_t* queries, uint8_t* out, f
                 "Cannot attend before a step begins; truncating or removing a sequence ends it");
   }
   if (step_.most_queries > kMostQueries) {
-    throw Error(PH_ERROR_UNSUPPORTED, "Cannot attend with %u tokens of a sequence in a step: the most is %u",
-                step_.most_queries, kMostQueries);
+    throw Error(
+        PH_ERROR_UNSUPPORTED,
+        "Cannot attend with %u tokens of a sequence in a step: the most is %u; use prefill instead of "
+        "append for more",
+        step_.most_queries, kMostQueries);
   }
-  if (!(scale > 0.0f && std::isfinite(scale))) {
-    throw Error(PH_ERROR_INVALID_ARGUMENT,
-                "The scale of attention must be positive and finite: current value is %g",
-                static_cast<double>(scale));
-  }
+  require_scale(scale);
   if (step_.sequence_count == 0) return;
   attention::decode(device_, view_, shapes_[layer], layer, step_, queries, out, scale, attention_.data());
+}
+
+void ph_kv_cache::prefill(uint32_t layer, StepTensors tensors, const uint8_t* queries, uint8_t* out,
+                          float scale) {
+  require_missing(layer);
+  require_scale(scale);
+  attention::prefill(device_, view_, shapes_[layer], layer, step_, tensors, queries, out, scale, 0);
+  append(layer, tensors);
 }
 
 void ph_kv_cache::read(uint32_t layer, uint32_t sequence, uint64_t first, uint64_t count, uint8_t* keys,

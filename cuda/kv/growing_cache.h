@@ -68,6 +68,9 @@ struct ph_kv_cache {
   void begin(const uint32_t* sequences, const uint32_t* tokens, uint32_t count);
   void append(uint32_t layer, ph::kv::StepTensors tensors);
   void attend(uint32_t layer, const uint8_t* queries, uint8_t* out, float scale);
+  // Attention of the tokens, then append.
+  void prefill(uint32_t layer, ph::kv::StepTensors tensors, const uint8_t* queries, uint8_t* out,
+               float scale);
   void read(uint32_t layer, uint32_t sequence, uint64_t first, uint64_t count, uint8_t* keys,
             uint8_t* values);
   void check();
@@ -81,6 +84,7 @@ struct ph_kv_cache {
   ph::kv::Sequence& alive(uint32_t sequence);
   void require_layer(uint32_t layer) const;
   void require_idle(const char* what) const;
+  void require_missing(uint32_t layer) const;
   uint32_t free_slot() const;
 
   // The true ends of all streams, in units: waits for the device.

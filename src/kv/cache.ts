@@ -79,7 +79,7 @@ const dropped = new FinalizationRegistry<NativeKvCache>((native) => native.close
  * would remain after it, a block of 64 tokens is packed (see {@linkcode KvCacheOptions}); results do not depend on how
  * many tokens come at a time. Tokens come in steps, for attention is planned once for all sequences and layers of a
  * step: {@linkcode begin} says which sequences get how many tokens, then every layer calls
- * {@linkcode KvCacheStep.append} and {@linkcode KvCacheStep.attend}.
+ * {@linkcode KvCacheStep.append} and {@linkcode KvCacheStep.attend}, or, for prompts, {@linkcode KvCacheStep.prefill}.
  *
  * A cache allocates all its memory when it is created. {@linkcode begin} and the calls of a step enqueue work and wait
  * for nothing, except that `begin` may wait for the device when the pool is nearly full. One thread at a time may use

@@ -18,7 +18,7 @@ export type {
   KvCacheOptions,
   KvCachePartCodec,
 } from "./cache_options.ts";
-export type { KvAttendOptions, KvCacheStep } from "./cache_step.ts";
+export type { KvAttendOptions, KvCacheStep, KvPrefillTensors } from "./cache_step.ts";
 export {
   type KvBits,
   type KvCodec,
