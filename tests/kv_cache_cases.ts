@@ -2,14 +2,14 @@
 import { assert, assertEquals, AssertionError, assertLessOrEqual, assertThrows } from "@std/assert";
 import { Device, type DeviceBuffer } from "../src/device/mod.ts";
 import { type ErrorCode, PackhorseError } from "../src/error.ts";
-import {
+import type {
   KvCache,
-  type KvCacheCodec,
-  type KvCacheConfig,
-  type KvCacheDType,
-  type KvCacheOptions,
-  type KvCachePartCodec,
-  type KvSequence,
+  KvCacheCodec,
+  KvCacheConfig,
+  KvCacheDType,
+  KvCacheOptions,
+  KvCachePartCodec,
+  KvSequence,
 } from "../src/kv/mod.ts";
 import {
   type Bits,

@@ -2,8 +2,9 @@
  * Prefill attention of the growing cache on every backend that opens here (PACKHORSE_BACKEND names one): chunks of any
  * size against double precision, and what they leave in the cache against the model.
  */
-import { assertEquals } from "@std/assert";
+import { assert, assertEquals, assertThrows } from "@std/assert";
 import type { Device } from "../src/device/mod.ts";
+import { PackhorseError } from "../src/error.ts";
 import {
   KvCache,
   type KvCacheConfig,
@@ -22,6 +23,7 @@ import {
   fixed,
   optionsOf,
   packkv,
+  readLayer,
   testOnDevices as test,
   throwsWith,
   tokensOf,
@@ -72,6 +74,12 @@ function sampled(count: number, random: () => number): number[] {
   return [...new Set([...edges, ...more])].filter((token) => token < count);
 }
 
+/** How far a layer's tokens see. */
+const reach = ({ windows, sinks }: KvCacheConfig, layer: number) => ({
+  window: windows[layer]!,
+  sinks,
+});
+
 /** Asserts that `out`, of the `tokens` newest of a sequence, is attention; looks at some of them. */
 function assertAttends(
   config: KvCacheConfig,
@@ -94,7 +102,7 @@ function assertAttends(
   chosen.forEach((token, i) => {
     const own = queries.slice(token * size, (token + 1) * size);
     const seen = all.slice(0, held.length + token + 1);
-    expected.set(attend(config, seen, own, scale), i * size);
+    expected.set(attend(config, seen, own, scale, reach(config, layer)), i * size);
     actual.set(out.subarray(token * size, (token + 1) * size), i * size);
   });
   assertClose(config, actual, expected, `${what}, layer ${layer}: ${all.length} tokens`);
@@ -105,14 +113,19 @@ function prefillAll(
   cache: KvCache,
   model: ReferenceCache,
   parts: readonly Part[],
-  { query, what, scale }: { query: QueryData; what: string; scale?: number },
-): Bits[] {
+  { query, what, scale, holds = true }: {
+    query: QueryData;
+    what: string;
+    scale?: number;
+    /** Whether the cache still holds all tokens. */
+    holds?: boolean;
+  },
+): void {
   const { config } = cache;
   const { queryHeads, headDim } = config;
   const step = cache.begin(
     parts.map(({ sequence, tokens }) => ({ sequence, tokens: tokens[0]!.length })),
   );
-  const outs: Bits[] = [];
   for (let layer = 0; layer < config.layers; layer++) {
     const bits = bitsOf(config, query, {
       tokens: step.tokens,
@@ -135,13 +148,12 @@ function prefillAll(
       });
       at = end;
     }
-    outs.push(out);
   }
   for (const { expected, tokens } of parts) model.append(expected, tokens);
+  if (!holds) return;
   for (const { sequence, expected } of parts) {
     expected.layers.forEach(({ tokens }, layer) => assertLayer(cache, layer, sequence, tokens));
   }
-  return outs;
 }
 
 /** Appends and attends with a few tokens per sequence; asserts the same. */
@@ -175,6 +187,7 @@ function decodeAll(
         expected.layers[layer]!.tokens,
         bits.slice(at, end),
         1 / Math.sqrt(headDim),
+        reach(config, layer),
       );
       assertClose(config, found.slice(at, end), exact, `${what}, layer ${layer}: decode`);
       at = end;
@@ -193,19 +206,22 @@ test("prefill is attention of double precision, and leaves what append leaves", 
     for (const group of [1, 4, 16]) {
       for (const dtype of ["f16", "bf16"] as const) {
         const random = randomOf(++example);
-        const kvHeads = group === 1 ? 3 : group === 4 ? 2 : 1;
+        const kvHeads = group === 1 ? 2 : 1;
         const codec = () => codecs[Math.floor(random() * codecs.length)]!;
         using cache = KvCache.create(
           device,
           optionsOf({
-            layers: 1 + example % 2,
+            layers: 1 + Number(example % 4 === 0),
             headDim,
             kvHeads,
             queryHeads: group * kvHeads,
             dtype,
             residual: [8, 64, 128, 77][example % 4]!,
             sinks: [4, 0, 9, 70, 1][example % 5]!,
-            codec: [0, 1].slice(0, 1 + example % 2).map(() => ({ keys: codec(), values: codec() })),
+            codec: [0, 1].slice(0, 1 + Number(example % 4 === 0)).map(() => ({
+              keys: codec(),
+              values: codec(),
+            })),
           }),
         );
         const { config } = cache;
@@ -345,6 +361,197 @@ test("a sequence's prefill is the same, bit for bit, whatever else is in the bat
     }
   }
 });
+
+// ---- windows ---------------------------------------------------------------------------------------
+
+test("windows hide all but the newest tokens and the sinks", (device) => {
+  let example = 0;
+  for (const window of [1, 17, 64, 200]) {
+    for (const sinks of [0, 4]) {
+      const random = randomOf(100 + example);
+      const data: Data = { kind: "gaussian", random };
+      using cache = KvCache.create(
+        device,
+        optionsOf({
+          layers: 2,
+          headDim: [64, 128, 96, 256][example % 4]!,
+          dtype: example % 3 === 0 ? "bf16" : "f16",
+          queryHeads: [3, 4, 16][example % 3]!,
+          residual: [8, 64, 150][example % 3]!,
+          sinks,
+          window: [window, 0],
+          codec: { keys: packkv(0.1), values: fixed(5) },
+        }),
+      );
+      example++;
+      const { config } = cache;
+      assertEquals(config.windows, [window, 0]);
+      const model = new ReferenceCache(config);
+      const sequences = [0, 1].map(() => ({ sequence: cache.add(), expected: model.add() }));
+      const what = `window ${window}, ${sinks} sinks`;
+      const step = (...counts: number[]): Part[] =>
+        sequences.map((each, i) => ({ ...each, tokens: tokensOf(config, data, counts[i]!) }));
+      for (const counts of [[3, 190], [300, 20]]) {
+        prefillAll(cache, model, step(...counts), { query: data, what });
+      }
+      for (const counts of [[1, 8], [7, 2]]) {
+        decodeAll(cache, model, step(...counts), { query: data, what });
+      }
+    }
+  }
+});
+
+/** A cache whose pool holds far less than its sequences get. */
+function tightCache(device: Device, options: Partial<KvCacheOptions> = {}): KvCache {
+  return KvCache.create(
+    device,
+    optionsOf({
+      kvHeads: 4,
+      queryHeads: 4,
+      headDim: 128,
+      residual: 32,
+      tokens: 8192,
+      stepTokens: 256,
+      poolBytes: 8 * 65_536,
+      codec: { keys: fixed(4), values: fixed(4) },
+      ...options,
+    }),
+  );
+}
+
+test("pages that windows have left are given back when the pool runs short", (device) => {
+  using cache = tightCache(device, { window: 300 });
+  const { config } = cache;
+  const model = new ReferenceCache(config);
+  const data: Data = { kind: "gaussian", random: randomOf(5) };
+  const each = { sequence: cache.add(), expected: model.add() };
+  let least = Infinity;
+  const next = (count: number) => [{ ...each, tokens: tokensOf(config, data, count) }];
+  for (let i = 0; i < 12; i++) {
+    const what = `step ${i}`;
+    prefillAll(cache, model, next(200), { query: data, what, holds: false });
+    decodeAll(cache, model, next(2), { query: data, what });
+    least = Math.min(least, cache.statistics().freeBytes);
+  }
+  assert(least < 4 * 65_536, `${least}`);
+  // 2424 tokens of about 530 bytes per head: more than twice the pool.
+  const length = cache.length(each.sequence);
+  const { packedBytes, packedTokens } = cache.statistics();
+  assertEquals(packedTokens, model.count([each.expected]).packedTokens);
+  assert(packedBytes < config.poolBytes);
+  assert(model.count([each.expected]).packedBytes > 2 * config.poolBytes);
+
+  // What is held can be read; the rest is named.
+  const error = assertThrows(() => cache.read(0, each.sequence), PackhorseError);
+  assertEquals(error.code, "invalid-argument");
+  const first = Number(error.message.match(/holds those from (\d+) on/)![1]);
+  assertEquals((first - config.sinks) % 64, 0);
+  assert(first > 1000 && first <= length - 300, `${first}`);
+  const { tokens } = each.expected.layers[0]!;
+  for (const [from, count] of [[first, length - first], [0, config.sinks], [first, 1]]) {
+    const held = readLayer(cache, 0, each.sequence, { first: from!, count: count! });
+    const joined = joinTokens(config, tokens.slice(from!, from! + count!));
+    assertSameBits(held.keys, joined.keys, `keys from ${from}`);
+    assertSameBits(held.values, joined.values, `values from ${from}`);
+  }
+  for (const [from, count] of [[first - 1, 1], [first - 1, 10], [config.sinks, 1], [0, 5]]) {
+    throwsWith(
+      () => cache.read(0, each.sequence, { first: from!, count: count! }),
+      "invalid-argument",
+      `${first}`,
+    );
+  }
+
+  // A fork shares what is left.
+  const before = cache.statistics().freeBytes;
+  const fork = { sequence: cache.fork(each.sequence), expected: model.fork(each.expected) };
+  assertEquals(before - cache.statistics().freeBytes, 65_536);
+  // Cut to where the next token's window begins, but no further.
+  const cut = first + 300 - 1;
+  for (const count of [cut - 1, first, config.sinks + 1]) {
+    throwsWith(
+      () => cache.truncate(fork.sequence, count),
+      "invalid-argument",
+      `${first}`,
+      `${cut}`,
+    );
+  }
+  cache.truncate(fork.sequence, cut);
+  model.truncate(fork.expected, cut);
+  const both = () => [each, fork].map((one) => ({ ...one, tokens: tokensOf(config, data, 3) }));
+  decodeAll(cache, model, both(), { query: data, what: "after the cut" });
+  // To the sinks, and from there anew.
+  cache.truncate(fork.sequence, config.sinks);
+  model.truncate(fork.expected, config.sinks);
+  const anew = [{ ...fork, tokens: tokensOf(config, data, 250) }];
+  prefillAll(cache, model, anew, { query: data, what: "anew" });
+  cache.remove(each.sequence);
+  cache.remove(fork.sequence);
+  assertEquals(cache.statistics().freeBytes, config.poolBytes);
+});
+
+test("pages are given back only if that makes room", (device) => {
+  using cache = tightCache(device, { layers: 2, window: [100, 0], poolBytes: 16 * 65_536 });
+  const { config } = cache;
+  const model = new ReferenceCache(config);
+  const data: Data = { kind: "gaussian", random: randomOf(6) };
+  const each = { sequence: cache.add(), expected: model.add() };
+  let steps = 0;
+  const grow = () => {
+    while (true) {
+      const parts = [{ ...each, tokens: tokensOf(config, data, 200) }];
+      const options = { query: data, what: `step ${steps}`, holds: false };
+      prefillAll(cache, model, parts, options);
+      steps++;
+    }
+  };
+  throwsWith(grow, "out-of-memory", "pool");
+  // The layer without a window fills the pool: nothing of it is gone.
+  assertLayer(cache, 1, each.sequence, each.expected.layers[1]!.tokens);
+  const before = cache.statistics();
+  throwsWith(() => cache.begin([{ sequence: each.sequence, tokens: 256 }]), "out-of-memory");
+  assertEquals(cache.statistics(), before);
+  decodeAll(cache, model, [{ ...each, tokens: tokensOf(config, data, 1) }], {
+    query: data,
+    what: "full",
+  });
+
+  // A fork that a window does not show its pages either lets them go as well.
+  using shared = tightCache(device, { window: 100 });
+  const parent = shared.add();
+  const fill = (sequence: KvSequence, count: number) => {
+    const [tokens] = tokensOf(shared.config, data, count);
+    const joined = joinTokens(shared.config, tokens!);
+    using keys = upload(device, "f16", joined.keys);
+    using values = upload(device, "f16", joined.values);
+    shared.begin([{ sequence, tokens: count }]).append(0, keys, values);
+  };
+  for (let i = 0; i < 3; i++) fill(parent, 250);
+  const fork = shared.fork(parent);
+  for (let i = 0; i < 12; i++) {
+    fill(parent, 200);
+    fill(fork, 200);
+  }
+  assertEquals([shared.length(parent), shared.length(fork)], [3150, 3150]);
+});
+
+test("windows outside their range are named", (device) => {
+  const refuse = (window: unknown, ...fragments: string[]) =>
+    throwsWith(
+      () => KvCache.create(device, optionsOf({ layers: 2, window: window as number })),
+      "invalid-argument",
+      "Cannot create the kv cache",
+      ...fragments,
+    );
+  for (const window of [-1, 1.5, NaN, 2 ** 31, "9"]) {
+    refuse(window, "window of layer 0", `got ${window}`);
+    refuse([0, window], "window of layer 1", `got ${window}`);
+  }
+  refuse([1], "list of 2, got 1");
+  refuse([1, 2, 3], "list of 2, got 3");
+});
+
+// ---- arguments -------------------------------------------------------------------------------------
 
 /** A step of `tokens` tokens of a new sequence, with tensors for it. */
 function stepOf(device: Device, options: KvCacheOptions, tokens: number) {

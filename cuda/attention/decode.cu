@@ -214,7 +214,9 @@ __device__ __forceinline__ void begin_state(const Columns& columns, float scale,
     sum += __shfl_xor_sync(kEveryLane, sum, 2);
     // From the B fragment's columns g to the C fragment's i.
     state.query_sum[n] = __shfl_sync(kEveryLane, sum, 8 * i);
-    state.query_scale[n] = __shfl_sync(kEveryLane, largest * (1.0f / kLargestFixed) * scale * kLog2E, 8 * i);
+    // Positive, for the scores that a window makes minus infinity.
+    state.query_scale[n] =
+        fmaxf(__shfl_sync(kEveryLane, largest * (1.0f / kLargestFixed) * scale * kLog2E, 8 * i), 0x1p-126f);
     state.reference[n] = -1e30f;
     state.sum[n] = state.zeros[n] = 0.0f;
 #pragma unroll
@@ -243,19 +245,52 @@ struct PieceShared {
   PartSum sums[kWarps][kColumns];
 };
 
+// The window of a layer, for the columns of a thread block.
+struct Window {
+  uint32_t tokens, before;  // its length, or 0 for none; tokens of the sequence before the step
+
+  // The first token, sinks aside, that query token `token` of the step sees.
+  __device__ __forceinline__ uint32_t begin(uint32_t token) const {
+    return kv::window_begin(tokens, before + token);
+  }
+  // The first packed block that query token 0 sees.
+  __device__ __forceinline__ uint32_t first_block(uint32_t sinks) const {
+    return begin(0) > sinks ? (begin(0) - sinks) / kBlockTokens : 0;
+  }
+};
+
+// Hides the tokens of a tile, the first of them at `start`, that columns do not see.
+template <int kTiles>
+__device__ __forceinline__ void hide_tokens(const Window& window, const Columns& columns, uint32_t start,
+                                            float (&scores)[kTiles][8]) {
+  const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const uint32_t begin = window.begin((columns.first + 4 * n + i) / columns.group);
+#pragma unroll
+    for (int t = 0; t < 8; ++t) {
+      if (start + 8 * g + t < begin) scores[n][t] = -INFINITY;
+    }
+  }
+}
+
 // The packed blocks of a piece: warps take them in turn. Leaves each warp's result in `shared`.
 template <int kDim, int kTiles, bool kBfloat, bool kWide>
 __device__ __forceinline__ void packed_piece(const CacheView& cache, const TileLayout& layout,
                                              uint32_t slot_bytes, uint32_t stages, const uint32_t* index,
                                              const uint32_t* page_table, const StepPiece& piece,
-                                             uint32_t head, const Columns& columns, float scale,
-                                             uint8_t* dynamic, TileSpans (*spans)[kWarpBlocks],
+                                             uint32_t head, const Columns& columns, const Window& window,
+                                             float scale, uint8_t* dynamic, TileSpans (*spans)[kWarpBlocks],
                                              uint64_t (*barriers)[kStages]) {
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
                  i = lane % 4;
-  const uint32_t count = piece.count > warp ? (piece.count - warp + kWarps - 1) / kWarps : 0;
+  const uint32_t first = max(piece.first, window.first_block(cache.sinks)) + warp;
+  const uint32_t end = piece.first + piece.count,
+                 count = end > first ? (end - first + kWarps - 1) / kWarps : 0;
+  // Blocks that some column does not see all of come first.
+  const uint32_t hidden = window.begin(kMostQueries - 1);
   if (lane < count) {
-    const kv::RecordSpan span = kv::record_span(cache, index, piece.first + warp + kWarps * lane, head);
+    const kv::RecordSpan span = kv::record_span(cache, index, first + kWarps * lane, head);
     spans[warp][lane] = {make_span(page_table, span.params, span.params + kv::kParamsUnits),
                          make_span(page_table, span.begin, span.end)};
   }
@@ -280,6 +315,8 @@ __device__ __forceinline__ void packed_piece(const CacheView& cache, const TileL
     float scores[kTiles][8], units[kTiles];
     uint32_t weights[kTiles][4];
     tile_scores<kDim, kTiles, kBfloat, kWide>(tile, layout, widths.x, state, scores);
+    const uint32_t start = cache.sinks + (first + kWarps * at) * kBlockTokens;
+    if (start < hidden) hide_tokens(window, columns, start, scores);
     tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, weights, units);
     tile_values<kDim, kTiles, kWide>(tile, layout, layout.groups + kv::kGroupBytes * kv::width_sum(widths.x),
                                      widths.y, state, weights, units);
@@ -318,7 +355,7 @@ struct RecentShared {
 template <int kDim, int kTiles, bool kBfloat>
 __device__ __forceinline__ void recent_piece(const CacheView& cache, uint32_t layer,
                                              const StepSequence& entry, uint32_t head, const Columns& columns,
-                                             float scale, uint8_t* dynamic) {
+                                             const Window& window, float scale, uint8_t* dynamic) {
   constexpr int kColumns = 4 * kTiles, kPairs = kDim / 2, kTeams = kThreads / kPairs;
   static_assert(kTeams >= 1 && kTeams <= kWarps);
   RecentShared<kDim, kTiles, kBfloat>& shared =
@@ -332,7 +369,8 @@ __device__ __forceinline__ void recent_piece(const CacheView& cache, uint32_t la
 
   const uint64_t length = entry.before + entry.tokens;
   const uint64_t sinks = min(static_cast<uint64_t>(cache.sinks), length);
-  const uint64_t tail = cache.sinks + static_cast<uint64_t>(entry.packed) * kBlockTokens;
+  const uint64_t tail = max(cache.sinks + static_cast<uint64_t>(entry.packed) * kBlockTokens,
+                            static_cast<uint64_t>(window.begin(0)));
   const uint32_t count = static_cast<uint32_t>(sinks + (length > tail ? length - tail : 0));
   const auto token_at = [&](uint32_t at) { return at < sinks ? at : tail + (at - sinks); };
 
@@ -390,8 +428,10 @@ __device__ __forceinline__ void recent_piece(const CacheView& cache, uint32_t la
       }
 #pragma unroll
       for (int column = 0; column < kColumns; ++column) {
-        // A query token sees those before it, and itself.
-        if (token > entry.before + (columns.first + column) / columns.group) scores[column] = -INFINITY;
+        // A query token sees those before it, and itself, as far as the window reaches.
+        const uint32_t query = (columns.first + column) / columns.group;
+        const bool left = at >= sinks && token < window.begin(query);
+        if (token > entry.before + query || left) scores[column] = -INFINITY;
       }
     } else {
 #pragma unroll
@@ -469,7 +509,7 @@ struct DecodeParameters {
   Partials partials;
   const uint8_t* queries;
   uint8_t* out;
-  uint32_t layer, slot_bytes, stages;
+  uint32_t layer, slot_bytes, stages, window;
   float scale;
 };
 
@@ -494,15 +534,16 @@ __global__ void __launch_bounds__(kThreads, kTiles* kDim <= 128    ? 4
                            min(static_cast<uint32_t>(kColumns), entry.tokens * group - first), group,
                            static_cast<uint64_t>(cache.query_heads) * kDim};
 
+  const Window window = {parameters.window, static_cast<uint32_t>(entry.before)};
   if (piece.count > 0) {
     packed_piece<kDim, kTiles, kBfloat, kWide>(
         cache, parameters.layout, parameters.slot_bytes, parameters.stages,
         kv::index_of(cache, parameters.layer, entry.sequence),
-        kv::page_table_of(cache, parameters.layer, entry.sequence), piece, head, columns, parameters.scale,
-        dynamic, spans, barriers);
+        kv::page_table_of(cache, parameters.layer, entry.sequence), piece, head, columns, window,
+        parameters.scale, dynamic, spans, barriers);
   } else {
-    recent_piece<kDim, kTiles, kBfloat>(cache, parameters.layer, entry, head, columns, parameters.scale,
-                                        dynamic);
+    recent_piece<kDim, kTiles, kBfloat>(cache, parameters.layer, entry, head, columns, window,
+                                        parameters.scale, dynamic);
   }
 
   const PieceShared<kDim, kTiles>& shared = *reinterpret_cast<const PieceShared<kDim, kTiles>*>(dynamic);
@@ -672,7 +713,8 @@ uint32_t resident_pieces(ph_device& device, const CacheView& cache, const kv::Ti
 }
 
 void decode(ph_device& device, const CacheView& cache, const kv::TileShape& shape, uint32_t layer,
-            const StepView& step, const uint8_t* queries, uint8_t* out, float scale, uint8_t* workspace) {
+            const StepView& step, const uint8_t* queries, uint8_t* out, float scale, uint8_t* workspace,
+            uint32_t window) {
   // Places of partial results depend on the largest step the workspace was made for, so any bound on pieces will do.
   const WorkspaceLayout places = workspace_layout(cache, step.piece_count);
   const uint32_t columns = cache.query_heads / cache.heads * step.most_queries;
@@ -690,6 +732,7 @@ void decode(ph_device& device, const CacheView& cache, const kv::TileShape& shap
   parameters.layer = layer;
   parameters.scale = scale;
   parameters.slot_bytes = slot_bytes(shape);
+  parameters.window = window;
   with_kernel(device, cache, shape, columns, [&](auto kernel, const Launch& launch) {
     allow_shared(device, kernel);
     PH_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));

@@ -41,6 +41,7 @@ using kv::kParamsBytes;
 using kv::kUnitBytes;
 using kv::StepSequence;
 using kv::StepView;
+using kv::window_begin;
 
 constexpr uint32_t kWarps = 4;
 constexpr uint32_t kThreads = kWarps * kWarpThreads;

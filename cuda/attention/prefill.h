@@ -30,11 +30,6 @@ PH_HOST_DEVICE PlainTokens plain_tokens(const kv::CacheView& cache, const kv::St
   return {cache.sinks < length ? cache.sinks : length, cache.sinks + entry.first_block * kv::kBlockTokens};
 }
 
-// The first token, sinks aside, that a query token at `position` sees; 0 without a window.
-PH_HOST_DEVICE uint32_t window_begin(uint32_t window, uint32_t position) {
-  return window == 0 || position < window ? 0 : position + 1 - window;
-}
-
 // Rows are pairs (token of the sequence, query head of a kv head's group), the heads of a token next to each other; a tile
 // takes `tile_rows` of one sequence and kv head. Numbers of an entry's tiles begin at first_tile; they do not overlap,
 // though some stay unused, as ceil(n / k) <= floor((m + n) / k) - floor(m / k) + 1.

@@ -17,6 +17,7 @@ using namespace ph::PH_INSTRUCTION_SET;
 using kv::kBlockTokens;
 using kv::kMostHeadDim;
 using kv::kMostTileCodes;
+using kv::window_begin;
 
 namespace {
 

@@ -16,6 +16,7 @@ class PagePool {
   uint32_t available() const { return static_cast<uint32_t>(free_.size()); }
   uint32_t take();
   void share(uint32_t page) { ++holders_[page]; }
+  uint32_t holders(uint32_t page) const { return holders_[page]; }
   bool shared(uint32_t page) const { return holders_[page] > 1; }
   void drop(uint32_t page);
 
@@ -23,10 +24,16 @@ class PagePool {
   std::vector<uint32_t> holders_, free_;
 };
 
-// A sequence's records in one layer.
+// A sequence's records in one layer. Those of blocks before `first_block` may have been given back, as the layer's window
+// no longer shows them.
 struct Stream {
-  std::vector<uint32_t> pages;
+  std::vector<uint32_t> pages;    // from first_page() on
   uint64_t bound = kStreamStart;  // units: the stream ends here at the latest
+  uint32_t begin = kStreamStart;  // units: where first_block begins
+  uint32_t first_block = 0;
+
+  uint64_t first_page() const { return begin / kPageUnits; }
+  uint64_t end_page() const { return first_page() + pages.size(); }
 };
 
 struct Sequence {
@@ -87,10 +94,17 @@ struct ph_kv_cache {
   void require_missing(uint32_t layer) const;
   uint32_t free_slot() const;
 
-  // The true ends of all streams, in units: waits for the device.
+  // Where blocks begin, in units, of each stream of an alive sequence the one that `block(layer, sequence)` names; a
+  // stream ends where its block after the last begins. Waits for the device.
+  template <typename Block>
+  std::vector<uint32_t> block_begins(Block block);
   std::vector<uint32_t> stream_ends();
   // Lowers every bound to the true end, and gives back the pages behind it.
   void tighten();
+  // Gives back the pages before what windows show to tokens to come, if `needed` pages are free then; else changes
+  // nothing. Bounds must be tight.
+  void give_back(uint64_t needed);
+  uint64_t first_held(const ph::kv::Stream& stream) const;
   // Pieces of attention over so many packed blocks.
   uint32_t packed_pieces(uint32_t packed) const;
   uint64_t page_table_position(uint32_t layer, uint32_t sequence, uint64_t page) const;
@@ -102,6 +116,7 @@ struct ph_kv_cache {
   ph_device& device_;
   ph_kv_cache_config config_;
   std::vector<ph::kv::TileShape> shapes_;
+  std::vector<uint32_t> windows_;  // of layers; 0: none
   ph::kv::CacheView view_;
   ph::kv::DeviceMemory pool_, recent_, index_, page_tables_, plan_, workspace_, attention_, words_,
       non_finite_;

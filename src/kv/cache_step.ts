@@ -71,7 +71,7 @@ export class KvCacheStep {
 
   /**
    * Attention of the step's tokens over their sequences: `out = softmax(scale * queries . keys) . values`, where a
-   * token sees those before it and itself, and query head `h` reads kv head `floor(h * kvHeads / queryHeads)`.
+   * token sees those before it and itself, as far as the layer's window reaches, and the sinks, and query head `h` reads kv head `floor(h * kvHeads / queryHeads)`.
    * `queries` and `out` are `[tokens, queryHeads, headDim]` of the cache's dtype and must not overlap. A layer must
    * have been appended to before.
    *
@@ -103,7 +103,7 @@ export class KvCacheStep {
    * `out` as `attend` does; `out` must overlap none of them.
    *
    * The tokens attend to what their sequences held before the step (sinks, recent tokens, packed blocks) and, causally,
-   * to each other as they are in `keys` and `values`, in 16 bits whatever is packed of them afterwards. Then they are
+   * to each other, both as far as the layer's window reaches, as they are in `keys` and `values`, in 16 bits whatever is packed of them afterwards. Then they are
    * appended: the cache holds the same, bit for bit, as after `append`. Errors are within those of `attend`, and a
    * sequence's results too are the same whatever else is in the step. A prompt may come in chunks of any size.
    *
