@@ -234,7 +234,7 @@ test("prefill is attention of double precision, and leaves what append leaves", 
           tokens: tokensOf(config, data, count),
         });
         const chunk = () => 1 + Math.floor(random() ** 3 * 300);
-        for (const factor of [1, 8, 0.02]) {
+        for (const factor of [1, 8, 0.02].filter((_, i) => i !== example % 3)) {
           const counts = [chunk(), chunk(), [1, 9, 64, 128][example % 4]!];
           const parts = sequences.map((each, i) => next(each, counts[i]!));
           prefillAll(cache, model, factor === 8 ? parts.slice(1) : parts, {
