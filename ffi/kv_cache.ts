@@ -148,6 +148,27 @@ export class NativeKvCache {
     call(this.#symbols.ph_kv_cache_replay, ...this.#handles, graph.handle);
   }
 
+  prefill(
+    layer: number,
+    { queries, keys, values, out }: Record<"queries" | "keys" | "values" | "out", NativeTensor>,
+    scale: number,
+  ): void {
+    call(
+      this.#symbols.ph_kv_cache_prefill,
+      ...this.#handles,
+      layer,
+      queries.buffer.handle,
+      BigInt(queries.byteOffset),
+      keys.buffer.handle,
+      BigInt(keys.byteOffset),
+      values.buffer.handle,
+      BigInt(values.byteOffset),
+      out.buffer.handle,
+      BigInt(out.byteOffset),
+      scale,
+    );
+  }
+
   /** Tokens `first` to `first + count` into `keys` and `values`. */
   read(
     layer: number,

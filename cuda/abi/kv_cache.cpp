@@ -142,6 +142,23 @@ int32_t ph_kv_cache_attend(ph_device* device, ph_kv_cache* cache, uint32_t layer
   });
 }
 
+int32_t ph_kv_cache_prefill(ph_device* device, ph_kv_cache* cache, uint32_t layer, const ph_buffer* queries,
+                            uint64_t queries_offset, const ph_buffer* keys, uint64_t keys_offset,
+                            const ph_buffer* values, uint64_t values_offset, ph_buffer* out,
+                            uint64_t out_offset, float scale, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    ph_kv_cache& valid = checked_cache(cache);
+    const uint64_t kv_bytes = valid.step_tokens() * token_bytes(valid, valid.config().kv_heads);
+    const uint64_t query_bytes = valid.step_tokens() * token_bytes(valid, valid.config().query_heads);
+    valid.prefill(layer,
+                  {{checked_tensor(keys, keys_offset, kv_bytes, "keys"),
+                    checked_tensor(values, values_offset, kv_bytes, "values")}},
+                  checked_tensor(queries, queries_offset, query_bytes, "queries"),
+                  checked_tensor(out, out_offset, query_bytes, "the output"), scale);
+  });
+}
+
 int32_t ph_kv_cache_read(ph_device* device, ph_kv_cache* cache, uint32_t layer, uint32_t sequence,
                          uint64_t first, uint64_t count, ph_buffer* keys, uint64_t keys_offset,
                          ph_buffer* values, uint64_t values_offset, char* error, uint32_t error_bytes) {

@@ -207,7 +207,8 @@ __device__ __forceinline__ void quantize_queries(const Columns& columns, float s
   sum += __shfl_xor_sync(kEveryLane, sum, 2);
   if (lane % 8 == 0) {
     queries.sum[column] = sum;
-    queries.scale[column] = largest * (1.0f / kLargestFixed) * scale * kLog2E;
+    // Positive, for the scores that a window makes minus infinity.
+    queries.scale[column] = fmaxf(largest * (1.0f / kLargestFixed) * scale * kLog2E, 0x1p-126f);
   }
 }
 
@@ -247,6 +248,35 @@ struct PieceShared {
   PartSum sums[kWarps<kDim, kTiles>][kColumns];
 };
 
+// The window of a layer, for the columns of a thread block.
+struct Window {
+  uint32_t tokens, before;  // its length, or 0 for none; tokens of the sequence before the step
+
+  // The first token, sinks aside, that query token `token` of the step sees.
+  __device__ __forceinline__ uint32_t begin(uint32_t token) const {
+    return kv::window_begin(tokens, before + token);
+  }
+  // The first packed block that query token 0 sees.
+  __device__ __forceinline__ uint32_t first_block(uint32_t sinks) const {
+    return begin(0) > sinks ? (begin(0) - sinks) / kBlockTokens : 0;
+  }
+};
+
+// Hides the tokens of a tile, the first of them at `start`, that columns do not see.
+template <int kTiles>
+__device__ __forceinline__ void hide_tokens(const Window& window, const Columns& columns, uint32_t start,
+                                            float (&scores)[kTiles][8]) {
+  const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const uint32_t begin = window.begin((columns.first + 4 * n + i) / columns.group);
+#pragma unroll
+    for (int t = 0; t < 8; ++t) {
+      if (start + 8 * g + t < begin) scores[n][t] = -INFINITY;
+    }
+  }
+}
+
 // Partial results in the workspace: of piece p, kv head h and column c, at ((p * heads) + h) * columns + c.
 struct Partials {
   uint32_t* finished;  // [entries][heads][column groups], 0 before and after
@@ -262,7 +292,7 @@ struct DecodeParameters {
   Partials partials;
   const uint8_t* queries;
   uint8_t* out;
-  uint32_t layer, slot_bytes, stages;
+  uint32_t layer, slot_bytes, stages, window;
   float scale;
 };
 
@@ -308,7 +338,14 @@ __device__ __forceinline__ void attend_piece(const CacheView& cache, const Decod
                  i = lane % 4;
   const uint32_t head = blockIdx.y, stages = parameters.stages, slot_bytes = parameters.slot_bytes;
   const TileLayout& layout = parameters.layout;
-  const Share share = warp_share<kWarps<kDim, kTiles>>(work.piece, warp);
+  const Window window = {parameters.window, static_cast<uint32_t>(work.entry.before)};
+  StepPiece piece = work.piece;
+  const uint32_t skipped = max(piece.first_block, window.first_block(cache.sinks)) - piece.first_block;
+  piece.first_block += skipped;
+  piece.blocks -= min(piece.blocks, skipped);
+  const Share share = warp_share<kWarps<kDim, kTiles>>(piece, warp);
+  // Blocks that some column does not see all of come first.
+  const uint32_t hidden = window.begin(kMostQueries - 1);
   for (uint32_t at = lane; at < share.blocks; at += kWarpThreads) {
     const kv::RecordSpan span = kv::record_span(
         cache, kv::index_of(cache, parameters.layer, work.entry.sequence), share.first_block + at, head);
@@ -348,9 +385,10 @@ __device__ __forceinline__ void attend_piece(const CacheView& cache, const Decod
           [&](uint32_t column) {
             return column < columns.count ? columns.queries + 2 * columns.position(column, kDim) : nullptr;
           },
-          // A query token sees those before it, and itself.
-          [&](uint32_t column) {
-            return static_cast<uint32_t>(entry.before) + (columns.first + column) / columns.group;
+          // A query token sees those before it, and itself, as far as the window reaches.
+          [&](uint32_t column, uint32_t token, bool is_sink) {
+            const uint32_t query = (columns.first + column) / columns.group;
+            return token <= window.before + query && (is_sink || token >= window.begin(query));
           },
           ring.slots + (stages - 1) * slot_bytes, state);
     }
@@ -377,6 +415,8 @@ __device__ __forceinline__ void attend_piece(const CacheView& cache, const Decod
       tile_scores<kDim, kTiles, kBfloat, kWide, decltype(width)::value>(tile, layout, widths.x, queries,
                                                                         state, scores);
     });
+    const uint32_t start = cache.sinks + (share.first_block + at) * kBlockTokens;
+    if (start < hidden) hide_tokens(window, work.columns, start, scores);
     tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, weights, units);
     with_width<kGroups, kWide>(widths.y, [&](auto width) {
       tile_values<kDim, kTiles, kWide, decltype(width)::value>(
@@ -596,7 +636,8 @@ uint64_t decode_workspace_bytes(const CacheView& cache, uint64_t pieces) {
 }
 
 void decode(ph_device& device, const CacheView& cache, const kv::TileShape& shape, uint32_t layer,
-            const StepView& step, const uint8_t* queries, uint8_t* out, float scale, uint8_t* workspace) {
+            const StepView& step, const uint8_t* queries, uint8_t* out, float scale, uint8_t* workspace,
+            uint32_t window) {
   // Places of partial results depend on the largest step the workspace was made for, so any bound on pieces will do.
   const WorkspaceLayout places = workspace_layout(cache, step.piece_count);
   const uint32_t columns = cache.query_heads / cache.heads * step.most_queries;
@@ -614,6 +655,7 @@ void decode(ph_device& device, const CacheView& cache, const kv::TileShape& shap
   parameters.layer = layer;
   parameters.scale = scale;
   parameters.slot_bytes = slot_bytes(shape);
+  parameters.window = window;
   with_kernel(device, cache, shape, columns, [&](auto kernel, const Launch& launch) {
     allow_shared(device, kernel);
     parameters.stages = launch.stages;

@@ -30,21 +30,6 @@ const float kInfinity = __builtin_inff();
 
 Floats floats_of(Words words) { return __builtin_convertvector((Integers)words, Floats); }
 
-// 2^x to 2e-7, for x <= 0; 0 below 2^-126.
-Floats exp2(Floats x) {
-  const Floats shifted = x + 0x1.8p23f;  // rounds x to an integer, which ends up in the low bits
-  const Floats fraction = x - (shifted - 0x1.8p23f);
-  Floats power = splat(1.535336188319500e-4f);
-  power = power * fraction + 1.339887440266574e-3f;
-  power = power * fraction + 9.618437357674640e-3f;
-  power = power * fraction + 5.550332471162809e-2f;
-  power = power * fraction + 2.402264791363012e-1f;
-  power = power * fraction + 6.931472028550421e-1f;
-  power = power * fraction + 1.0f;
-  const Floats scaled = (Floats)((Words)power + ((Words)shifted << 23));
-  return x < -126.0f ? Floats{} : scaled;
-}
-
 // What a piece gives for one query head and token: sum of 2^(score - maximum) * value [head_dim], then the maximum of
 // the scores, in bits, then the sum of 2^(score - maximum).
 float* partial_of(const DecodeCall& call, uint32_t piece, uint32_t query, uint32_t query_head) {
@@ -124,8 +109,18 @@ void for_rows(uint32_t rows, Run run) {
 struct ChunkTokens {
   alignas(64) float key_scales[kBlockTokens], key_zeros[kBlockTokens];
   alignas(64) float value_scales[kBlockTokens], value_zeros[kBlockTokens];
-  // Visible to query tokens from this on; 0 for packed ones.
+  // Visible to query tokens from one on (0 for packed ones) until another.
   alignas(64) int32_t visible_from[kBlockTokens];
+  alignas(64) int32_t visible_until[kBlockTokens];
+
+  // Ends the visibility of the token at `position` by the window, unless it is a sink.
+  void end_visibility(const DecodeCall& call, const kv::StepSequence& sequence, uint32_t column,
+                      uint64_t position) {
+    const int64_t until =
+        static_cast<int64_t>(position) - static_cast<int64_t>(sequence.before) + call.window - 1;
+    const bool forever = call.window == 0 || position < call.cache.sinks || until > INT32_MAX;
+    visible_until[column] = forever ? INT32_MAX : static_cast<int32_t>(until < -1 ? -1 : until);
+  }
 };
 
 // The rows of one kv head's queries against a piece. Row r is query token r / group and query head r % group of the kv
@@ -188,7 +183,8 @@ struct Rows {
             const Floats zero = load<Floats>(tokens.key_zeros + at),
                          scale = load<Floats>(tokens.key_scales + at);
             const Floats score = (sums[row][half] + zero * query_sums[first + row]) * scale;
-            const Integers visible = load<Integers>(tokens.visible_from + at) <= query_tokens[first + row];
+            const Integers visible = load<Integers>(tokens.visible_from + at) <= query_tokens[first + row] &&
+                                     load<Integers>(tokens.visible_until + at) >= query_tokens[first + row];
             store(scores[first + row] + at, visible ? score : splat(-kInfinity));
           }
         }
@@ -273,7 +269,15 @@ void attend_packed(const DecodeCall& call, const kv::StepSequence& sequence, con
   kv::TileReader reader;
   alignas(64) uint8_t keys[kMostTileCodes], values[kMostTileCodes];
   ChunkTokens tokens = {};
-  for (uint32_t block = piece.first_block; block < piece.first_block + piece.blocks; ++block) {
+  for (int32_t& until : tokens.visible_until) until = INT32_MAX;
+  const uint32_t sinks = call.cache.sinks, seen = call.seen_from(sequence);
+  const uint32_t first_seen = seen > sinks ? (seen - sinks) / kBlockTokens : 0;
+  for (uint32_t block = first_seen > piece.first_block ? first_seen : piece.first_block;
+       block < piece.first_block + piece.blocks; ++block) {
+    for (uint32_t token = 0; token < kBlockTokens && call.window > 0; ++token) {
+      tokens.end_visibility(call, sequence, kv::key_column(token),
+                            sinks + static_cast<uint64_t>(block) * kBlockTokens + token);
+    }
     reader.read(call.cache, call.layer, sequence.sequence, block, head);
     reader.unpack(kernels, call.shape, PH_KV_KEYS, keys);
     reader.unpack(kernels, call.shape, PH_KV_VALUES, values);
@@ -292,7 +296,8 @@ void attend_recent(const DecodeCall& call, const kv::StepSequence& sequence, con
   const uint32_t head_dim = cache.head_dim;
   const uint64_t length = sequence.before + sequence.tokens;
   const uint64_t sinks = cache.sinks < length ? cache.sinks : length;
-  const uint64_t unpacked = cache.sinks + static_cast<uint64_t>(sequence.packed) * kBlockTokens;
+  const uint64_t packed_end = cache.sinks + static_cast<uint64_t>(sequence.packed) * kBlockTokens;
+  const uint64_t unpacked = packed_end > call.seen_from(sequence) ? packed_end : call.seen_from(sequence);
   const uint64_t count = sinks + (unpacked < length ? length - unpacked : 0);
   alignas(64) float keys[kMostHeadDim * kBlockTokens], values[kBlockTokens * kMostHeadDim];
   for (uint32_t run = piece.first_run; run < piece.first_run + piece.runs; ++run) {
@@ -309,6 +314,7 @@ void attend_recent(const DecodeCall& call, const kv::StepSequence& sequence, con
         continue;
       }
       const uint64_t token = first + i < sinks ? first + i : unpacked + (first + i - sinks);
+      tokens.end_visibility(call, sequence, column, token);
       if (token > sequence.before)
         tokens.visible_from[column] = static_cast<int32_t>(token - sequence.before);
       const uint8_t* rows_of[kv::kParts];

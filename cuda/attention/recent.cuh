@@ -77,7 +77,7 @@ struct RecentTokens {
 };
 
 // One run: tokens 64 * run and on. `keys` and `values` are the head's, of slot 0; `scale` that of the softmax, log2(e)
-// included; `visible(column)` the last token that a column sees. `scratch` is the warp's alone, in shared memory.
+// included; `visible(column, token, is_sink)` whether a column sees a token. `scratch` is the warp's alone, in shared memory.
 template <int kDim, int kTiles, bool kBfloat, typename Query, typename Visible>
 __device__ __forceinline__ void attend_run(const RecentTokens& tokens, uint32_t run, const uint8_t* keys,
                                            const uint8_t* values, uint64_t row_bytes, float scale,
@@ -130,11 +130,11 @@ __device__ __forceinline__ void attend_run(const RecentTokens& tokens, uint32_t 
     }
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const uint32_t last = visible(4 * n + i);
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         const uint32_t at = first + 8 * g + 2 * m + row;
-        const bool sees = at < tokens.count && tokens.token(at) <= last;
+        const bool sees =
+            at < tokens.count && visible(4 * n + i, tokens.token(at), at < tokens.sinks);
         scores[n][2 * m + row] = sees ? sums[n][2 * row] * scale : -INFINITY;
       }
     }

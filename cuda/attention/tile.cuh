@@ -384,7 +384,8 @@ __device__ __forceinline__ void tile_weights(const Tile& tile, WarpState<kDim, k
     for (int t = 1; t < 8; ++t) most = fmaxf(most, scores[n][t]);
     for (int distance = 4; distance < kWarpThreads; distance *= 2)
       most = fmaxf(most, __shfl_xor_sync(kEveryLane, most, distance));
-    highest[n] = most * state.query_scale[n];
+    // Not minus infinity where a window hides all of the tile.
+    highest[n] = fmaxf(most * state.query_scale[n], -1e30f);
     exceeds |= highest[n] > state.reference[n] + kLazyRescale;
   }
   if (__any_sync(kEveryLane, exceeds)) {  // the first tile, then practically never

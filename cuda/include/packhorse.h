@@ -328,8 +328,13 @@ PH_API int32_t ph_kv_measure(ph_device* device, const ph_kv_codec* codec, const 
  * Widths are chosen on the device, per block, head and group of 32 channels; records take the bytes they need, in pages
  * of 65,536 bytes from a pool of fixed size.
  *
- * A cache belongs to its device and to one thread at a time. No call allocates device memory after creation. append and
- * attend only enqueue; begin enqueues too, unless the pool looks exhausted by the largest sizes that records can have:
+ * A layer may have a sliding window: the token at position p attends to those at p - window + 1 to p, and to the sinks.
+ * Packed blocks outside are not read, and when the pool would not do for a step, begin gives back the pages that hold
+ * nothing but blocks which no token to come attends to. Their tokens are gone then: they can't be read, and a sequence
+ * can't be truncated to where its next token would attend to them.
+ *
+ * A cache belongs to its device and to one thread at a time. No call allocates device memory after creation. append,
+ * attend and prefill only enqueue; begin too, unless the pool looks exhausted by the largest sizes that records can have:
  * then it waits for the device to learn the true ones. On CUDA what begin uploads passes through 2 MiB of pinned memory;
  * it waits for a part of that only if the GPU is as many uploads behind.
  */
@@ -352,7 +357,7 @@ typedef struct ph_kv_cache_config {
   uint64_t pool_bytes;  /* for packed blocks; rounded down to pages */
 } ph_kv_cache_config;
 
-/* How a layer is packed. */
+/* How a layer is packed, and how much of a sequence it attends to. */
 typedef struct ph_kv_cache_codec {
   uint32_t key_quantizer; /* ph_kv_cache_quantizer */
   uint32_t value_quantizer;
@@ -360,6 +365,7 @@ typedef struct ph_kv_cache_codec {
   uint32_t value_bits;
   float key_rel; /* packkv: 1/254..1; else 0 */
   float value_rel;
+  uint32_t window; /* tokens that a token attends to, itself included, beside the sinks; 0: all */
 } ph_kv_cache_codec;
 
 /* Every byte that a cache has allocated, by purpose, and what is in it. */
@@ -371,10 +377,10 @@ typedef struct ph_kv_cache_statistics {
   uint64_t step_bytes;       /* the plan of a step */
   uint64_t workspace_bytes;  /* scratch of append and attend */
   uint64_t free_bytes;       /* pages of the pool that no sequence holds */
-  uint64_t packed_bytes;     /* records of all sequences; shared ones count once for each */
+  uint64_t packed_bytes;     /* records held; those that sequences share count once for each */
   uint64_t sequences;        /* alive */
   uint64_t tokens;           /* of all sequences */
-  uint64_t packed_tokens;    /* of these, packed */
+  uint64_t packed_tokens;    /* of these, packed, those included that windows have left */
 } ph_kv_cache_statistics;
 
 /* Creates a cache and all its memory. `codecs` has one entry per layer. */
@@ -398,7 +404,8 @@ PH_API int32_t ph_kv_cache_add(ph_device* device, ph_kv_cache* cache, uint32_t* 
 PH_API int32_t ph_kv_cache_fork(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint32_t* fork,
                                 char* error, uint32_t error_bytes);
 /* Keeps the first `tokens` tokens of a sequence. Tokens of a block that is cut go back to 16 bits with the values
- * they were packed to. Waits for the device. */
+ * they were packed to. PH_ERROR_INVALID_ARGUMENT if the next token would attend to tokens that were given back. Waits for
+ * the device. */
 PH_API int32_t ph_kv_cache_truncate(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint64_t tokens,
                                     char* error, uint32_t error_bytes);
 /* Ends a sequence; its number may be given again. This, and truncate, end the step: no attention until the next. */
@@ -420,14 +427,24 @@ PH_API int32_t ph_kv_cache_append(ph_device* device, ph_kv_cache* cache, uint32_
                                   uint64_t values_offset, char* error, uint32_t error_bytes);
 /* Attention of the step's tokens over their sequences, after the layer's append: queries and out
  * [step tokens, query_heads, head_dim]. out = softmax(scale * q . K) . V, causal; query head h reads kv head
- * h / (query_heads / kv_heads). At most 8 tokens per sequence. Relative error within 1e-3 of exact attention over the
+ * h / (query_heads / kv_heads). At most 8 tokens per sequence; ph_kv_cache_prefill takes any number. Relative error within 1e-3 of exact attention over the
  * unpacked values. Deterministic: a sequence's results do not depend on the rest of the batch. */
 PH_API int32_t ph_kv_cache_attend(ph_device* device, ph_kv_cache* cache, uint32_t layer,
                                   const ph_buffer* queries, uint64_t queries_offset, ph_buffer* out,
                                   uint64_t out_offset, float scale, char* error, uint32_t error_bytes);
 
+/* Attention of the step's tokens, any number per sequence, and their append, in one call in place of append and attend:
+ * keys and values as append takes them, queries and out as attend does. The tokens attend to what their sequences held
+ * before the step and, causally, to each other as they are in `keys` and `values`, in 16 bits; then they are appended,
+ * with the very bytes that append writes. `out` must not overlap the other tensors. Error and determinism as attend. */
+PH_API int32_t ph_kv_cache_prefill(ph_device* device, ph_kv_cache* cache, uint32_t layer,
+                                   const ph_buffer* queries, uint64_t queries_offset, const ph_buffer* keys,
+                                   uint64_t keys_offset, const ph_buffer* values, uint64_t values_offset,
+                                   ph_buffer* out, uint64_t out_offset, float scale, char* error,
+                                   uint32_t error_bytes);
+
 /* Tokens [first, first + count) of a sequence as attention sees them, rounded to dtype: keys and values
- * [count, kv_heads, head_dim]. */
+ * [count, kv_heads, head_dim]. PH_ERROR_INVALID_ARGUMENT if some of them were given back. */
 PH_API int32_t ph_kv_cache_read(ph_device* device, ph_kv_cache* cache, uint32_t layer, uint32_t sequence,
                                 uint64_t first, uint64_t count, ph_buffer* keys, uint64_t keys_offset,
                                 ph_buffer* values, uint64_t values_offset, char* error, uint32_t error_bytes);

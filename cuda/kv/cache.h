@@ -76,6 +76,11 @@ PH_HOST_DEVICE uint8_t* stream_byte(const CacheView& cache, const uint32_t* page
   return cache.pool + pages[offset / kPageBytes] * kPageBytes + offset % kPageBytes;
 }
 
+// The first token, sinks aside, that a query token at `position` sees; 0 without a window.
+PH_HOST_DEVICE uint32_t window_begin(uint32_t window, uint32_t position) {
+  return window == 0 || position < window ? 0 : position + 1 - window;
+}
+
 // One sequence's part of a step.
 struct StepSequence {
   uint32_t sequence;

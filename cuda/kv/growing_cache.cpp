@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "attention/decode.h"
+#include "attention/prefill.h"
 #include "common/error.h"
 
 namespace ph::kv {
@@ -110,6 +111,12 @@ std::vector<TileShape> make_shapes(const ph_kv_cache_config& config, const ph_kv
                       make_part(config, codec.value_quantizer, codec.value_bits, codec.value_rel, "values")}};
   }
   return shapes;
+}
+
+std::vector<uint32_t> make_windows(const ph_kv_cache_config& config, const ph_kv_cache_codec* codecs) {
+  std::vector<uint32_t> windows(config.layers);
+  for (uint32_t layer = 0; layer < config.layers; ++layer) windows[layer] = codecs[layer].window;
+  return windows;
 }
 
 // A product of sizes in bytes, which has to be one that memory can have.
@@ -243,6 +250,21 @@ ph_kv_cache_statistics empty_statistics(const CacheSizes& sizes) {
   return found;
 }
 
+// Gives back a stream's pages from page `end` of the stream on.
+void drop_after(PagePool& pool, Stream& stream, uint64_t end) {
+  while (!stream.pages.empty() && stream.end_page() > end) {
+    pool.drop(stream.pages.back());
+    stream.pages.pop_back();
+  }
+}
+
+void require_scale(float scale) {
+  if (scale > 0.0f && std::isfinite(scale)) return;
+  throw Error(PH_ERROR_INVALID_ARGUMENT,
+              "The scale of attention must be positive and finite: current value is %g",
+              static_cast<double>(scale));
+}
+
 uint32_t blocks_due(const ph_kv_cache_config& config, uint64_t tokens) {
   const uint64_t kept = static_cast<uint64_t>(config.sinks) + config.residual;
   return tokens <= kept ? 0 : static_cast<uint32_t>((tokens - kept) / kBlockTokens);
@@ -273,6 +295,7 @@ ph_kv_cache::ph_kv_cache(ph_device& device, const ph_kv_cache_config& config, co
     : device_(device),
       config_(checked_config(config)),
       shapes_(make_shapes(config, codecs)),
+      windows_(make_windows(config, codecs)),
       view_(make_view(config, shapes_)),
       sizes_(make_sizes(config, view_)),
       pool_(device, sizes_.pool),
@@ -319,6 +342,14 @@ void ph_kv_cache::require_idle(const char* what) const {
               static_cast<uint32_t>(missing - appended_.begin()));
 }
 
+// That a layer has no tokens of the step yet.
+void ph_kv_cache::require_missing(uint32_t layer) const {
+  require_layer(layer);
+  if (appended_[layer])
+    throw Error(PH_ERROR_INVALID_ARGUMENT, "Layer %u has the tokens of this step already: begin the next one",
+                layer);
+}
+
 uint32_t ph_kv_cache::free_slot() const {
   for (uint32_t slot = 0; slot < config_.sequences; ++slot) {
     if (!sequences_[slot].alive && sequences_[slot].awaited.empty()) return slot;
@@ -331,9 +362,9 @@ uint64_t ph_kv_cache::page_table_position(uint32_t layer, uint32_t sequence, uin
 }
 
 void ph_kv_cache::grant(uint32_t layer, uint32_t sequence, uint32_t page) {
-  std::vector<uint32_t>& pages = sequences_[sequence].streams[layer].pages;
-  grants_.push_back({page_table_position(layer, sequence, pages.size()), page, 0});
-  pages.push_back(page);
+  Stream& stream = sequences_[sequence].streams[layer];
+  grants_.push_back({page_table_position(layer, sequence, stream.end_page()), page, 0});
+  stream.pages.push_back(page);
 }
 
 void ph_kv_cache::send_grants() {
@@ -373,13 +404,14 @@ void ph_kv_cache::remove(uint32_t sequence) {
   if (known) planned_ = false;
 }
 
-std::vector<uint32_t> ph_kv_cache::stream_ends() {
+template <typename Block>
+std::vector<uint32_t> ph_kv_cache::block_begins(Block block) {
   std::vector<WordAt> words;
   for (uint32_t sequence = 0; sequence < config_.sequences; ++sequence) {
     if (!sequences_[sequence].alive) continue;
     for (uint32_t layer = 0; layer < config_.layers; ++layer) {
       words.push_back({stream_of(view_, layer, sequence) * index_words(view_) +
-                           static_cast<uint64_t>(sequences_[sequence].packed) * view_.heads,
+                           static_cast<uint64_t>(block(layer, sequence)) * view_.heads,
                        0, 0});
     }
   }
@@ -387,9 +419,13 @@ std::vector<uint32_t> ph_kv_cache::stream_ends() {
   gather_words(device_, view_.index, reinterpret_cast<WordAt*>(words_.data()),
                static_cast<uint32_t>(words.size()));
   download(device_, words.data(), words_.data(), words.size() * sizeof(WordAt));
-  std::vector<uint32_t> ends(static_cast<size_t>(config_.layers) * config_.sequences, kStreamStart);
-  for (const WordAt& word : words) ends[word.position / index_words(view_)] = word.value;
-  return ends;
+  std::vector<uint32_t> begins(static_cast<size_t>(config_.layers) * config_.sequences, kStreamStart);
+  for (const WordAt& word : words) begins[word.position / index_words(view_)] = word.value;
+  return begins;
+}
+
+std::vector<uint32_t> ph_kv_cache::stream_ends() {
+  return block_begins([&](uint32_t, uint32_t sequence) { return sequences_[sequence].packed; });
 }
 
 void ph_kv_cache::tighten() {
@@ -399,11 +435,7 @@ void ph_kv_cache::tighten() {
     for (uint32_t layer = 0; layer < config_.layers; ++layer) {
       Stream& stream = sequences_[sequence].streams[layer];
       stream.bound = ends[stream_of(view_, layer, sequence)];
-      const uint64_t needed = sequences_[sequence].packed == 0 ? 0 : divide_up(stream.bound, kPageUnits);
-      while (stream.pages.size() > needed) {
-        pages_.drop(stream.pages.back());
-        stream.pages.pop_back();
-      }
+      drop_after(pages_, stream, sequences_[sequence].packed == 0 ? 0 : divide_up(stream.bound, kPageUnits));
     }
   }
 }
@@ -412,6 +444,47 @@ uint32_t ph_kv_cache::copied(uint32_t page) {
   const uint32_t own = pages_.take();
   copy(device_, view_.pool + own * kPageBytes, view_.pool + page * kPageBytes, kPageBytes);
   return own;
+}
+
+// The first token, sinks aside, that a stream still has.
+uint64_t ph_kv_cache::first_held(const Stream& stream) const {
+  return config_.sinks + static_cast<uint64_t>(stream.first_block) * kBlockTokens;
+}
+
+void ph_kv_cache::give_back(uint64_t needed) {
+  // The first block that the next token of a sequence sees, or one later.
+  const auto first_seen = [&](uint32_t layer, uint32_t sequence) {
+    const uint64_t next = sequences_[sequence].tokens;
+    const uint64_t seen = windows_[layer] == 0 || next < windows_[layer] ? 0 : next + 1 - windows_[layer];
+    const uint64_t blocks = seen > config_.sinks ? (seen - config_.sinks) / kBlockTokens : 0;
+    return static_cast<uint32_t>(std::min<uint64_t>(blocks, sequences_[sequence].packed));
+  };
+  if (std::all_of(windows_.begin(), windows_.end(), [](uint32_t window) { return window == 0; })) return;
+  const std::vector<uint32_t> begins = block_begins(first_seen);
+  const auto for_each_stale = [&](auto use) {
+    for (uint32_t sequence = 0; sequence < config_.sequences; ++sequence) {
+      for (uint32_t layer = 0; layer < config_.layers && sequences_[sequence].alive; ++layer) {
+        Stream& stream = sequences_[sequence].streams[layer];
+        const uint32_t begin = begins[stream_of(view_, layer, sequence)];
+        const uint64_t page = begin / kPageUnits;
+        if (page > stream.first_page())
+          use(stream, page - stream.first_page(), begin, first_seen(layer, sequence));
+      }
+    }
+  };
+  // A page that sequences share is free when none of them needs it.
+  std::vector<uint32_t> drops(config_.pool_bytes / kPageBytes, 0);
+  uint64_t freed = 0;
+  for_each_stale([&](const Stream& stream, uint64_t count, uint32_t, uint32_t) {
+    for (uint64_t i = 0; i < count; ++i) freed += ++drops[stream.pages[i]] == pages_.holders(stream.pages[i]);
+  });
+  if (pages_.available() + freed < needed) return;
+  for_each_stale([&](Stream& stream, uint64_t count, uint32_t begin, uint32_t first_block) {
+    for (uint64_t i = 0; i < count; ++i) pages_.drop(stream.pages[i]);
+    stream.pages.erase(stream.pages.begin(), stream.pages.begin() + static_cast<ptrdiff_t>(count));
+    stream.begin = begin;
+    stream.first_block = first_block;
+  });
 }
 
 void ph_kv_cache::own_last_page(uint32_t layer, uint32_t sequence) {
@@ -441,6 +514,8 @@ uint32_t ph_kv_cache::fork(uint32_t sequence) {
   const uint64_t used = (static_cast<uint64_t>(parent.packed) * view_.heads + 1) * sizeof(uint32_t);
   for (uint32_t layer = 0; layer < config_.layers; ++layer) {
     const Stream& from = sequences_[sequence].streams[layer];
+    Stream& to = sequences_[slot].streams[layer];
+    to = {{}, from.bound, from.begin, from.first_block};
     // Each page is granted once: grants that are sent together are in no order.
     const size_t shared = from.pages.size() - writes_last_page(from);
     for (size_t i = 0; i < shared; ++i) {
@@ -448,7 +523,6 @@ uint32_t ph_kv_cache::fork(uint32_t sequence) {
       grant(layer, slot, from.pages[i]);
     }
     if (shared < from.pages.size()) grant(layer, slot, copied(from.pages.back()));
-    sequences_[slot].streams[layer].bound = from.bound;
     const uint64_t recent = recent_part_bytes(view_) * kParts;
     copy(device_, reinterpret_cast<uint8_t*>(index_of(view_, layer, slot)),
          reinterpret_cast<const uint8_t*>(index_of(view_, layer, sequence)), used);
@@ -466,6 +540,16 @@ void ph_kv_cache::truncate(uint32_t sequence, uint64_t tokens) {
     throw Error(PH_ERROR_INVALID_ARGUMENT, "Cannot truncate sequence %u to %llu tokens: it has %llu",
                 sequence, static_cast<unsigned_long>(tokens), static_cast<unsigned_long>(cut.tokens));
   }
+  for (uint32_t layer = 0; layer < config_.layers && tokens > config_.sinks; ++layer) {
+    const Stream& stream = cut.streams[layer];
+    if (stream.first_block == 0 || tokens + 1 >= first_held(stream) + windows_[layer]) continue;
+    throw Error(
+        PH_ERROR_INVALID_ARGUMENT,
+        "Cannot truncate sequence %u to %llu tokens: of layer %u it holds those from %llu on, the rest "
+        "was given back, and with a window of %u the next token needs %llu tokens or more",
+        sequence, static_cast<unsigned_long>(tokens), layer, static_cast<unsigned_long>(first_held(stream)),
+        windows_[layer], static_cast<unsigned_long>(first_held(stream) + windows_[layer] - 1));
+  }
   const uint64_t after_sinks = tokens > config_.sinks ? tokens - config_.sinks : 0;
   const uint32_t packed = static_cast<uint32_t>(std::min<uint64_t>(cut.packed, after_sinks / kBlockTokens));
   if (packed < cut.packed) {
@@ -475,8 +559,9 @@ void ph_kv_cache::truncate(uint32_t sequence, uint64_t tokens) {
     uint32_t copies = 0;
     for (uint32_t layer = 0; layer < config_.layers; ++layer) {
       const uint32_t end = ends[stream_of(view_, layer, sequence)];
-      copies +=
-          packed > 0 && end % kPageUnits != 0 && pages_.shared(cut.streams[layer].pages[end / kPageUnits]);
+      const Stream& stream = cut.streams[layer];
+      copies += packed > 0 && end % kPageUnits != 0 &&
+                pages_.shared(stream.pages[end / kPageUnits - stream.first_page()]);
     }
     if (copies > pages_.available()) {
       cut.packed = before;
@@ -491,11 +576,8 @@ void ph_kv_cache::truncate(uint32_t sequence, uint64_t tokens) {
     for (uint32_t layer = 0; layer < config_.layers; ++layer) {
       Stream& stream = cut.streams[layer];
       stream.bound = ends[stream_of(view_, layer, sequence)];
-      const uint64_t needed = packed == 0 ? 0 : divide_up(stream.bound, kPageUnits);
-      while (stream.pages.size() > needed) {
-        pages_.drop(stream.pages.back());
-        stream.pages.pop_back();
-      }
+      drop_after(pages_, stream, packed == 0 ? 0 : divide_up(stream.bound, kPageUnits));
+      if (packed == 0) stream.begin = kStreamStart, stream.first_block = 0;
       own_last_page(layer, sequence);
     }
     send_grants();
@@ -548,7 +630,7 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
         const Stream& stream = sequences_[entry.sequence].streams[layer];
         const uint64_t bound = stream.bound + entry.blocks * largest_block_units(shapes_[layer]);
         needed += divide_up(bound, kPageUnits) -
-                  std::min<uint64_t>(divide_up(bound, kPageUnits), stream.pages.size());
+                  std::min<uint64_t>(divide_up(bound, kPageUnits), stream.end_page());
       }
     }
     return needed;
@@ -557,6 +639,7 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
   if (needed > pages_.available()) {
     tighten();
     needed = pages_needed();
+    if (needed > pages_.available()) give_back(needed);
     if (needed > pages_.available()) {
       throw Error(
           PH_ERROR_OUT_OF_MEMORY,
@@ -592,7 +675,7 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
     for (uint32_t layer = 0; layer < config_.layers && entry.blocks > 0; ++layer) {
       Stream& stream = sequence.streams[layer];
       stream.bound += entry.blocks * largest_block_units(shapes_[layer]);
-      while (stream.pages.size() < divide_up(stream.bound, kPageUnits))
+      while (stream.end_page() < divide_up(stream.bound, kPageUnits))
         grant(layer, entry.sequence, pages_.take());
     }
     sequence.tokens += entry.tokens;
@@ -625,10 +708,7 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
 }
 
 void ph_kv_cache::append(uint32_t layer, StepTensors tensors) {
-  require_layer(layer);
-  if (appended_[layer])
-    throw Error(PH_ERROR_INVALID_ARGUMENT, "Layer %u has the tokens of this step already: begin the next one",
-                layer);
+  require_missing(layer);
   kv::append(device_, view_, shapes_[layer], layer, step_, tensors, workspace_.data(),
              reinterpret_cast<uint64_t*>(non_finite_.data()));
   appended_[layer] = true;
@@ -641,17 +721,26 @@ void ph_kv_cache::attend(uint32_t layer, const uint8_t* queries, uint8_t* out, f
                 layer);
   require_step("attend");
   if (step_.most_queries > kMostQueries) {
-    throw Error(PH_ERROR_UNSUPPORTED, "Cannot attend with %u tokens of a sequence in a step: the most is %u",
-                step_.most_queries, kMostQueries);
+    throw Error(
+        PH_ERROR_UNSUPPORTED,
+        "Cannot attend with %u tokens of a sequence in a step: the most is %u; use prefill instead of "
+        "append for more",
+        step_.most_queries, kMostQueries);
   }
-  if (!(scale > 0.0f && std::isfinite(scale))) {
-    throw Error(PH_ERROR_INVALID_ARGUMENT,
-                "The scale of attention must be positive and finite: current value is %g",
-                static_cast<double>(scale));
-  }
+  require_scale(scale);
   if (capture_) capture_->attended[layer] = true;
   if (step_.sequence_count == 0) return;
-  attention::decode(device_, view_, shapes_[layer], layer, step_, queries, out, scale, attention_.data());
+  attention::decode(device_, view_, shapes_[layer], layer, step_, queries, out, scale, attention_.data(),
+                    windows_[layer]);
+}
+
+void ph_kv_cache::prefill(uint32_t layer, StepTensors tensors, const uint8_t* queries, uint8_t* out,
+                          float scale) {
+  require_missing(layer);
+  require_scale(scale);
+  attention::prefill(device_, view_, shapes_[layer], layer, step_, tensors, queries, out, scale,
+                     windows_[layer]);
+  append(layer, tensors);
 }
 
 void ph_kv_cache::read(uint32_t layer, uint32_t sequence, uint64_t first, uint64_t count, uint8_t* keys,
@@ -667,6 +756,16 @@ void ph_kv_cache::read(uint32_t layer, uint32_t sequence, uint64_t first, uint64
                 static_cast<unsigned_long>(from.tokens));
   }
   if (count == 0) return;
+  const Stream& stream = from.streams[layer];
+  const uint64_t held = first_held(stream);
+  if (stream.first_block > 0 && first < held && first + count > config_.sinks) {
+    throw Error(
+        PH_ERROR_INVALID_ARGUMENT,
+        "Cannot read tokens %llu to %llu of sequence %u: beside the %u sinks, layer %u holds those from "
+        "%llu on; its window left the others",
+        static_cast<unsigned_long>(first), static_cast<unsigned_long>(first + count), sequence, config_.sinks,
+        layer, static_cast<unsigned_long>(held));
+  }
   read_tokens(device_, view_, shapes_[layer], layer, sequence, from.packed, first, count, keys, values);
 }
 
@@ -694,7 +793,7 @@ ph_kv_cache_statistics ph_kv_cache::statistics() {
     found.tokens += sequence.tokens;
     found.packed_tokens += static_cast<uint64_t>(sequence.packed) * kBlockTokens;
     for (const Stream& stream : sequence.streams)
-      found.packed_bytes += (stream.bound - kStreamStart) * kUnitBytes;
+      found.packed_bytes += (stream.bound - stream.begin) * kUnitBytes;
   }
   return found;
 }

@@ -19,6 +19,7 @@ class PagePool {
   uint32_t available() const { return static_cast<uint32_t>(free_.size()); }
   uint32_t take();
   void share(uint32_t page) { ++holders_[page]; }
+  uint32_t holders(uint32_t page) const { return holders_[page]; }
   bool shared(uint32_t page) const { return holders_[page] > 1; }
   void drop(uint32_t page);
 
@@ -26,10 +27,16 @@ class PagePool {
   std::vector<uint32_t> holders_, free_;
 };
 
-// A sequence's records in one layer.
+// A sequence's records in one layer. Those of blocks before `first_block` may have been given back, as the layer's window
+// no longer shows them.
 struct Stream {
-  std::vector<uint32_t> pages;
+  std::vector<uint32_t> pages;    // from first_page() on
   uint64_t bound = kStreamStart;  // units: the stream ends here at the latest
+  uint32_t begin = kStreamStart;  // units: where first_block begins
+  uint32_t first_block = 0;
+
+  uint64_t first_page() const { return begin / kPageUnits; }
+  uint64_t end_page() const { return first_page() + pages.size(); }
 };
 
 struct Sequence {
@@ -99,6 +106,9 @@ struct ph_kv_cache {
   void begin(const uint32_t* sequences, const uint32_t* tokens, uint32_t count);
   void append(uint32_t layer, ph::kv::StepTensors tensors);
   void attend(uint32_t layer, const uint8_t* queries, uint8_t* out, float scale);
+  // Attention of the tokens, then append.
+  void prefill(uint32_t layer, ph::kv::StepTensors tensors, const uint8_t* queries, uint8_t* out,
+               float scale);
   void read(uint32_t layer, uint32_t sequence, uint64_t first, uint64_t count, uint8_t* keys,
             uint8_t* values);
   void check();
@@ -130,7 +140,10 @@ struct ph_kv_cache {
   void require_step(const char* what) const;
   // Throws if a layer still lacks tokens of the sequence.
   void require_settled(uint32_t sequence, const char* what) const;
+  void require_missing(uint32_t layer) const;
   uint32_t free_slot() const;
+  // Throws for a stream that has given blocks back.
+  void require_whole(const ph::kv::Stream& stream, uint32_t sequence) const;
   // The slot of a sequence that is being imported.
   ph::kv::Sequence& importing(uint32_t sequence);
   // Calls visit(part, token, count, memory) for stretches of tokens in 16 bits, in their order; memory is the device's,
@@ -138,10 +151,17 @@ struct ph_kv_cache {
   template <typename Visit>
   void for_each_recent(uint32_t layer, uint32_t sequence, const ph::kv::Sequence& held, Visit visit) const;
 
-  // The true ends of all streams, in units: waits for the device.
+  // Where blocks begin, in units, of each stream of an alive sequence the one that `block(layer, sequence)` names; a
+  // stream ends where its block after the last begins. Waits for the device.
+  template <typename Block>
+  std::vector<uint32_t> block_begins(Block block);
   std::vector<uint32_t> stream_ends();
   // Lowers every bound to the true end, and gives back the pages behind it.
   void tighten();
+  // Gives back the pages before what windows show to tokens to come, if `needed` pages are free then; else changes
+  // nothing. Bounds must be tight.
+  void give_back(uint64_t needed);
+  uint64_t first_held(const ph::kv::Stream& stream) const;
   uint64_t page_table_position(uint32_t layer, uint32_t sequence, uint64_t page) const;
   void grant(uint32_t layer, uint32_t sequence, uint32_t page);
   void send_grants();
@@ -153,6 +173,7 @@ struct ph_kv_cache {
   ph_device& device_;
   ph_kv_cache_config config_;
   std::vector<ph::kv::TileShape> shapes_;
+  std::vector<uint32_t> windows_;  // of layers; 0: none
   ph::kv::CacheView view_;
   ph::kv::CacheSizes sizes_;
   ph::kv::DeviceMemory pool_, recent_, index_, page_tables_, plan_, workspace_, attention_, words_,

@@ -78,6 +78,14 @@ void ph_kv_cache::for_each_recent(uint32_t layer, uint32_t sequence, const Seque
   }
 }
 
+void ph_kv_cache::require_whole(const Stream& stream, uint32_t sequence) const {
+  if (stream.first_block == 0) return;
+  throw Error(PH_ERROR_INVALID_ARGUMENT,
+              "Cannot export sequence %u: blocks outside of a layer's window were given back, and it holds tokens "
+              "from %llu on",
+              sequence, static_cast<unsigned long long>(first_held(stream)));
+}
+
 void ph_kv_cache::require_settled(uint32_t sequence, const char* what) const {
   if (alive(sequence).step == steps_) require_idle(what);
 }
@@ -85,6 +93,7 @@ void ph_kv_cache::require_settled(uint32_t sequence, const char* what) const {
 uint32_t ph_kv_cache::measure(uint32_t sequence, uint64_t* record_bytes) {
   require_settled(sequence, "export a sequence");
   const Sequence& measured = alive(sequence);
+  for (const Stream& stream : measured.streams) require_whole(stream, sequence);
   const std::vector<uint32_t> ends = stream_ends();
   for (uint32_t layer = 0; layer < config_.layers; ++layer)
     record_bytes[layer] =
@@ -96,6 +105,7 @@ void ph_kv_cache::export_layer(uint32_t sequence, uint32_t layer, SequenceLayer 
   require_settled(sequence, "export a sequence");
   require_layer(layer);
   const Sequence& from = alive(sequence);
+  require_whole(from.streams[layer], sequence);
   std::vector<uint32_t> ends(static_cast<size_t>(from.packed) * view_.heads + 1);
   download(device_, ends.data(), reinterpret_cast<const uint8_t*>(index_of(view_, layer, sequence)),
            ends.size() * sizeof ends[0]);

@@ -125,6 +125,25 @@ export const KV_CACHE_SYMBOLS = {
     ],
     result: "i32",
   },
+  ph_kv_cache_prefill: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // ph_kv_cache* cache
+      "u32", // uint32_t layer
+      "pointer", // const ph_buffer* queries
+      "u64", // uint64_t queries_offset
+      "pointer", // const ph_buffer* keys
+      "u64", // uint64_t keys_offset
+      "pointer", // const ph_buffer* values
+      "u64", // uint64_t values_offset
+      "pointer", // ph_buffer* out
+      "u64", // uint64_t out_offset
+      "f32", // float scale
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
   ph_kv_cache_read: {
     parameters: [
       "pointer", // ph_device* device

@@ -59,13 +59,13 @@ export interface KvCacheStatistics {
   readonly workspaceBytes: number;
   /** Pages of the pool that no sequence holds. */
   readonly freeBytes: number;
-  /** Records of all sequences; shared ones count once for each. */
+  /** Records of all sequences; shared ones count once for each, those given back not. */
   readonly packedBytes: number;
   /** Sequences that there are. */
   readonly sequences: number;
   /** Tokens of all sequences. */
   readonly tokens: number;
-  /** Of these, packed. */
+  /** Of these, packed, whether the windows of all layers have left them or not. */
   readonly packedTokens: number;
 }
 
@@ -80,7 +80,10 @@ const dropped = new FinalizationRegistry<NativeKvCache>((native) => native.close
  * would remain after it, a block of 64 tokens is packed (see {@linkcode KvCacheOptions}); results do not depend on how
  * many tokens come at a time. Tokens come in steps, for attention is planned once for all sequences and layers of a
  * step: {@linkcode begin} says which sequences get how many tokens, then every layer calls
- * {@linkcode KvCacheStep.append} and {@linkcode KvCacheStep.attend}.
+ * {@linkcode KvCacheStep.append} and {@linkcode KvCacheStep.attend}, or, for prompts, {@linkcode KvCacheStep.prefill}.
+ *
+ * Layers may have a sliding window, beyond which tokens attend to the sinks only. Packed tokens outside are not read,
+ * and {@linkcode begin} gives back their pages when the pool would not do otherwise.
  *
  * A cache allocates all its memory when it is created. {@linkcode begin} and the calls of a step enqueue work and wait
  * for nothing, except that `begin` may wait for the device when the pool is nearly full. One thread at a time may use
@@ -185,7 +188,8 @@ export class KvCache implements Disposable {
    * Keeps the first `tokens` tokens of a sequence. Tokens of a packed block that is cut go back to 16 bits, with the
    * values that they were packed to. Waits for the device. Ends the current step.
    *
-   * Throws as {@linkcode fork}, and `invalid-argument` if the sequence has fewer tokens.
+   * Throws as {@linkcode fork}, and `invalid-argument` if the sequence has fewer tokens, or its next token would attend
+   * to tokens that were given back because a window had left them.
    */
   truncate(sequence: KvSequence, tokens: number): void {
     const number = this.#changing(sequence, "truncate");
@@ -219,7 +223,8 @@ export class KvCache implements Disposable {
    *
    * Throws `invalid-argument` if there is no such sequence, if one is named twice or would get longer than the cache
    * was created for, if the step has more tokens than the cache was created for, or if a layer lacks the tokens of the
-   * step before; `out-of-memory` if the pool might be exhausted. Then nothing has changed, and the step before goes on.
+   * step before; `out-of-memory` if the pool might be exhausted, even without what windows have left. Then nothing has
+   * changed, and the step before goes on.
    */
   begin(parts: readonly KvStepPart[]): KvCacheStep {
     if (parts.length === 0) refuse("Cannot begin a step without sequences");
@@ -242,8 +247,8 @@ export class KvCache implements Disposable {
    * `[count, kvHeads, headDim]` in new buffers, which disposing the result frees. Enqueues the work; download the
    * buffers to look at the values.
    *
-   * Throws `invalid-argument` for a layer, a sequence or tokens that do not exist, and if the layer lacks the tokens
-   * of the current step; `out-of-memory`.
+   * Throws `invalid-argument` for a layer, a sequence or tokens that do not exist, or no longer as the layer's window
+   * has left them, and if the layer lacks the tokens of the current step; `out-of-memory`.
    */
   read(
     layer: number,

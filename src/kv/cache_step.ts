@@ -20,7 +20,8 @@ export let startStep: (owner: StepOwner, tokens: number) => KvCacheStep;
 
 /**
  * New tokens for some of the sequences of a {@linkcode KvCache}, made by {@linkcode KvCache.begin}: every layer
- * appends their keys and values, then attends with their queries.
+ * appends their keys and values, then attends with their queries; or does both at once, by {@linkcode prefill}, for
+ * any number of tokens.
  *
  * The tensors are row-major and hold the tokens of the step's first sequence, then those of its second, and so on.
  * Calls enqueue work and wait for nothing, so the buffers may be reused, or disposed, right away. Views must start at
@@ -71,14 +72,15 @@ export class KvCacheStep {
 
   /**
    * Attention of the step's tokens over their sequences: `out = softmax(scale * queries . keys) . values`, where a
-   * token sees those before it and itself, and query head `h` reads kv head `floor(h * kvHeads / queryHeads)`.
+   * token sees those before it and itself, as far as the layer's window reaches, and the sinks, and query head `h` reads kv head `floor(h * kvHeads / queryHeads)`.
    * `queries` and `out` are `[tokens, queryHeads, headDim]` of the cache's dtype and must not overlap. A layer must
    * have been appended to before.
    *
    * Besides rounding `out` to its type, the relative error is within 1e-3 of exact attention over what packed tokens
    * are unpacked to, which is what {@linkcode KvCache.read} rounds to 16 bits. A sequence's results are the same, bit for bit, whatever else is in the step.
    *
-   * Throws `unsupported` if the step has more than 8 tokens of a sequence, else as {@linkcode append}.
+   * Throws `unsupported` if the step has more than 8 tokens of a sequence, for which {@linkcode prefill} is; else as
+   * {@linkcode append}.
    */
   attend(
     layer: number,
@@ -89,20 +91,10 @@ export class KvCacheStep {
     const { native, config } = this.#current("attend");
     const { scale = 1 / Math.sqrt(config.headDim) } = options;
     checkLayer(config, layer, "attend");
-    const single = typeof scale === "number" ? Math.fround(scale) : NaN;
-    if (!(single > 0 && single < Infinity)) {
-      refuse(`Cannot attend: scale must be positive and finite as a float32, got ${scale}`);
-    }
+    checkScale(scale, "attend");
     const from = this.#tensor("attend: queries", queries, "queryHeads");
     const to = this.#tensor("attend: out", out, "queryHeads");
-    if (
-      from.buffer === to.buffer && Math.abs(from.byteOffset - to.byteOffset) < queries.byteLength
-    ) {
-      refuse(
-        `Cannot attend: queries and out overlap; they start at bytes ${from.byteOffset} and ` +
-          `${to.byteOffset} of a buffer, and have ${queries.byteLength}`,
-      );
-    }
+    checkApart("attend", { queries: from }, to);
     native.attend(layer, from, to, scale);
   }
 
@@ -185,6 +177,67 @@ export class KvCacheStep {
     native.replay(captured);
   }
 
+  /**
+   * Attention of any number of tokens per sequence, and their append, in one call instead of {@linkcode append} and
+   * {@linkcode attend}: for prompts, or chunks of them. `keys` and `values` are as `append` takes them, `queries` and
+   * `out` as `attend` does; `out` must overlap none of them.
+   *
+   * The tokens attend to what their sequences held before the step (sinks, recent tokens, packed blocks) and, causally,
+   * to each other, both as far as the layer's window reaches, as they are in `keys` and `values`, in 16 bits whatever is packed of them afterwards. Then they are
+   * appended: the cache holds the same, bit for bit, as after `append`. Errors are within those of `attend`, and a
+   * sequence's results too are the same whatever else is in the step. A prompt may come in chunks of any size.
+   *
+   * Throws as {@linkcode append}, and `invalid-argument` for a scale that is not positive and finite.
+   *
+   * @example
+   * ```ts
+   * import { Device, KvCache } from "@packhorse/packhorse";
+   * import { assert, assertEquals } from "@std/assert";
+   *
+   * using device = Device.open({ backend: "cpu" });
+   * using cache = KvCache.create(device, {
+   *   layers: 1,
+   *   queryHeads: 2,
+   *   kvHeads: 1,
+   *   headDim: 64,
+   *   dtype: "f16",
+   *   sequences: 1,
+   *   tokens: 1024,
+   *   stepTokens: 256,
+   *   poolBytes: 2 ** 20,
+   * });
+   * const sequence = cache.add();
+   *
+   * // A prompt of 512 tokens in two chunks.
+   * using keys = device.createBuffer("f16", 256 * 64);
+   * using values = device.createBuffer("f16", 256 * 64);
+   * using queries = device.createBuffer("f16", 256 * 2 * 64);
+   * using out = device.createBuffer("f16", 256 * 2 * 64);
+   * queries.upload(new Float16Array(queries.length).fill(1));
+   * for (const value of [1, 3]) {
+   *   keys.upload(Float16Array.from({ length: keys.length }, (_, i) => Math.sin(i)));
+   *   values.upload(new Float16Array(values.length).fill(value));
+   *   cache.begin([{ sequence, tokens: 256 }]).prefill(0, { queries, keys, values, out });
+   * }
+   * // The first token of the second chunk saw the first chunk and itself, the last one all.
+   * const result = out.download(new Float16Array(out.length));
+   * assert(result[0]! > 1 && result[0]! < result.at(-1)! && result.at(-1)! < 3);
+   * assertEquals(cache.length(sequence), 512);
+   * ```
+   */
+  prefill(layer: number, tensors: KvPrefillTensors, options: KvAttendOptions = {}): void {
+    const { native, config } = this.#current("prefill");
+    const { scale = 1 / Math.sqrt(config.headDim) } = options;
+    checkLayer(config, layer, "prefill");
+    checkScale(scale, "prefill");
+    const queries = this.#tensor("prefill: queries", tensors.queries, "queryHeads");
+    const keys = this.#tensor("prefill: keys", tensors.keys, "kvHeads");
+    const values = this.#tensor("prefill: values", tensors.values, "kvHeads");
+    const out = this.#tensor("prefill: out", tensors.out, "queryHeads");
+    checkApart("prefill", { queries, keys, values }, out);
+    native.prefill(layer, { queries, keys, values, out }, scale);
+  }
+
   #current(action: string): StepOwner {
     void this.#owner.native.handle; // throws once disposed
     if (this.isOver) {
@@ -199,12 +252,29 @@ export class KvCacheStep {
     name: string,
     buffer: DeviceBuffer<KvCacheDType>,
     heads: "kvHeads" | "queryHeads",
-  ): NativeTensor {
-    return cacheTensor(`Cannot ${name}`, buffer, { ...this.#owner, heads, tokens: this.tokens });
+  ): StepTensor {
+    const tensor = cacheTensor(`Cannot ${name}`, buffer, {
+      ...this.#owner,
+      heads,
+      tokens: this.tokens,
+    });
+    return { ...tensor, byteLength: buffer.byteLength };
   }
 }
 
-/** Options of {@linkcode KvCacheStep.attend}. */
+/** Tensors of {@linkcode KvCacheStep.prefill}, of the cache's dtype. */
+export interface KvPrefillTensors {
+  /** `[tokens, queryHeads, headDim]`. */
+  readonly queries: DeviceBuffer<KvCacheDType>;
+  /** `[tokens, kvHeads, headDim]`, after rotary embedding. */
+  readonly keys: DeviceBuffer<KvCacheDType>;
+  /** `[tokens, kvHeads, headDim]`. */
+  readonly values: DeviceBuffer<KvCacheDType>;
+  /** Where the result goes: `[tokens, queryHeads, headDim]`. */
+  readonly out: DeviceBuffer<KvCacheDType>;
+}
+
+/** Options of {@linkcode KvCacheStep.attend} and {@linkcode KvCacheStep.prefill}. */
 export interface KvAttendOptions {
   /** What products of queries and keys are multiplied by, a positive number. Default: `1 / sqrt(headDim)`. */
   readonly scale?: number | undefined;
@@ -214,6 +284,28 @@ export interface KvAttendOptions {
 export function checkLayer({ layers }: KvCacheConfig, layer: number, action: string): void {
   if (Number.isInteger(layer) && layer >= 0 && layer < layers) return;
   refuse(`Cannot ${action}: layer must be an integer from 0 to ${layers - 1}, got ${layer}`);
+}
+
+function checkScale(scale: number, action: string): void {
+  const single = typeof scale === "number" ? Math.fround(scale) : NaN;
+  if (single > 0 && single < Infinity) return;
+  refuse(`Cannot ${action}: scale must be positive and finite as a float32, got ${scale}`);
+}
+
+type StepTensor = NativeTensor & { readonly byteLength: number };
+
+/** Throws `invalid-argument` if a tensor shares bytes with the output. */
+function checkApart(action: string, read: Record<string, StepTensor>, out: StepTensor): void {
+  for (const [name, tensor] of Object.entries(read)) {
+    const apart = tensor.buffer !== out.buffer ||
+      tensor.byteOffset + tensor.byteLength <= out.byteOffset ||
+      out.byteOffset + out.byteLength <= tensor.byteOffset;
+    if (apart) continue;
+    refuse(
+      `Cannot ${action}: ${name} and out overlap; they start at bytes ${tensor.byteOffset} and ` +
+        `${out.byteOffset} of a buffer, and have ${tensor.byteLength} and ${out.byteLength}`,
+    );
+  }
 }
 
 /** The tensor `[tokens, heads, headDim]` that fills a buffer. Throws `invalid-argument` if it cannot, or `disposed`. */

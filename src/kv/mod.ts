@@ -20,7 +20,7 @@ export type {
   KvCacheOptions,
   KvCachePartCodec,
 } from "./cache_options.ts";
-export type { KvAttendOptions, KvCacheStep } from "./cache_step.ts";
+export type { KvAttendOptions, KvCacheStep, KvPrefillTensors } from "./cache_step.ts";
 export type { KvStepGraph } from "./step_graph.ts";
 export {
   type KvBits,
