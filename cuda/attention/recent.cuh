@@ -133,8 +133,7 @@ __device__ __forceinline__ void attend_run(const RecentTokens& tokens, uint32_t 
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         const uint32_t at = first + 8 * g + 2 * m + row;
-        const bool sees =
-            at < tokens.count && visible(4 * n + i, tokens.token(at), at < tokens.sinks);
+        const bool sees = at < tokens.count && visible(4 * n + i, tokens.token(at), at < tokens.sinks);
         scores[n][2 * m + row] = sees ? sums[n][2 * row] * scale : -INFINITY;
       }
     }
