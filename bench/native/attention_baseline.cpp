@@ -6,7 +6,7 @@
 // worked on.
 #include "attention_baseline.h"
 
-#include <type_traits>
+#include <utility>
 
 #include "common/vector_cpu.h"
 
@@ -41,23 +41,26 @@ Floats exp2(Floats x) {
   return x < -126.0f ? Floats{} : scaled;
 }
 
+// Lane l of vector i joins lane l ^ kHalf of vector i + kHalf, or the other way round.
+template <uint32_t kHalf, int32_t... kLane>
+void join(Floats* vectors, std::integer_sequence<int32_t, kLane...>) {
+  constexpr int32_t half = kHalf, lanes = kVectorLanes;
+  constexpr Integers same = {(kLane & half ? kLane + lanes : kLane)...},
+                     other = {(kLane & half ? (kLane ^ half) + lanes : kLane ^ half)...};
+#pragma GCC unroll 8
+  for (uint32_t i = 0; i < kHalf; ++i) {
+    vectors[i] = __builtin_shuffle(vectors[i], vectors[i + kHalf], same) +
+                 __builtin_shuffle(vectors[i], vectors[i + kHalf], other);
+  }
+}
+
 // Lane i of the result is the sum of vectors[i]'s lanes.
 Floats add_lanes(Floats (&vectors)[kVectorLanes]) {
-#pragma GCC unroll 4
-  for (uint32_t half = kVectorLanes / 2; half > 0; half /= 2) {
-    // Lane l of vector i joins lane l ^ half of vector i + half, or the other way round.
-    Integers low, high;
-    for (uint32_t lane = 0; lane < kVectorLanes; ++lane) {
-      const bool second = lane & half;
-      low[lane] = static_cast<int32_t>(lane + (second ? kVectorLanes : 0));
-      high[lane] = static_cast<int32_t>((lane ^ half) + (second ? kVectorLanes : 0));
-    }
-#pragma GCC unroll 8
-    for (uint32_t i = 0; i < half; ++i) {
-      vectors[i] = __builtin_shuffle(vectors[i], vectors[i + half], low) +
-                   __builtin_shuffle(vectors[i], vectors[i + half], high);
-    }
-  }
+  constexpr std::make_integer_sequence<int32_t, kVectorLanes> lanes;
+  if constexpr (kVectorLanes == 16) join<8>(vectors, lanes);
+  join<4>(vectors, lanes);
+  join<2>(vectors, lanes);
+  join<1>(vectors, lanes);
   return vectors[0];
 }
 
@@ -105,6 +108,7 @@ struct Rows {
       Floats sums[kRows * kTokens] = {};
       for (uint32_t channel = 0; channel < head_dim; channel += kVectorLanes) {
         Floats key[kTokens];
+#pragma GCC unroll 16
         for (uint32_t t = 0; t < kTokens; ++t) {
           key[t] = Element::read(first + t * stride + channel * Element::kBytes);
           if (channel * Element::kBytes % 64 == 0)

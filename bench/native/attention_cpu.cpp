@@ -2,7 +2,9 @@
 // 8,192 tokens, 8 kv heads. And what appending costs, beside memcpy. A table goes to standard error, JSON to standard
 // output.
 //
-//   attention_cpu tests/fixtures/tiny/kv.safetensors [ROUNDS]
+//   attention_cpu tests/fixtures/tiny/kv.safetensors [ROUNDS [CODEC]]
+//
+// CODEC picks those whose name begins with it.
 //
 // The variants take turns, in the same threads, over as many copies of their data as it takes for kColdBytes of others'
 // to pass between two visits: no cache helps anybody. Times are medians; a speed-up is the median of the rounds' own.
@@ -261,7 +263,8 @@ double relative_error(const std::vector<uint16_t>& found, const std::vector<uint
 
 const char* comma = "";
 
-void run_attention(ph_device& device, const Dump& dump, uint32_t head_dim, uint32_t rounds) {
+void run_attention(ph_device& device, const Dump& dump, uint32_t head_dim, uint32_t rounds,
+                   const std::string& chosen) {
   const uint64_t cold_bytes = 4 * last_level_cache();
   const uint64_t bytes32 = Plain::copy_bytes(head_dim, false), bytes16 = Plain::copy_bytes(head_dim, true);
   const uint32_t copies = static_cast<uint32_t>(std::max<uint64_t>(2, cold_bytes / (bytes32 + bytes16) + 1));
@@ -272,6 +275,7 @@ void run_attention(ph_device& device, const Dump& dump, uint32_t head_dim, uint3
 
   for (const Codec& codec :
        {packkv(0.1f, 0.2f), fixed("fixed 2", 2), fixed("fixed 3", 3), fixed("fixed 4", 4)}) {
+    if (std::string(codec.name).rfind(chosen, 0) != 0) continue;
     for (const uint32_t group : {1u, 4u, 8u}) {
       const ph_kv_cache_config config = config_of(head_dim, group, copies, kTokens, kTokens);
       ph_kv_cache cache(device, config, std::vector<ph_kv_cache_codec>(copies, codec.codec).data());
@@ -384,7 +388,7 @@ void run_append(ph_device& device, const Dump& dump, uint32_t rounds) {
 }
 
 int run(int argc, char** argv) {
-  if (argc < 2) throw Error(PH_ERROR_INVALID_ARGUMENT, "usage: attention_cpu KV.SAFETENSORS [ROUNDS]");
+  if (argc < 2) throw Error(PH_ERROR_INVALID_ARGUMENT, "usage: attention_cpu KV.SAFETENSORS [ROUNDS [CODEC]]");
   const uint32_t rounds = argc > 2 ? static_cast<uint32_t>(atoi(argv[2])) : 31;
   ph_device* device = open_device(0);
   const Dump dump(argv[1]);
@@ -405,7 +409,7 @@ int run(int argc, char** argv) {
       "{\n  \"processor\": \"%s\", \"instructionSet\": \"%s\", \"threads\": %u, \"rounds\": %u,\n  "
       "\"attention\": [",
       info.name, info.instruction_set, info.processors, rounds);
-  for (const uint32_t head_dim : {128u, 64u}) run_attention(*device, dump, head_dim, rounds);
+  for (const uint32_t head_dim : {128u, 64u}) run_attention(*device, dump, head_dim, rounds, argc > 3 ? argv[3] : "");
   run_append(*device, dump, std::max(1u, rounds / 4));
   printf("\n}\n");
   close_device(device);
