@@ -27,20 +27,6 @@ struct Half {
   static Floats read(const uint8_t* source) { return F16::read(source); }
 };
 
-Floats exp2(Floats x) {
-  const Floats shifted = x + 0x1.8p23f;
-  const Floats fraction = x - (shifted - 0x1.8p23f);
-  Floats power = splat(1.535336188319500e-4f);
-  power = power * fraction + 1.339887440266574e-3f;
-  power = power * fraction + 9.618437357674640e-3f;
-  power = power * fraction + 5.550332471162809e-2f;
-  power = power * fraction + 2.402264791363012e-1f;
-  power = power * fraction + 6.931472028550421e-1f;
-  power = power * fraction + 1.0f;
-  const Floats scaled = (Floats)((Words)power + ((Words)shifted << 23));
-  return x < -126.0f ? Floats{} : scaled;
-}
-
 // Lane l of vector i joins lane l ^ kHalf of vector i + kHalf, or the other way round.
 template <uint32_t kHalf, int32_t... kLane>
 void join(Floats* vectors, std::integer_sequence<int32_t, kLane...>) {

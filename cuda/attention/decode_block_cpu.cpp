@@ -30,21 +30,6 @@ const float kInfinity = __builtin_inff();
 
 Floats floats_of(Words words) { return __builtin_convertvector((Integers)words, Floats); }
 
-// 2^x to 2e-7, for x <= 0; 0 below 2^-126.
-Floats exp2(Floats x) {
-  const Floats shifted = x + 0x1.8p23f;  // rounds x to an integer, which ends up in the low bits
-  const Floats fraction = x - (shifted - 0x1.8p23f);
-  Floats power = splat(1.535336188319500e-4f);
-  power = power * fraction + 1.339887440266574e-3f;
-  power = power * fraction + 9.618437357674640e-3f;
-  power = power * fraction + 5.550332471162809e-2f;
-  power = power * fraction + 2.402264791363012e-1f;
-  power = power * fraction + 6.931472028550421e-1f;
-  power = power * fraction + 1.0f;
-  const Floats scaled = (Floats)((Words)power + ((Words)shifted << 23));
-  return x < -126.0f ? Floats{} : scaled;
-}
-
 // What a piece gives for one query head and token: sum of 2^(score - maximum) * value [head_dim], then the maximum of
 // the scores, in bits, then the sum of 2^(score - maximum).
 float* partial_of(const DecodeCall& call, uint32_t piece, uint32_t query, uint32_t query_head) {
