@@ -35,6 +35,12 @@ inline void store_factors(uint32_t* target, WordRun even, WordRun odd) {
 #endif
 }
 
+// The nearest integers to floats of a magnitude up to 2^22.
+inline Integers fixed_point(Floats x) {
+  const Floats shifted = x + 0x1.8p23f;  // the integer ends up in the low bits
+  return (Integers)shifted - (Integers)splat(0x1.8p23f);
+}
+
 // The codes of a quad in each lane, as the products take them.
 struct Quads {
 #if defined(__AVX512VNNI__)

@@ -81,6 +81,17 @@ void TileReader::unpack(const TileKernels& kernels, const TileShape& shape, uint
   kernels.unpack(shape, part, widths[part], record + bases_position(shape, part), record + groups, quads);
 }
 
+void prefetch_record(const CacheView& cache, uint32_t layer, uint32_t sequence, uint32_t block, uint32_t head) {
+  constexpr uint32_t kLine = 64;
+  const RecordSpan span = record_span(cache, index_of(cache, layer, sequence), block, head);
+  const uint32_t* pages = page_table_of(cache, layer, sequence);
+  const auto prefetch = [](const uint8_t* stretch, uint64_t, uint64_t count) {
+    for (uint64_t line = 0; line < count; line += kLine) __builtin_prefetch(stretch + line);
+  };
+  for_each_stretch(cache, pages, bytes_of(span.params), kParamsBytes, prefetch);
+  for_each_stretch(cache, pages, bytes_of(span.begin), bytes_of(span.end - span.begin), prefetch);
+}
+
 namespace {
 
 uint64_t row_bytes(const CacheView& cache) { return static_cast<uint64_t>(cache.heads) * cache.head_dim * 2; }
