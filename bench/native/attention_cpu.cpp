@@ -388,7 +388,8 @@ void run_append(ph_device& device, const Dump& dump, uint32_t rounds) {
 }
 
 int run(int argc, char** argv) {
-  if (argc < 2) throw Error(PH_ERROR_INVALID_ARGUMENT, "usage: attention_cpu KV.SAFETENSORS [ROUNDS [CODEC]]");
+  if (argc < 2)
+    throw Error(PH_ERROR_INVALID_ARGUMENT, "usage: attention_cpu KV.SAFETENSORS [ROUNDS [CODEC]]");
   const uint32_t rounds = argc > 2 ? static_cast<uint32_t>(atoi(argv[2])) : 31;
   ph_device* device = open_device(0);
   const Dump dump(argv[1]);
@@ -409,7 +410,8 @@ int run(int argc, char** argv) {
       "{\n  \"processor\": \"%s\", \"instructionSet\": \"%s\", \"threads\": %u, \"rounds\": %u,\n  "
       "\"attention\": [",
       info.name, info.instruction_set, info.processors, rounds);
-  for (const uint32_t head_dim : {128u, 64u}) run_attention(*device, dump, head_dim, rounds, argc > 3 ? argv[3] : "");
+  for (const uint32_t head_dim : {128u, 64u})
+    run_attention(*device, dump, head_dim, rounds, argc > 3 ? argv[3] : "");
   run_append(*device, dump, std::max(1u, rounds / 4));
   printf("\n}\n");
   close_device(device);

@@ -301,13 +301,13 @@ struct Rows {
   }
 
   void weigh(const Values&, const ChunkTokens& tokens) {
-    weigh(tokens, [&](uint32_t row, const Floats (&weights)[kChunkVectors]) {
+    weigh(tokens, [&](uint32_t row, const Floats(&weights)[kChunkVectors]) {
       for (uint32_t v = 0; v < kChunkVectors; ++v) store(scores[row] + v * kVectorLanes, weights[v]);
     });
   }
 
   void weigh(const Codes&, const ChunkTokens& tokens) {
-    weigh(tokens, [&](uint32_t row, const Floats (&weights)[kChunkVectors]) {
+    weigh(tokens, [&](uint32_t row, const Floats(&weights)[kChunkVectors]) {
       Floats most = {};
 #pragma GCC unroll 16
       for (uint32_t v = 0; v < kChunkVectors; ++v) most = larger(weights[v], most);

@@ -17,7 +17,9 @@ constexpr int32_t kLargestFactor = 32639;
 
 constexpr uint32_t kFactorRun = 8;
 // Where the first word of pair `pair` is; the second one is kFactorRun further.
-constexpr uint32_t factor_place(uint32_t pair) { return pair / kFactorRun * 2 * kFactorRun + pair % kFactorRun; }
+constexpr uint32_t factor_place(uint32_t pair) {
+  return pair / kFactorRun * 2 * kFactorRun + pair % kFactorRun;
+}
 
 using WordRun = uint32_t __attribute__((vector_size(4 * kFactorRun)));
 
@@ -48,9 +50,7 @@ struct Quads {
   explicit Quads(Words codes) : bytes(codes) {}
 #else
   Words even, odd;
-  explicit Quads(Words codes)
-      : even(codes & 0x00ff00ff),
-        odd(codes >> 8 & 0x00ff00ff) {}
+  explicit Quads(Words codes) : even(codes & 0x00ff00ff), odd(codes >> 8 & 0x00ff00ff) {}
 #endif
 };
 
@@ -81,7 +81,8 @@ struct Sums {
 #else
   Words sum = {};
   void add(const Quads& quads, const uint32_t* pair) {
-    sum += multiply_halves(quads.even, Words{} + pair[0]) + multiply_halves(quads.odd, Words{} + pair[kFactorRun]);
+    sum += multiply_halves(quads.even, Words{} + pair[0]) +
+           multiply_halves(quads.odd, Words{} + pair[kFactorRun]);
   }
   Integers value() const { return (Integers)sum; }
 #endif

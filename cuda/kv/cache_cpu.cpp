@@ -10,6 +10,9 @@
 namespace ph::kv {
 
 #if defined(__x86_64__)
+namespace avx512vnni {
+extern const TileKernels kTileKernels;
+}
 namespace avx512 {
 extern const TileKernels kTileKernels;
 }
@@ -23,7 +26,7 @@ extern const TileKernels kTileKernels;
 
 const TileKernels& tile_kernels() {
 #if defined(__x86_64__)
-  for (const TileKernels* table : {&avx512::kTileKernels, &avx2::kTileKernels}) {
+  for (const TileKernels* table : {&avx512vnni::kTileKernels, &avx512::kTileKernels, &avx2::kTileKernels}) {
     if (strcmp(table->instruction_set, block_kernels().instruction_set) == 0) return *table;
   }
 #endif
@@ -81,7 +84,8 @@ void TileReader::unpack(const TileKernels& kernels, const TileShape& shape, uint
   kernels.unpack(shape, part, widths[part], record + bases_position(shape, part), record + groups, quads);
 }
 
-void prefetch_record(const CacheView& cache, uint32_t layer, uint32_t sequence, uint32_t block, uint32_t head) {
+void prefetch_record(const CacheView& cache, uint32_t layer, uint32_t sequence, uint32_t block,
+                     uint32_t head) {
   constexpr uint32_t kLine = 64;
   const RecordSpan span = record_span(cache, index_of(cache, layer, sequence), block, head);
   const uint32_t* pages = page_table_of(cache, layer, sequence);

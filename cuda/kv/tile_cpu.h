@@ -73,7 +73,8 @@ struct TileReader {
 };
 
 // Asks for a head's record and its block's params before they are read.
-void prefetch_record(const CacheView& cache, uint32_t layer, uint32_t sequence, uint32_t block, uint32_t head);
+void prefetch_record(const CacheView& cache, uint32_t layer, uint32_t sequence, uint32_t block,
+                     uint32_t head);
 
 // The 16-bit values of a recent token, [heads][head_dim].
 inline uint8_t* recent_row(const CacheView& cache, uint32_t layer, uint32_t sequence, uint32_t part,
