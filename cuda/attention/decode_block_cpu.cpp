@@ -11,6 +11,8 @@
 // Bytes read: a block's params and a head's record, once per 32 rows; the next record is fetched while one is worked on.
 #include "attention/decode_block_cpu.h"
 
+#include <utility>
+
 #include "attention/fixed_point_cpu.h"
 #include "common/vector_cpu.h"
 
@@ -465,6 +467,50 @@ void attend_packed(const DecodeCall& call, const kv::StepSequence& sequence, con
 
 // ---- tokens in 16 bits: sinks, then those after the packed blocks
 
+// Rows of as many as a vector has lanes become columns: rows i and i + half interleaved, over and over.
+template <int32_t... kLane>
+void transpose(Floats rows[kVectorLanes], std::integer_sequence<int32_t, kLane...>) {
+  constexpr int32_t half = kVectorLanes / 2;
+  constexpr Integers low = {(kLane / 2 + kLane % 2 * 2 * half)...}, high = low + half;
+#pragma GCC unroll 4
+  for (uint32_t distance = 1; distance < kVectorLanes; distance *= 2) {
+    Floats next[kVectorLanes];
+#pragma GCC unroll 8
+    for (uint32_t i = 0; i < kVectorLanes / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + half], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + half], high);
+    }
+#pragma GCC unroll 16
+    for (uint32_t i = 0; i < kVectorLanes; ++i) rows[i] = next[i];
+  }
+}
+
+// The 64 tokens of a chunk as floats, from rows of 16-bit values; 0 where there is no row: keys [channel][key_column],
+// values [token][channel].
+template <typename Element>
+void load_chunk(const uint8_t* const (&rows_of)[kv::kParts][kBlockTokens], uint32_t head_dim, float* keys,
+                float* values) {
+  for (uint32_t column = 0; column < kBlockTokens; column += kVectorLanes) {
+    for (uint32_t channel = 0; channel < head_dim; channel += kVectorLanes) {
+      Floats square[kVectorLanes];
+#pragma GCC unroll 16
+      for (uint32_t lane = 0; lane < kVectorLanes; ++lane) {
+        const uint8_t* row = rows_of[PH_KV_KEYS][kv::key_column(column + lane)];  // its own inverse
+        square[lane] = row == nullptr ? Floats{} : Element::read(row + 2 * channel);
+      }
+      transpose(square, std::make_integer_sequence<int32_t, kVectorLanes>());
+#pragma GCC unroll 16
+      for (uint32_t lane = 0; lane < kVectorLanes; ++lane)
+        store(keys + (channel + lane) * kBlockTokens + column, square[lane]);
+    }
+  }
+  for (uint32_t token = 0; token < kBlockTokens; ++token) {
+    const uint8_t* row = rows_of[PH_KV_VALUES][token];
+    for (uint32_t channel = 0; channel < head_dim; channel += kVectorLanes)
+      store(values + token * head_dim + channel, row == nullptr ? Floats{} : Element::read(row + 2 * channel));
+  }
+}
+
 template <typename Element>
 void attend_recent(const DecodeCall& call, const kv::StepSequence& sequence, uint32_t head, Rows& rows) {
   const kv::CacheView& cache = call.cache;
@@ -476,31 +522,24 @@ void attend_recent(const DecodeCall& call, const kv::StepSequence& sequence, uin
   alignas(64) float keys[kMostHeadDim * kBlockTokens], values[kBlockTokens * kMostHeadDim];
   for (uint64_t first = 0; first < count; first += kBlockTokens) {
     ChunkTokens tokens = {};
+    const uint8_t* rows_of[kv::kParts][kBlockTokens] = {};
     for (uint32_t i = 0; i < kBlockTokens; ++i) {
       const uint32_t column = kv::key_column(i);
       tokens.key_scales[column] = tokens.value_scales[column] = 1.0f;
       if (first + i >= count) {
         tokens.visible_from[column] = INT32_MAX;
-        for (uint32_t channel = 0; channel < head_dim; ++channel)
-          keys[channel * kBlockTokens + column] = 0.0f;
-        memset(values + i * head_dim, 0, head_dim * sizeof(float));
         continue;
       }
       const uint64_t token = first + i < sinks ? first + i : unpacked + (first + i - sinks);
       if (token > sequence.before)
         tokens.visible_from[column] = static_cast<int32_t>(token - sequence.before);
-      const uint8_t* rows_of[kv::kParts];
       for (uint32_t part = 0; part < kv::kParts; ++part) {
-        rows_of[part] =
+        rows_of[part][i] =
             kv::recent_row(cache, call.layer, sequence.sequence, part, token) + head * head_dim * 2;
-      }
-      for (uint32_t channel = 0; channel < head_dim; channel += kVectorLanes) {
-        const Floats x = Element::read(rows_of[PH_KV_KEYS] + 2 * channel);
-        for (uint32_t lane = 0; lane < kVectorLanes; ++lane)
-          keys[(channel + lane) * kBlockTokens + column] = x[lane];
-        store(values + i * head_dim + channel, Element::read(rows_of[PH_KV_VALUES] + 2 * channel));
+        for (uint32_t byte = 0; byte < 2 * head_dim; byte += 64) __builtin_prefetch(rows_of[part][i] + byte);
       }
     }
+    load_chunk<Element>(rows_of, head_dim, keys, values);
     rows.attend(Values{keys, kBlockTokens}, Values{values, head_dim}, tokens);
   }
 }
