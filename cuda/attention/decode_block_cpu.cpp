@@ -366,11 +366,15 @@ struct Rows {
     });
   }
 
-  template <typename Keys, typename RightValues>
-  void attend(const Keys& keys, const RightValues& values, const ChunkTokens& tokens) {
+  // Calls `between` after each of the three steps.
+  template <typename Keys, typename RightValues, typename Between>
+  void attend(const Keys& keys, const RightValues& values, const ChunkTokens& tokens, Between between) {
     score(keys, tokens);
+    between();
     weigh(values, tokens);
+    between();
     add_values(values);
+    between();
   }
 };
 
@@ -450,18 +454,22 @@ void attend_packed(const DecodeCall& call, const kv::StepSequence& sequence, con
   const kv::TileKernels& kernels = kv::PH_INSTRUCTION_SET::kTileKernels;
   kv::TileReader reader;
   alignas(64) uint8_t keys[kMostTileCodes], values[kMostTileCodes];
+  kv::TilePrefetch next;
   ChunkTokens tokens;
   rows.quantize_queries();
   const uint32_t end = piece.first + piece.count;
   for (uint32_t block = piece.first; block < end; ++block) {
     reader.read(call.cache, call.layer, sequence.sequence, block, head);
-    if (block + 1 < end) kv::prefetch_record(call.cache, call.layer, sequence.sequence, block + 1, head);
+    if (block + 1 < end) next.start(call.cache, call.layer, sequence.sequence, block + 1, head);
     reader.unpack(kernels, call.shape, PH_KV_KEYS, keys);
+    next.fetch();
     reader.unpack(kernels, call.shape, PH_KV_VALUES, values);
+    next.fetch();
     const Codes key_codes = {keys, kBlockTokens}, value_codes = {values, call.cache.head_dim};
     load_key_params<Element>(reader.params, tokens);
     load_value_params<Element>(reader.params, value_codes, tokens);
-    rows.attend(key_codes, value_codes, tokens);
+    next.fetch();
+    rows.attend(key_codes, value_codes, tokens, [&] { next.fetch(); });
   }
 }
 
@@ -507,7 +515,8 @@ void load_chunk(const uint8_t* const (&rows_of)[kv::kParts][kBlockTokens], uint3
   for (uint32_t token = 0; token < kBlockTokens; ++token) {
     const uint8_t* row = rows_of[PH_KV_VALUES][token];
     for (uint32_t channel = 0; channel < head_dim; channel += kVectorLanes)
-      store(values + token * head_dim + channel, row == nullptr ? Floats{} : Element::read(row + 2 * channel));
+      store(values + token * head_dim + channel,
+            row == nullptr ? Floats{} : Element::read(row + 2 * channel));
   }
 }
 
@@ -540,7 +549,7 @@ void attend_recent(const DecodeCall& call, const kv::StepSequence& sequence, uin
       }
     }
     load_chunk<Element>(rows_of, head_dim, keys, values);
-    rows.attend(Values{keys, kBlockTokens}, Values{values, head_dim}, tokens);
+    rows.attend(Values{keys, kBlockTokens}, Values{values, head_dim}, tokens, [] {});
   }
 }
 

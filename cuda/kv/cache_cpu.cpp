@@ -84,16 +84,17 @@ void TileReader::unpack(const TileKernels& kernels, const TileShape& shape, uint
   kernels.unpack(shape, part, widths[part], record + bases_position(shape, part), record + groups, quads);
 }
 
-void prefetch_record(const CacheView& cache, uint32_t layer, uint32_t sequence, uint32_t block,
-                     uint32_t head) {
-  constexpr uint32_t kLine = 64;
+void TilePrefetch::start(const CacheView& cache, uint32_t layer, uint32_t sequence, uint32_t block,
+                         uint32_t head) {
   const RecordSpan span = record_span(cache, index_of(cache, layer, sequence), block, head);
   const uint32_t* pages = page_table_of(cache, layer, sequence);
-  const auto prefetch = [](const uint8_t* stretch, uint64_t, uint64_t count) {
-    for (uint64_t line = 0; line < count; line += kLine) __builtin_prefetch(stretch + line);
+  count_ = at_ = lines_ = 0;
+  const auto add = [&](const uint8_t* stretch, uint64_t, uint64_t bytes) {
+    stretches_[count_++] = {stretch, stretch + bytes};
+    lines_ += static_cast<uint32_t>(bytes / kLine) + 1;
   };
-  for_each_stretch(cache, pages, bytes_of(span.params), kParamsBytes, prefetch);
-  for_each_stretch(cache, pages, bytes_of(span.begin), bytes_of(span.end - span.begin), prefetch);
+  for_each_stretch(cache, pages, bytes_of(span.params), kParamsBytes, add);
+  for_each_stretch(cache, pages, bytes_of(span.begin), bytes_of(span.end - span.begin), add);
 }
 
 namespace {

@@ -336,14 +336,18 @@ struct ValueTarget {
 
   ValueTarget(uint8_t* quads, const TileShape& shape, const uint8_t* packed_bases, uint32_t group, uint32_t)
       : quads(quads), group(group), head_dim(shape.head_dim) {
-    alignas(64) uint32_t of_lanes[16];
-    for (uint32_t g = 0; g < 8; ++g) {
-      of_lanes[g] = of_lanes[g + 8] =
-          base_word(shape, PH_KV_VALUES, packed_bases, g * tile_groups(shape) + group);
-    }
+    const bool halves = shape.parts[PH_KV_VALUES].base_bits == 4;
+    const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    // As base_word, of words g * groups + group: groups are even where bases have 4 bits.
+    const uint32_t groups = tile_groups(shape), shift = halves ? 1 : 0;
+    const __m256i indices =
+        _mm256_add_epi32(_mm256_mullo_epi32(place, _mm256_set1_epi32(static_cast<int32_t>(groups >> shift))),
+                         _mm256_set1_epi32(static_cast<int32_t>(group >> shift)));
+    const __m256i of_g = _mm256_i32gather_epi32(reinterpret_cast<const int*>(packed_bases), indices, 4);
+    Words words = (Words)_mm512_broadcast_i64x4(of_g);
+    if (halves) words = words >> 4 * (group % 2) & 0x0f0f0f0fu;
     for (uint32_t half = 0; half < 2; ++half) {
-      const Words one = shift_halves(load<Words>(of_lanes), 16 * half, 16 * half + 8) & 0xff,
-                  two = one | one << 8;
+      const Words one = shift_halves(words, 16 * half, 16 * half + 8) & 0xff, two = one | one << 8;
       bases[half] = two | two << 16;
     }
   }
