@@ -73,15 +73,15 @@ struct Values {
   uint32_t columns;
 };
 
-// Where the factors of a right-hand side's rows stand. Keys: by channel.
+// Where the factors of a right-hand side's rows stand, and which quads pair i of a run of pairs is for. Keys: by channel.
 struct ByChannel {
   uint32_t operator()(uint32_t quad, uint32_t b) const { return 4 * quad + b; }
-  uint32_t pair(uint32_t quad) const { return factor_place(quad); }
+  uint32_t quad(uint32_t run, uint32_t i) const { return kFactorRun * run + i; }
 };
 // Values: by key_column of the token, as the scores.
 struct ByToken {
   uint32_t operator()(uint32_t quad, uint32_t b) const { return 32 * (quad % 2) + 8 * b + quad / 2; }
-  uint32_t pair(uint32_t quad) const { return factor_place(kFactorRun * (quad % 2) + quad / 2); }
+  uint32_t quad(uint32_t run, uint32_t i) const { return 2 * i + run; }
 };
 
 // Adds to sums[row] the products of kRows rows of factors, `stride` apart, with columns of a right-hand side.
@@ -106,14 +106,18 @@ void multiply(const Values& right, uint32_t quads, uint32_t column, const float*
 template <uint32_t kRows, uint32_t kVectors, typename Place>
 void multiply(const Codes& right, uint32_t quads, uint32_t column, const uint32_t* factors, uint32_t stride,
               Place place, Sums (&sums)[kRows][kVectors]) {
-  for (uint32_t quad = 0; quad < quads; ++quad) {
-    const uint8_t* source = right.quads + (quad * right.columns + column) * 4;
-    const uint32_t* pair = factors + place.pair(quad);
+  for (uint32_t run = 0; run < quads / kFactorRun; ++run) {
+    const uint32_t* pair = factors + factor_place(kFactorRun * run);
+    const uint8_t* source = right.quads + (place.quad(run, 0) * right.columns + column) * 4;
+    const size_t step = (place.quad(run, 1) - place.quad(run, 0)) * right.columns * size_t{4};
+#pragma GCC unroll 2
+    for (uint32_t i = 0; i < kFactorRun; ++i, ++pair, source += step) {
 #pragma GCC unroll 4
-    for (uint32_t v = 0; v < kVectors; ++v) {
-      const Quads codes(load<Words>(source + v * kVectorBytes));
+      for (uint32_t v = 0; v < kVectors; ++v) {
+        const Quads codes(load<Words>(source + v * kVectorBytes));
 #pragma GCC unroll 4
-      for (uint32_t row = 0; row < kRows; ++row) sums[row][v].add(codes, pair + row * stride);
+        for (uint32_t row = 0; row < kRows; ++row) sums[row][v].add(codes, pair + row * stride);
+      }
     }
   }
 }
@@ -380,33 +384,52 @@ struct Rows {
 
 // ---- packed blocks
 
-using Halves = uint16_t __attribute__((vector_size(16)));
-
-// Eight rows of eight become columns: rows i and i + 4 interleaved, three times over.
-void transpose(Halves rows[8]) {
-  constexpr Halves low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
-#pragma GCC unroll 3
-  for (uint32_t round = 0; round < 3; ++round) {
-    Halves next[8];
-#pragma GCC unroll 4
-    for (uint32_t i = 0; i < 4; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + 4], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + 4], high);
-    }
-#pragma GCC unroll 8
-    for (uint32_t i = 0; i < 8; ++i) rows[i] = next[i];
-  }
-}
-
-// 16 bits per token, moved to the tokens' key columns, which are [token % 8][token / 8].
+// 16 bits per token, moved to the tokens' key columns, which are [token % 8][token / 8]: eight rows of eight become columns.
 struct TokenHalves {
-  alignas(64) Halves rows[8];
+  alignas(64) uint16_t columns[kBlockTokens];
+  const uint8_t* at(uint32_t column) const { return reinterpret_cast<const uint8_t*>(columns + column); }
+
+#if defined(__AVX512BW__)
   explicit TokenHalves(const uint8_t* source) {
-    for (uint32_t i = 0; i < 8; ++i) rows[i] = load<Halves>(source + 16 * i);
-    transpose(rows);
+    const __m512i low = _mm512_loadu_si512(source), high = _mm512_loadu_si512(source + 64);
+    for (uint32_t column = 0; column < kBlockTokens; column += 32) {
+      const __m512i tokens = _mm512_load_si512(kTokenOf.columns + column);
+      _mm512_store_si512(columns + column, _mm512_permutex2var_epi16(low, tokens, high));
+    }
   }
-  const uint8_t* at(uint32_t column) const { return reinterpret_cast<const uint8_t*>(rows) + 2 * column; }
+
+ private:
+  constexpr TokenHalves() : columns() {
+    for (uint32_t column = 0; column < kBlockTokens; ++column)
+      columns[column] = static_cast<uint16_t>(column % 8 * 8 + column / 8);
+  }
+  static const TokenHalves kTokenOf;
+#else
+  using Row = uint16_t __attribute__((vector_size(16)));
+
+  // Rows i and i + 4 interleaved, three times over.
+  explicit TokenHalves(const uint8_t* source) {
+    constexpr Row low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
+    Row rows[8];
+    for (uint32_t i = 0; i < 8; ++i) rows[i] = load<Row>(source + 16 * i);
+#pragma GCC unroll 3
+    for (uint32_t round = 0; round < 3; ++round) {
+      Row next[8];
+#pragma GCC unroll 4
+      for (uint32_t i = 0; i < 4; ++i) {
+        next[2 * i] = __builtin_shuffle(rows[i], rows[i + 4], low);
+        next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + 4], high);
+      }
+#pragma GCC unroll 8
+      for (uint32_t i = 0; i < 8; ++i) rows[i] = next[i];
+    }
+    for (uint32_t i = 0; i < 8; ++i) store(columns + 8 * i, rows[i]);
+  }
+#endif
 };
+#if defined(__AVX512BW__)
+constexpr TokenHalves TokenHalves::kTokenOf;
+#endif
 
 template <typename Element>
 void load_key_params(const uint8_t* params, ChunkTokens& tokens) {
@@ -420,10 +443,11 @@ void load_key_params(const uint8_t* params, ChunkTokens& tokens) {
 
 // Whether a token's values have code 0 in all channels.
 bool all_codes_zero(const Codes& values, uint32_t token) {
-  Words some = {};
-  for (uint32_t channel = 0; channel < values.columns; channel += kVectorLanes)
-    some |= load<Words>(values.quads + (token / 4 * values.columns + channel) * 4);
-  return any(some & 0xffu << 8 * (token % 4)) == false;
+  for (uint32_t channel = 0; channel < values.columns; channel += kVectorLanes) {
+    const Words codes = load<Words>(values.quads + (token / 4 * values.columns + channel) * 4);
+    if (any(codes & 0xffu << 8 * (token % 4))) return false;
+  }
+  return true;
 }
 
 template <typename Element>
@@ -431,17 +455,16 @@ void load_value_params(const uint8_t* params, const Codes& values, ChunkTokens& 
   const TokenHalves scales(params + kv::scale_position(PH_KV_VALUES, 0)),
       zeros(params + kv::zero_position(PH_KV_VALUES, 0));
   const float unit = tokens.value_unit = load<float>(params + kv::kLargestScalePosition);
-  Words constants = {};
+  Floats least = splat(unit);
   for (uint32_t column = 0; column < kBlockTokens; column += kVectorLanes) {
-    const Integers zero = signed_halves(zeros.at(column));
     const Floats scale = Element::read(scales.at(column));
     store(tokens.value_scales + column, scale / unit);
-    store(tokens.value_offsets + column, scale * floats_of(zero));
-    constants |= (Words)(zero * zero <= 1);
+    store(tokens.value_offsets + column, scale * floats_of(signed_halves(zeros.at(column))));
+    least = smaller(scale, least);
   }
   // Where all values of a token are the same, its scale is their magnitude and its zero -1, 0 or 1. Such a scale may be so
   // much larger than others that their weights would be nothing in its units. But as its codes are 0, it need not count.
-  if (!any(constants)) return;
+  if (unit <= 8 * smallest(least)) return;
   for (uint32_t token = 0; token < kBlockTokens; ++token) {
     const int16_t zero = load<int16_t>(params + kv::zero_position(PH_KV_VALUES, token));
     if (zero * zero <= 1 && all_codes_zero(values, token)) tokens.value_scales[kv::key_column(token)] = 0.0f;
