@@ -69,7 +69,8 @@ uint8_t* allocate(ph_device&, uint64_t bytes) {
   if (bytes > UINT64_MAX - alignment) throw std::bad_alloc();
   const uint64_t size = (bytes + alignment - 1) / alignment * alignment;
   void* data = aligned_alloc(alignment, size);
-  if (data != nullptr && alignment == kHugePage) madvise(data, size, MADV_HUGEPAGE);  // or not, as the system likes
+  if (data != nullptr && alignment == kHugePage)
+    madvise(data, size, MADV_HUGEPAGE);  // or not, as the system likes
   if (data == nullptr) {
     throw Error(PH_ERROR_OUT_OF_MEMORY, "Cannot allocate %llu bytes of host memory",
                 static_cast<unsigned long long>(bytes));
