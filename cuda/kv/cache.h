@@ -119,7 +119,7 @@ struct StepView {
 };
 
 // A run takes a thread block of attention as long as so many packed blocks, about.
-constexpr uint32_t kRunBlocks = 2;
+constexpr uint32_t kRunBlocks = 4;
 constexpr uint32_t kPieceWork = 128;  // of a piece of attention, in blocks, about
 constexpr uint32_t kMostPieceWork = kPieceWork * 3 / 2;
 constexpr uint32_t kMostQueries = 8;  // tokens of a sequence in one attention call
