@@ -80,6 +80,22 @@ struct Values {
   Four load(uint32_t quad, uint32_t column) const { return {rows + quad * 4 * columns + column, columns}; }
 };
 
+// In 16 bits.
+template <typename Element>
+struct HalfValues {
+  const uint8_t* rows;
+  uint32_t columns;
+
+  struct Four {
+    const uint8_t* first;
+    uint32_t columns;
+    Floats row(uint32_t b) const { return Element::read(first + 2 * b * columns); }
+  };
+  Four load(uint32_t quad, uint32_t column) const {
+    return {rows + 2 * (quad * 4 * columns + column), columns};
+  }
+};
+
 // Where the factor of a right-hand side's row stands. Keys: by channel.
 struct ByChannel {
   uint32_t operator()(uint32_t quad, uint32_t b) const { return 4 * quad + b; }
@@ -274,12 +290,87 @@ void attend_packed(const DecodeCall& call, const kv::StepSequence& sequence, con
   alignas(64) uint8_t keys[kMostTileCodes], values[kMostTileCodes];
   ChunkTokens tokens = {};
   for (uint32_t block = piece.first; block < piece.first + piece.count; ++block) {
-    reader.read(call.cache, call.layer, sequence.sequence, block, head);
+    reader.read(call.cache, call.shape, call.layer, sequence.sequence, block, head);
     reader.unpack(kernels, call.shape, PH_KV_KEYS, keys);
     reader.unpack(kernels, call.shape, PH_KV_VALUES, values);
     load_params<Element>(reader.params, PH_KV_KEYS, tokens.key_scales, tokens.key_zeros);
     load_params<Element>(reader.params, PH_KV_VALUES, tokens.value_scales, tokens.value_zeros);
     rows.attend(Codes{keys, kBlockTokens}, Codes{values, call.cache.head_dim}, tokens);
+  }
+}
+
+// ---- packed blocks of which a part is kivi or raw16
+
+// What kivi codes stand for: (code + zero) * scale, in the form of Values.
+template <typename Element>
+void dequantize_groups(const kv::TileShape& shape, uint32_t part, const uint8_t* bases, const uint8_t* quads,
+                       float* rows) {
+  const bool keys = part == PH_KV_KEYS;
+  const uint32_t columns = keys ? kBlockTokens : shape.head_dim, count = kv::group_scales(shape, part);
+  const uint32_t row_count = keys ? shape.head_dim : kBlockTokens;
+  alignas(64) float scales[kv::kMostScales], zeros[kv::kMostScales];
+  for (uint32_t i = 0; i < count; i += kVectorLanes) store(scales + i, Element::read(bases + 2 * i));
+  for (uint32_t i = 0; i < count; ++i) zeros[i] = load<int16_t>(bases + 2 * (count + i));
+  for (uint32_t row = 0; row < row_count; row += 4) {
+    for (uint32_t column = 0; column < columns; column += kVectorLanes) {
+      const Words words = load<Words>(quads + row * columns + 4 * column);
+#pragma GCC unroll 4
+      for (uint32_t b = 0; b < 4; ++b) {
+        const uint32_t group = keys ? row + b : kv::scale_index(shape, part, row + b, column);
+        store(rows + (row + b) * columns + column,
+              (floats_of(words >> 8 * b & 0xff) + zeros[group]) * scales[group]);
+      }
+    }
+  }
+}
+
+// A part of a block as a right-hand side: codes per token where its scales are (then `scales` and `zeros` are set), what
+// codes stand for where they are the groups' own, and 16-bit values.
+template <typename Element>
+struct PartReader {
+  const DecodeCall& call;
+  const uint32_t part;
+  alignas(64) uint8_t bytes[kMostTileCodes * sizeof(float)];
+  alignas(64) uint8_t quads[kMostTileCodes];
+
+  PartReader(const DecodeCall& call, uint32_t part) : call(call), part(part) {}
+
+  template <typename Use>
+  void read(const kv::TileReader& reader, float* scales, float* zeros, Use use) {
+    const kv::TileKernels& kernels = kv::PH_INSTRUCTION_SET::kTileKernels;
+    const kv::TileShape& shape = call.shape;
+    const uint32_t columns = part == PH_KV_KEYS ? kBlockTokens : shape.head_dim;
+    if (kv::is_raw16(shape.parts[part])) {
+      kernels.unpack_raw(shape, part, reader.record + kv::raw_begin(shape, part, reader.record_bytes), bytes);
+      return use(HalfValues<Element>{bytes, columns});
+    }
+    reader.unpack(kernels, shape, part, quads);
+    if (kv::is_kivi(shape.parts[part])) {
+      float* rows = reinterpret_cast<float*>(bytes);
+      dequantize_groups<Element>(shape, part, reader.record + kv::bases_position(shape, part), quads, rows);
+      return use(Values{rows, columns});
+    }
+    load_params<Element>(reader.params, part, scales, zeros);
+    use(Codes{quads, columns});
+  }
+};
+
+template <typename Element>
+void attend_mixed(const DecodeCall& call, const kv::StepSequence& sequence, const kv::StepPiece& piece,
+                  uint32_t head, Rows& rows) {
+  kv::TileReader reader;
+  PartReader<Element> keys(call, PH_KV_KEYS), values(call, PH_KV_VALUES);
+  ChunkTokens tokens = {};
+  for (uint32_t token = 0; token < kBlockTokens; ++token)
+    tokens.key_scales[token] = tokens.value_scales[token] = 1.0f;
+  for (uint32_t block = piece.first; block < piece.first + piece.count; ++block) {
+    reader.read(call.cache, call.shape, call.layer, sequence.sequence, block, head);
+    keys.read(reader, tokens.key_scales, tokens.key_zeros,
+              [&](const auto& right) { rows.score(right, tokens); });
+    values.read(reader, tokens.value_scales, tokens.value_zeros, [&](const auto& right) {
+      rows.weigh(tokens);
+      rows.add_values(right);
+    });
   }
 }
 
@@ -336,7 +427,9 @@ __attribute__((flatten)) void attend(const DecodeCall& call, uint32_t piece_inde
       Rows rows;
       rows.start<Element>(call, sequence, piece_index, head, first, count);
       if (piece.count == 0) attend_recent<Element>(call, sequence, head, rows);
-      else attend_packed<Element>(call, sequence, piece, head, rows);
+      else if (kv::is_per_token(call.shape.parts[0]) && kv::is_per_token(call.shape.parts[1]))
+        attend_packed<Element>(call, sequence, piece, head, rows);
+      else attend_mixed<Element>(call, sequence, piece, head, rows);
       rows.finish();
     }
   });

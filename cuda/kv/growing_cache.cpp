@@ -64,6 +64,8 @@ const ph_kv_cache_config& checked_config(const ph_kv_cache_config& config) {
 TilePart make_part(const ph_kv_cache_config& config, uint32_t quantizer, uint32_t bits, float rel,
                    const char* part) {
   TilePart made{};
+  made.quantizer = quantizer;
+  if (quantizer == PH_KV_CACHE_RAW16) return made;
   if (quantizer == PH_KV_CACHE_PACKKV) {
     // 1/254 as a float32 may come out of a caller's double a little low.
     if (!(rel >= 1.0f / 254.0f && rel <= 1.0f)) {
@@ -74,7 +76,7 @@ TilePart make_part(const ph_kv_cache_config& config, uint32_t quantizer, uint32_
     // Two roundings and the scale's own may make one code more than the range has steps.
     made.code_limit = std::min(255u, static_cast<uint32_t>(std::ceil(1.0f / rel)) + 1);
     made.rel = rel;
-  } else if (quantizer == PH_KV_CACHE_FIXED) {
+  } else if (quantizer == PH_KV_CACHE_FIXED || quantizer == PH_KV_CACHE_KIVI) {
     if (bits < 1 || bits > 8) {
       throw Error(PH_ERROR_INVALID_ARGUMENT,
                   "Cannot create the kv cache as bits of the %s must be 1 to 8: current value is %u", part,
@@ -85,9 +87,11 @@ TilePart make_part(const ph_kv_cache_config& config, uint32_t quantizer, uint32_
   } else {
     throw Error(
         PH_ERROR_INVALID_ARGUMENT,
-        "Cannot create the kv cache as the quantizer of the %s must be packkv or fixed: current value is %u",
+        "Cannot create the kv cache as the quantizer of the %s must be packkv, fixed, raw16 or kivi: current "
+        "value is %u",
         part, quantizer);
   }
+  if (is_kivi(made)) return made;
   made.base_bits = made.code_limit <= 15 && config.head_dim % 64 == 0 ? 4 : 8;
   return made;
 }
@@ -120,7 +124,8 @@ uint64_t divide_up(uint64_t value, uint64_t divisor) { return (value + divisor -
 
 // Units that a block takes at most.
 uint64_t largest_block_units(const TileShape& shape) {
-  return (kParamsBytes + static_cast<uint64_t>(shape.heads) * largest_record_bytes(shape)) / kUnitBytes;
+  return (params_bytes(shape) + static_cast<uint64_t>(shape.heads) * largest_record_bytes(shape)) /
+         kUnitBytes;
 }
 
 CacheView make_view(const ph_kv_cache_config& config, const std::vector<TileShape>& shapes) {
