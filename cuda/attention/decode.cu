@@ -7,12 +7,18 @@
 // thread block of a sequence and head merges them, in the order of the pieces: deterministic, and independent of the
 // rest of the batch, as pieces depend on the sequence's own length alone.
 //
+// Layers whose parts are both packkv or fixed, the common case, have kernels of their own, and so have those that are
+// raw16 throughout: their warps take values from device memory into registers as tile_raw16.cuh says. A third flavour
+// serves every other mixture.
+//
 // Reads every record once (its params once per kv head, from the cache), writes 4 * head_dim + 8 bytes per piece and
 // column. Records and params are 16-byte aligned, and may straddle two pages of the pool.
 #include <algorithm>
 
 #include "attention/decode.h"
 #include "attention/tile.cuh"
+#include "attention/tile_kivi.cuh"
+#include "attention/tile_raw16.cuh"
 #include "device/device_cuda.h"
 
 namespace ph::attention {
@@ -159,12 +165,6 @@ struct Columns {
 };
 
 template <bool kBfloat>
-__device__ __forceinline__ float2 to_floats(uint32_t pair) {
-  if constexpr (kBfloat) return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-}
-
-template <bool kBfloat>
 __device__ __forceinline__ void store_value(uint8_t* out, uint64_t position, float value) {
   if constexpr (kBfloat) reinterpret_cast<__nv_bfloat16*>(out)[position] = __float2bfloat16_rn(value);
   else reinterpret_cast<__half*>(out)[position] = __float2half_rn(value);
@@ -243,7 +243,28 @@ struct PieceShared {
   PartSum sums[kWarps][kColumns];
 };
 
-// The packed blocks of a piece: warps take them in turn. Leaves each warp's result in `shared`.
+// Leaves each warp's result in shared memory, whatever else was there.
+template <int kDim, int kTiles>
+__device__ __forceinline__ void leave_results(const WarpState<kDim, kTiles>& state, uint8_t* dynamic) {
+  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
+                 i = lane % 4;
+  __syncthreads();
+  PieceShared<kDim, kTiles>& shared = *reinterpret_cast<PieceShared<kDim, kTiles>*>(dynamic);
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    float sum = state.sum[n], zeros = state.zeros[n];
+    for (int distance = 4; distance < kWarpThreads; distance *= 2) {
+      sum += __shfl_xor_sync(kEveryLane, sum, distance);
+      zeros += __shfl_xor_sync(kEveryLane, zeros, distance);
+    }
+#pragma unroll
+    for (int o = 0; o < kDim / 8; ++o) shared.out[warp][4 * n + i][8 * o + g] = state.out[n][o] + zeros;
+    if (g == 0) shared.sums[warp][4 * n + i] = {state.reference[n], sum};
+  }
+  __syncthreads();
+}
+
+// The packed blocks of a piece: warps take them in turn. Leaves each warp's result in shared memory.
 template <int kDim, int kTiles, bool kBfloat, bool kWide>
 __device__ __forceinline__ void packed_piece(const CacheView& cache, const TileLayout& layout,
                                              uint32_t slot_bytes, uint32_t stages, const uint32_t* index,
@@ -251,8 +272,7 @@ __device__ __forceinline__ void packed_piece(const CacheView& cache, const TileL
                                              uint32_t head, const Columns& columns, float scale,
                                              uint8_t* dynamic, TileSpans (*spans)[kWarpBlocks],
                                              uint64_t (*barriers)[kStages]) {
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
-                 i = lane % 4;
+  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   const uint32_t count = piece.count > warp ? (piece.count - warp + kWarps - 1) / kWarps : 0;
   if (lane < count) {
     const kv::RecordSpan span = kv::record_span(cache, index, piece.first + warp + kWarps * lane, head);
@@ -288,20 +308,187 @@ __device__ __forceinline__ void packed_piece(const CacheView& cache, const TileL
     if (++stage == stages) stage = 0, phase ^= 1;
   }
 
-  __syncthreads();  // the slots are free: results take their place
-  PieceShared<kDim, kTiles>& shared = *reinterpret_cast<PieceShared<kDim, kTiles>*>(dynamic);
+  leave_results<kDim, kTiles>(state, dynamic);
+}
+
+// What kernels are for: layers of packkv and fixed, with residuals of up to 4 bits or more; of raw16; of any mixture.
+enum class Flavour { kNarrow, kWide, kRaw16, kMixed };
+
+// For parts that take the queries in 16 bits: a state without those in fixed point.
+template <int kDim, int kTiles>
+__device__ __forceinline__ void begin_plain_state(float scale, WarpState<kDim, kTiles>& state) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    float sum = state.sum[n], zeros = state.zeros[n];
-    for (int distance = 4; distance < kWarpThreads; distance *= 2) {
-      sum += __shfl_xor_sync(kEveryLane, sum, distance);
-      zeros += __shfl_xor_sync(kEveryLane, zeros, distance);
-    }
 #pragma unroll
-    for (int o = 0; o < kDim / 8; ++o) shared.out[warp][4 * n + i][8 * o + g] = state.out[n][o] + zeros;
-    if (g == 0) shared.sums[warp][4 * n + i] = {state.reference[n], sum};
+    for (int x = 0; x < kDim / 16; ++x) state.queries[n][x] = 0;
+    state.query_sum[n] = 0.0f;
+    state.query_scale[n] = scale * kLog2E;
+    state.reference[n] = -1e30f;
+    state.sum[n] = state.zeros[n] = 0.0f;
+#pragma unroll
+    for (int o = 0; o < kDim / 8; ++o) state.out[n][o] = 0.0f;
+  }
+}
+
+// All threads call it; the queries are there once it returns.
+template <int kDim, int kTiles>
+__device__ __forceinline__ void share_queries(const Columns& columns, SharedQueries<kDim, kTiles>& queries) {
+  constexpr uint32_t kPairs = kDim / 2;
+  for (uint32_t at = threadIdx.x; at < SharedQueries<kDim, kTiles>::kColumns * kPairs; at += kThreads) {
+    const uint32_t column = at / kPairs, channel = 2 * (at % kPairs);
+    const bool present = column < columns.count;
+    const uint8_t* source = columns.queries + 2 * (columns.position(present ? column : 0, kDim) + channel);
+    *reinterpret_cast<uint32_t*>(&queries.values[column][channel]) =
+        present ? *reinterpret_cast<const uint32_t*>(source) : 0;
   }
   __syncthreads();
+}
+
+// The packed blocks of a piece whose parts are both raw16: warps take them in turn, and fragments of the next block are
+// under way before one is done. Leaves each warp's result in shared memory.
+template <int kDim, int kTiles, bool kBfloat>
+__device__ __forceinline__ void raw_piece(const CacheView& cache, const uint32_t* index,
+                                          const uint32_t* page_table, const StepPiece& piece, uint32_t head,
+                                          const Columns& columns, float scale, uint8_t* dynamic) {
+  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  const uint32_t count = piece.count > warp ? (piece.count - warp + kWarps - 1) / kWarps : 0;
+  RawValues found{};
+  if (lane < count) {
+    const uint32_t end = kv::record_span(cache, index, piece.first + warp + kWarps * lane, head, 0).end;
+    found.find(page_table, end, kv::kParts * kDim * kv::kRawChannelBytes / kUnitBytes);
+  }
+  SharedQueries<kDim, kTiles>& queries = *reinterpret_cast<SharedQueries<kDim, kTiles>*>(dynamic);
+  share_queries(columns, queries);
+  WarpState<kDim, kTiles> state;
+  begin_plain_state(scale, state);
+  RawValues raw = found.of(0);
+  uint4 held[kAhead] = {};
+  if (count > 0) {
+#pragma unroll
+    for (int f = 0; f < kAhead; ++f) held[f] = raw.load(cache.pool, f);
+  }
+#pragma unroll 1
+  for (uint32_t at = 0; at < count; ++at) {
+    float scores[kTiles][8], factors[kTiles];
+    uint32_t weights[kTiles][8];
+    // The fragments of the values follow those of the keys.
+    raw_scores<kDim, kTiles, kBfloat>(held, queries, scores, [&](int f) { return raw.load(cache.pool, f); });
+    softmax_step(state, scores, factors, [](int, float) {});
+    raw_weights<kTiles, kBfloat>(scores, weights);
+    const bool is_last = at + 1 == count;
+    const RawValues next = found.of(is_last ? at : at + 1);
+    raw_values<kDim, kTiles, kBfloat>(held, state, weights, factors, [&](int f) {
+      if (f < kPartFragments<kDim>) return raw.load(cache.pool, kPartFragments<kDim> + f);
+      return is_last ? make_uint4(0, 0, 0, 0) : next.load(cache.pool, f - kPartFragments<kDim>);
+    });
+    raw = next;
+  }
+  leave_results<kDim, kTiles>(state, dynamic);
+}
+
+// The packed blocks of a piece of any other mixture. What a record has before its 16-bit values comes through the ring,
+// with the block's params, if it has any.
+template <int kDim, int kTiles, bool kBfloat>
+__device__ __forceinline__ void mixed_piece(const CacheView& cache, const kv::TileShape& shape,
+                                            const TileLayout& layout, uint32_t slot_bytes, uint32_t stages,
+                                            const uint32_t* index, const uint32_t* page_table,
+                                            const StepPiece& piece, uint32_t head, const Columns& columns,
+                                            float scale, uint8_t* dynamic, TileSpans (*spans)[kWarpBlocks],
+                                            uint64_t (*barriers)[kStages]) {
+  const kv::TilePart &key_part = shape.parts[PH_KV_KEYS], &value_part = shape.parts[PH_KV_VALUES];
+  const uint32_t params_units = kv::params_bytes(shape) / kUnitBytes;
+  const uint32_t raw_units = kv::raw_bytes(shape) / kUnitBytes;
+  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  const uint32_t count = piece.count > warp ? (piece.count - warp + kWarps - 1) / kWarps : 0;
+  RawValues found{};
+  if (lane < count) {
+    const kv::RecordSpan record =
+        kv::record_span(cache, index, piece.first + warp + kWarps * lane, head, params_units);
+    // Without params, the ring has the record's header in their place: it takes no empty spans.
+    const uint32_t params = params_units > 0 ? record.params : record.begin;
+    spans[warp][lane] = {make_span(page_table, params, params + max(params_units, 1u)),
+                         make_span(page_table, record.begin, record.end - raw_units)};
+    if (raw_units > 0) found.find(page_table, record.end, raw_units);
+  }
+  const Ring ring = {dynamic + warp * stages * slot_bytes, slot_bytes, stages, barriers[warp]};
+  ring.begin();
+  __syncwarp();
+  for (uint32_t stage = 0; stage < stages; ++stage)
+    ring.fetch(cache.pool, stage < count ? &spans[warp][stage] : nullptr, stage);
+
+  SharedQueries<kDim, kTiles>& queries =
+      *reinterpret_cast<SharedQueries<kDim, kTiles>*>(dynamic + kWarps * stages * slot_bytes);
+  share_queries(columns, queries);
+  WarpState<kDim, kTiles> state;
+  if (kv::is_per_token(key_part)) begin_state<kDim, kTiles, kBfloat>(columns, scale, state);
+  else begin_plain_state(scale, state);
+  float group_zeros[kTiles][kValueGroups<kDim>] = {};
+  uint32_t stage = 0, phase = 0;
+#pragma unroll 1
+  for (uint32_t at = 0; at < count; ++at) {
+    const RawValues raw = found.of(at);
+    const auto load = [&](int f) {
+      return f < kPartFragments<kDim> ? raw.load(cache.pool, f) : make_uint4(0, 0, 0, 0);
+    };
+    uint4 held[kAhead];
+    if (raw_units > 0) {
+#pragma unroll
+      for (int f = 0; f < kAhead; ++f) held[f] = load(f);
+    }
+    ring.wait(stage, phase);
+    const uint8_t* slot = ring.slots + stage * slot_bytes;
+    const Tile tile = {slot, slot + kParamsBytes};
+    uint2 widths = *reinterpret_cast<const uint2*>(tile.record);
+    // The same in every lane: the shuffle tells the compiler.
+    widths.x = __shfl_sync(kEveryLane, widths.x, 0);
+    widths.y = __shfl_sync(kEveryLane, widths.y, 0);
+    const uint8_t* key_groups = tile.record + layout.groups;
+    const uint32_t value_groups = layout.groups + kv::kGroupBytes * kv::width_sum(widths.x);
+
+    float scores[kTiles][8], factors[kTiles];
+    if (kv::is_raw16(key_part)) {
+      raw_scores<kDim, kTiles, kBfloat>(held, queries, scores, load);
+    } else if (kv::is_kivi(key_part)) {
+      kivi_scores<kDim, kTiles, kBfloat>(tile.record + kv::kTileHeaderBytes, key_groups, key_part.width,
+                                         queries, scores);
+    } else {
+      tile_scores<kDim, kTiles, kBfloat, true>(tile, layout, widths.x, state, scores);
+    }
+    if (kv::is_per_token(value_part)) {
+      uint32_t weights[kTiles][4];
+      tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, weights, factors);
+      tile_values<kDim, kTiles, true>(tile, layout, value_groups, widths.y, state, weights, factors);
+    } else {
+      softmax_step(state, scores, factors, [&](int n, float factor) {
+#pragma unroll
+        for (int group = 0; group < kValueGroups<kDim>; ++group) group_zeros[n][group] *= factor;
+      });
+      if (kv::is_raw16(value_part)) {
+        uint32_t weights[kTiles][8];
+        raw_weights<kTiles, kBfloat>(scores, weights);
+        raw_values<kDim, kTiles, kBfloat>(held, state, weights, factors, load);
+      } else {
+        kivi_values<kDim, kTiles, kBfloat>(tile.record + layout.value_bases, tile.record + value_groups,
+                                           value_part.width, scores, factors, state, group_zeros);
+      }
+    }
+    __syncwarp();
+    ring.fetch(cache.pool, at + stages < count ? &spans[warp][at + stages] : nullptr, stage);
+    if (++stage == stages) stage = 0, phase ^= 1;
+  }
+
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int group = 0; group < kValueGroups<kDim>; ++group) {
+      for (int distance = 4; distance < kWarpThreads; distance *= 2)
+        group_zeros[n][group] += __shfl_xor_sync(kEveryLane, group_zeros[n][group], distance);
+    }
+#pragma unroll
+    for (int o = 0; o < kDim / 8; ++o)
+      state.out[n][o] += group_zeros[n][o / static_cast<int>(kv::kGroupChannels / 8)];
+  }
+  leave_results<kDim, kTiles>(state, dynamic);
 }
 
 // The sinks and the tokens after the last packed block, kThreads at a time: a thread per token for the scores, then a
@@ -464,6 +651,7 @@ struct Partials {
 
 struct DecodeParameters {
   CacheView cache;
+  kv::TileShape shape;
   StepView step;
   TileLayout layout;
   Partials partials;
@@ -473,10 +661,11 @@ struct DecodeParameters {
   float scale;
 };
 
-template <int kDim, int kTiles, bool kBfloat, bool kWide>
-__global__ void __launch_bounds__(kThreads, kTiles* kDim <= 128    ? 4
-                                            : kTiles * kDim <= 256 ? 3
-                                                                   : 2)
+template <int kDim, int kTiles, bool kBfloat, Flavour kFlavour>
+__global__ void __launch_bounds__(kThreads, kFlavour == Flavour::kMixed ? 2
+                                            : kTiles * kDim <= 128      ? 4
+                                            : kTiles * kDim <= 256      ? 3
+                                                                        : 2)
     DecodeKernel(const __grid_constant__ DecodeParameters parameters) {
   constexpr int kColumns = 4 * kTiles;
   extern __shared__ __align__(128) uint8_t dynamic[];
@@ -495,11 +684,20 @@ __global__ void __launch_bounds__(kThreads, kTiles* kDim <= 128    ? 4
                            static_cast<uint64_t>(cache.query_heads) * kDim};
 
   if (piece.count > 0) {
-    packed_piece<kDim, kTiles, kBfloat, kWide>(
-        cache, parameters.layout, parameters.slot_bytes, parameters.stages,
-        kv::index_of(cache, parameters.layer, entry.sequence),
-        kv::page_table_of(cache, parameters.layer, entry.sequence), piece, head, columns, parameters.scale,
-        dynamic, spans, barriers);
+    const uint32_t* index = kv::index_of(cache, parameters.layer, entry.sequence);
+    const uint32_t* page_table = kv::page_table_of(cache, parameters.layer, entry.sequence);
+    if constexpr (kFlavour == Flavour::kRaw16) {
+      raw_piece<kDim, kTiles, kBfloat>(cache, index, page_table, piece, head, columns, parameters.scale,
+                                       dynamic);
+    } else if constexpr (kFlavour == Flavour::kMixed) {
+      mixed_piece<kDim, kTiles, kBfloat>(cache, parameters.shape, parameters.layout, parameters.slot_bytes,
+                                         parameters.stages, index, page_table, piece, head, columns,
+                                         parameters.scale, dynamic, spans, barriers);
+    } else {
+      packed_piece<kDim, kTiles, kBfloat, kFlavour == Flavour::kWide>(
+          cache, parameters.layout, parameters.slot_bytes, parameters.stages, index, page_table, piece, head,
+          columns, parameters.scale, dynamic, spans, barriers);
+    }
   } else {
     recent_piece<kDim, kTiles, kBfloat>(cache, parameters.layer, entry, head, columns, parameters.scale,
                                         dynamic);
@@ -599,8 +797,9 @@ void dispatch_dim(uint32_t head_dim, Run run) {
   else run(std::integral_constant<int, 256>{});
 }
 
+// Of params, and of a record up to its 16-bit values.
 uint32_t slot_bytes(const kv::TileShape& shape) {
-  return (kParamsBytes + kv::largest_record_bytes(shape) + 127) / 128 * 128;
+  return (kParamsBytes + kv::largest_record_bytes(shape) - kv::raw_bytes(shape) + 127) / 128 * 128;
 }
 
 // Tiles ahead that fit the shared memory of a thread block; throws if not even one does.
@@ -628,30 +827,40 @@ void with_kernel(const ph_device& device, const CacheView& cache, const kv::Tile
                  uint32_t columns, Use use) {
   dispatch_dim(cache.head_dim, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
-    const auto with = [&](auto tiles, auto bfloat, auto wide) {
+    const auto with = [&](auto tiles, auto bfloat, auto flavour) {
       constexpr int kTiles = decltype(tiles)::value;
       constexpr bool kBfloat = decltype(bfloat)::value;
-      const uint32_t stages = stages_of(device, shape);
-      const uint32_t shared_bytes = std::max<uint32_t>(
-          {kWarps * stages * slot_bytes(shape), static_cast<uint32_t>(sizeof(PieceShared<kDim, kTiles>)),
-           static_cast<uint32_t>(sizeof(RecentShared<kDim, kTiles, kBfloat>))});
-      use(DecodeKernel<kDim, kTiles, kBfloat, decltype(wide)::value>,
-          Launch{4u * kTiles, stages, shared_bytes});
+      constexpr Flavour kFlavour = decltype(flavour)::value;
+      const uint32_t stages = kFlavour == Flavour::kRaw16 ? 0 : stages_of(device, shape);
+      uint32_t packed_bytes = kWarps * stages * slot_bytes(shape);
+      if (kFlavour == Flavour::kRaw16 || kFlavour == Flavour::kMixed)
+        packed_bytes += static_cast<uint32_t>(sizeof(SharedQueries<kDim, kTiles>));
+      const uint32_t shared_bytes =
+          std::max<uint32_t>({packed_bytes, static_cast<uint32_t>(sizeof(PieceShared<kDim, kTiles>)),
+                              static_cast<uint32_t>(sizeof(RecentShared<kDim, kTiles, kBfloat>))});
+      use(DecodeKernel<kDim, kTiles, kBfloat, kFlavour>, Launch{4u * kTiles, stages, shared_bytes});
     };
-    const auto with_type = [&](auto tiles, auto wide) {
-      if (cache.dtype == PH_BF16) with(tiles, std::true_type{}, wide);
-      else with(tiles, std::false_type{}, wide);
+    const auto with_type = [&](auto tiles, auto flavour) {
+      if (cache.dtype == PH_BF16) with(tiles, std::true_type{}, flavour);
+      else with(tiles, std::false_type{}, flavour);
     };
-    const auto with_width = [&](auto tiles) {
-      if (std::max(kv::largest_width(shape.parts[0]), kv::largest_width(shape.parts[1])) > 4)
-        with_type(tiles, std::true_type{});
-      else with_type(tiles, std::false_type{});
+    const auto with_flavour = [&](auto tiles) {
+      const kv::TilePart &keys = shape.parts[0], &values = shape.parts[1];
+      if (kv::is_raw16(keys) && kv::is_raw16(values)) {
+        with_type(tiles, std::integral_constant<Flavour, Flavour::kRaw16>{});
+      } else if (!kv::is_per_token(keys) || !kv::is_per_token(values)) {
+        with_type(tiles, std::integral_constant<Flavour, Flavour::kMixed>{});
+      } else if (std::max(kv::largest_width(keys), kv::largest_width(values)) > 4) {
+        with_type(tiles, std::integral_constant<Flavour, Flavour::kWide>{});
+      } else {
+        with_type(tiles, std::integral_constant<Flavour, Flavour::kNarrow>{});
+      }
     };
     // One tile of four columns leaves more registers to wide heads.
     if constexpr (kDim < 256) {
-      if (columns > 4) return with_width(std::integral_constant<int, 2>{});
+      if (columns > 4) return with_flavour(std::integral_constant<int, 2>{});
     }
-    with_width(std::integral_constant<int, 1>{});
+    with_flavour(std::integral_constant<int, 1>{});
   });
 }
 
@@ -678,6 +887,7 @@ void decode(ph_device& device, const CacheView& cache, const kv::TileShape& shap
   const uint32_t columns = cache.query_heads / cache.heads * step.most_queries;
   DecodeParameters parameters{};
   parameters.cache = cache;
+  parameters.shape = shape;
   parameters.step = step;
   parameters.layout = {kv::bases_position(shape, PH_KV_VALUES),
                        kv::bases_position(shape, kv::kParts),
