@@ -394,3 +394,42 @@ test("a sequence's attention is the same, bit for bit, whatever else is in the b
     }
   }
 });
+
+test("constant channels and tokens of zeros do not blur small values", (device) => {
+  for (const [example, part] of [...parts, fixed(8), fixed(2), packkv(0.02)].entries()) {
+    const dtype = example % 2 === 0 ? "f16" : "bf16";
+    using cache = KvCache.create(
+      device,
+      optionsOf({
+        headDim: [64, 128, 96, 256][example % 4]!,
+        dtype,
+        residual: 8,
+        sinks: 0,
+        codec: bothParts(part),
+      }),
+    );
+    const { config } = cache;
+    const { headDim, queryHeads } = config;
+    const data: Data = { kind: "gaussian", random: randomOf(example) };
+    const [tokens] = tokensOf(config, data, 330);
+    tokens!.forEach(({ keys, values }, i) => {
+      const bits = (value: number) => encodeBits(dtype, Float32Array.of(value))[0]!;
+      keys[5] = bits(20);
+      keys[9] = bits(0);
+      const scaled = decodeBits(dtype, values).map((value) => i % 7 === 1 ? 0 : value * 0.01);
+      values.set(encodeBits(dtype, scaled));
+    });
+    const model = new ReferenceCache(config);
+    const [sequence, expected] = [cache.add(), model.add()];
+    const step = (count: number, first: number) =>
+      appendAll(cache, [{ sequence, tokens: [tokens!.slice(first, first + count)] }]);
+    step(329, 0);
+    const last = step(1, 329);
+    model.append(expected, [tokens!]);
+    assertHolds(cache, sequence, expected);
+    const queries = bitsOf(config, data, { tokens: 1, heads: queryHeads });
+    const out = attendLayer(cache, last, 0, queries);
+    const what = `${JSON.stringify(part)}, ${headDim}, ${dtype}`;
+    assertAttends(config, expected.layers[0]!.tokens, { queries, out, what });
+  }
+});

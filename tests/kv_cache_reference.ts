@@ -222,8 +222,13 @@ function scaleAndZero(
   codec: KvCachePartCodec,
   { min, max }: { min: number; max: number },
 ): { scale: number; zero: number } {
-  if (min === max) return { scale: min === 0 ? 1 : Math.abs(min), zero: Math.sign(min) };
   const { smallest, largest } = FORMATS[dtype];
+  if (min === max) {
+    if (min === 0) return { scale: smallest, zero: 0 };
+    const parts = Array.from({ length: 15 }, (_, k) => 2 ** k);
+    const part = parts.findLast((each) => Math.abs(min) / each % smallest === 0)!;
+    return { scale: Math.abs(min) / part, zero: Math.sign(min) * part };
+  }
   const clamped = (scale: number) => Math.min(Math.max(scale, smallest), largest);
   const limit = codeLimit(codec);
   const range = fround(max - min);

@@ -307,6 +307,8 @@ PH_API int32_t ph_kv_measure(ph_device* device, const ph_kv_codec* codec, const 
  *           scale and residuals as for fixed
  *   raw16:  values stay as they are, those that are not finite too
  * Zero points have 16 bits: where one would not fit, the scale is raised until it does, to at most |min| / 32767.
+ * A constant group is exact, as above, but its scale is |x| / 2^k for the largest k up to 14 that makes it a value of T,
+ * and its zero point sign(x) * 2^k; for x = 0 the scale is the smallest positive T.
  * Widths are chosen on the device, per block, head and group of 32 channels; records take the bytes they need, in pages
  * of 65,536 bytes from a pool of fixed size.
  *

@@ -57,6 +57,7 @@ constexpr uint32_t kLanes = 32;
 constexpr uint32_t kParamsBytes = 2 * kBlockTokens * (2 + 2) + 16;
 constexpr uint32_t kTileHeaderBytes = 16;
 constexpr int32_t kLargestZero = 32767;  // zero points are 16-bit here: see tile_affine
+constexpr uint32_t kMostHalvings = 14;   // of the scale of equal values: see tile_affine
 
 // Where a token's parameters lie in a params record.
 PH_HOST_DEVICE uint32_t scale_position(uint32_t part, uint32_t token) { return 256 * part + 2 * token; }
@@ -240,13 +241,22 @@ PH_HOST_DEVICE void unpack_words(uint32_t width, const Word* words, Word* nibble
   }
 }
 
-// Scale and zero point of the values that share them: of a token and part, all heads and channels; or kivi's. As group_affine (packhorse.h, step 1),
-// but for the zero point, which has 16 bits here: a scale that is too small for it is raised until it fits. That happens
-// only where the scale is below 2^-15 of the values, far below their own rounding.
+// Scale and zero point of the values that share them: of a token and part, all heads and channels; or kivi's. As
+// group_affine (packhorse.h, step 1), but for two things.
+// Zero points have 16 bits here: a scale that is too small for its own is raised until it fits. That happens only where
+// the scale is below 2^-15 of the values, far below their own rounding.
+// Equal values, whose codes are 0, get the smallest scale that is exact. Attention's fixed-point numbers are relative to
+// the largest product with a scale, which should be one whose codes count.
 PH_HOST_DEVICE Affine tile_affine(const TileShape& shape, uint32_t part, float minimum, float maximum) {
   if (minimum == maximum) {
-    if (minimum == 0.0f) return {1.0f, 0.0f};
-    return {minimum < 0.0f ? -minimum : minimum, minimum < 0.0f ? -1.0f : 1.0f};
+    if (minimum == 0.0f) return {store_scale(shape.dtype, 0.0f, false), 0.0f};
+    Affine equal = {minimum < 0.0f ? -minimum : minimum, minimum < 0.0f ? -1.0f : 1.0f};
+    for (uint32_t halvings = 0; halvings < kMostHalvings; ++halvings) {
+      const float half = multiply(equal.scale, 0.5f);
+      if (scale_from_bits(shape.dtype, scale_bits(shape.dtype, half)) != half) break;
+      equal = {half, multiply(equal.zero, 2.0f)};
+    }
+    return equal;
   }
   const TilePart& codec = shape.parts[part];
   const float range = maximum - minimum;
