@@ -1,8 +1,18 @@
 import { Command, EnumType } from "@cliffy/command";
 import { CompletionsCommand } from "@cliffy/command/completions";
 import { HelpCommand } from "@cliffy/command/help";
+import { DEFAULT_CACHE_CODECS } from "../src/kv/cache_codec.ts";
 import config from "../deno.json" with { type: "json" };
-import { type GlobalOptions, relativeScale, tensorPattern, tokenCount } from "./options.ts";
+import {
+  byteSize,
+  bytesPerSecond,
+  cacheCodec,
+  type GlobalOptions,
+  positiveCount,
+  relativeScale,
+  tensorPattern,
+  tokenCount,
+} from "./options.ts";
 
 // What the commands do is loaded when they run, so that help and completions answer at once.
 
@@ -17,6 +27,11 @@ const VALUE_PATTERN: ["--value-pattern <name:pattern>", string, { depends: strin
   'Name of the value tensors, "layers.<n>.value" unless given.',
   { depends: ["key-pattern"] },
 ];
+
+const KV_FORMS = "How tokens are packed: raw16, packkv:k=0.1,v=0.2, fixed:k=4,v=4 or kivi:4. " +
+  "May be given several times. ";
+const KV_HELP = `${KV_FORMS}packkv unless given.`;
+const KV_BENCH_HELP = `${KV_FORMS}All of ${DEFAULT_CACHE_CODECS.join(", ")} unless given.`;
 
 /** The command tree: every command, option and help text. */
 export function createApp() {
@@ -61,6 +76,12 @@ function createKv() {
     .globalType("scale", relativeScale)
     .globalType("tokens", tokenCount)
     .globalType("pattern", tensorPattern)
+    .globalType("count", positiveCount)
+    .globalType("size", byteSize)
+    .globalType("speed", bytesPerSecond)
+    .globalType("codec", cacheCodec)
+    .globalType("channels", new EnumType([64, 96, 128, 256]))
+    .globalType("half", new EnumType(["f16", "bf16"]))
     .globalType("quantizer", new EnumType(["packkv", "kivi"]))
     .globalType("grouping", new EnumType(["token", "head"]))
     .globalType("bits", new EnumType([2, 3, 4, 8]))
@@ -143,5 +164,69 @@ function createKv() {
     .action(async (options, input) =>
       (await import("./commands/kv_sweep.ts")).kvSweep(options, input)
     )
+    .command("plan", "Say how long a context fits into a memory, and where its bytes go.")
+    .option("--config <file:file>", "The model's config.json, as on Hugging Face.", {
+      required: true,
+    })
+    .option("--memory <size:size>", "Memory for weights and cache, such as 24GiB.", {
+      required: true,
+    })
+    .option("--weights <size:size>", "Bytes of the weights. Counted from the config unless given.")
+    .option("--kv <codec:codec>", KV_HELP, { collect: true })
+    .option("--batch <sequences:count>", "Sequences at once.", { default: 1 })
+    .option("--context <tokens:count>", "Plan for so many tokens of each, not for the most.")
+    .option("--residual <tokens:tokens>", "Latest tokens to leave in 16 bits. 128 unless given.")
+    .option("--sinks <tokens:tokens>", "First tokens to leave in 16 bits. 4 unless given.")
+    .option("--step-tokens <tokens:count>", "Most tokens of a step. 2048 unless given.")
+    .option(
+      "--bandwidth <speed:speed>",
+      "Memory bandwidth in GB/s, or such as 4.8TB/s. Unless given, that of the GPU, " +
+        "or 4 TB/s without one.",
+    )
+    .option(
+      "--bits-per-value <bits:number>",
+      "Bits that packkv takes, instead of measuring them.",
+      {
+        conflicts: ["dump"],
+      },
+    )
+    .option(
+      "--dump <file:file>",
+      "Cache in a .safetensors file to measure packkv on. One of a small model unless given.",
+    )
+    .option(...KEY_PATTERN)
+    .option(...VALUE_PATTERN)
+    .option("--svg <file:file>", "Also write a chart of context against memory.")
+    .example(
+      "Compare codecs on a GPU of 24 GiB",
+      "packhorse kv plan --config config.json --memory 24GiB --kv raw16 --kv packkv --kv fixed:4",
+    )
+    .example(
+      "See what 8 sequences of 32,768 tokens take",
+      "packhorse kv plan --config config.json --memory 80GB --batch 8 --context 32768",
+    )
+    .action(async (options) => (await import("./commands/kv_plan.ts")).kvPlan(options))
+    .command("bench", "Measure growing caches on this machine: append, and decode attention.")
+    .option("--kv <codec:codec>", KV_BENCH_HELP, { collect: true })
+    .option("--tokens <tokens:count>", "Tokens of a sequence.", { default: 8192 })
+    .option("--batch <sequences:count>", "Sequences at once.", { default: 1 })
+    .option("--heads <heads:count>", "Heads of the keys and values.", { default: 8 })
+    .option("--group <heads:count>", "Query heads of each of them.", { default: 4 })
+    .option("--head-dim <channels:channels>", "Channels of a head.", { default: 128 })
+    .option("--dtype <type:half>", "Type of the tokens.", { default: "f16" })
+    .option("--layers <layers:count>", "Layers. As many as exceed processor caches unless given.")
+    .option("--repeat <times:count>", "How often attention is measured.", { default: 20 })
+    .option(
+      "--dump <file:file>",
+      "Cache in a .safetensors file to draw tokens from. One of a small model unless given.",
+    )
+    .option(...KEY_PATTERN)
+    .option(...VALUE_PATTERN)
+    .option("--svg <file:file>", "Also write a chart.")
+    .example(
+      "Compare three codecs at 32,768 tokens",
+      "packhorse kv bench --tokens 32768 --kv packkv:k=0.1,v=0.2 --kv fixed:4 --kv fixed:2",
+    )
+    .action(async (options) => (await import("./commands/kv_bench.ts")).kvBench(options))
     .reset();
 }

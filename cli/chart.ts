@@ -36,7 +36,42 @@ export async function writeSweepChart(
       error: row.valueRmsError,
     })),
   ];
-  const { spec } = compile(chart(means(points)));
+  await writeChart(file, sweepChart(means(points)));
+}
+
+/** How long a context fits into a memory with a codec. */
+export interface PlanPoint {
+  kv: string;
+  memoryBytes: number;
+  /** 0 if none fits. */
+  maxContext: number;
+}
+
+/** Fills a file with an SVG chart of the longest context against memory, a line per codec. */
+export async function writePlanChart(
+  file: AtomicFile,
+  points: readonly PlanPoint[],
+  memoryBytes: number,
+): Promise<void> {
+  await writeChart(file, planChart(points, memoryBytes));
+}
+
+/** What a benchmark measured of a codec. */
+export interface BenchBar {
+  kv: string;
+  bitsPerValue: number;
+  prefillBytesPerSecond: number;
+  appendSeconds: number;
+  attendSeconds: number;
+}
+
+/** Fills a file with an SVG chart of what was measured, side by side. */
+export async function writeBenchChart(file: AtomicFile, bars: readonly BenchBar[]): Promise<void> {
+  await writeChart(file, benchChart(bars));
+}
+
+async function writeChart(file: AtomicFile, chart: TopLevelSpec): Promise<void> {
+  const { spec } = compile(chart);
   const svg = await new View(parse(spec), { renderer: "none" }).toSVG();
   await file.write(new TextEncoder().encode(svg), 0);
   await file.commit();
@@ -59,8 +94,106 @@ function means(points: Point[]): Point[] {
   });
 }
 
-function chart(points: Point[]): TopLevelSpec {
+/** What all charts look like. */
+const STYLE = {
+  background: "white",
+  padding: 16,
+  config: {
+    font: "sans-serif",
+    header: { labelFontSize: 13, labelFontWeight: "bold" },
+    axis: { labelFontSize: 11, titleFontSize: 12, titleFontWeight: "normal" },
+    legend: { labelFontSize: 11, titleFontSize: 12, labelLimit: 400 },
+    range: { category: ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"] },
+  },
+} as const satisfies Partial<TopLevelSpec>;
+
+function planChart(points: readonly PlanPoint[], memoryBytes: number): TopLevelSpec {
+  const memory = { field: "memory", type: "quantitative" } as const;
   return {
+    ...STYLE,
+    width: 480,
+    height: 300,
+    title: { text: "Longest context against memory", anchor: "middle", offset: 12 },
+    layer: [
+      {
+        data: {
+          values: points.map(({ kv, memoryBytes, maxContext }) => ({
+            kv,
+            memory: memoryBytes / 1e9,
+            context: maxContext,
+          })),
+        },
+        mark: { type: "line", strokeWidth: 2 },
+        encoding: {
+          x: {
+            ...memory,
+            title: "memory of weights and cache, in GB",
+            scale: { zero: false, nice: false },
+          },
+          y: {
+            field: "context",
+            type: "quantitative",
+            title: "tokens of a sequence",
+            axis: { format: "~s" },
+          },
+          color: {
+            field: "kv",
+            type: "nominal",
+            title: "kv",
+            sort: [...new Set(points.map(({ kv }) => kv))],
+          },
+        },
+      },
+      {
+        data: { values: [{ memory: memoryBytes / 1e9 }] },
+        mark: { type: "rule", strokeDash: [4, 4], color: "#666" },
+        encoding: { x: memory },
+      },
+    ],
+  };
+}
+
+function benchChart(bars: readonly BenchBar[]): TopLevelSpec {
+  const measures: [string, (bar: BenchBar) => number][] = [
+    ["attention, µs a layer", ({ attendSeconds }) => 1e6 * attendSeconds],
+    ["append, µs a layer", ({ appendSeconds }) => 1e6 * appendSeconds],
+    ["prefill, GB/s", ({ prefillBytesPerSecond }) => prefillBytesPerSecond / 1e9],
+    ["bits per value", ({ bitsPerValue }) => bitsPerValue],
+  ];
+  const kv = { field: "kv", type: "nominal", sort: bars.map(({ kv }) => kv) } as const;
+  return {
+    ...STYLE,
+    data: {
+      values: measures.flatMap(([measure, of]) =>
+        bars.map((bar) => ({ kv: bar.kv, measure, value: of(bar) }))
+      ),
+    },
+    facet: {
+      column: {
+        field: "measure",
+        type: "nominal",
+        title: null,
+        sort: measures.map(([measure]) => measure),
+      },
+    },
+    spec: {
+      width: 170,
+      height: { step: 26 },
+      mark: { type: "bar" },
+      encoding: {
+        y: { ...kv, title: null, axis: { labelLimit: 300 } },
+        x: { field: "value", type: "quantitative", title: null, axis: { tickCount: 4 } },
+        color: { ...kv, legend: null },
+      },
+    },
+    resolve: { scale: { x: "independent" } },
+    title: { text: "Growing caches", anchor: "middle", offset: 12 },
+  };
+}
+
+function sweepChart(points: Point[]): TopLevelSpec {
+  return {
+    ...STYLE,
     data: { values: points as unknown as Record<string, unknown>[] },
     facet: { column: { field: "part", type: "nominal", title: null } },
     spec: {
@@ -91,14 +224,5 @@ function chart(points: Point[]): TopLevelSpec {
     },
     resolve: { scale: { x: "independent", y: "independent" } },
     title: { text: "Bits per value against error", anchor: "middle", offset: 12 },
-    background: "white",
-    padding: 16,
-    config: {
-      font: "sans-serif",
-      header: { labelFontSize: 13, labelFontWeight: "bold" },
-      axis: { labelFontSize: 11, titleFontSize: 12, titleFontWeight: "normal" },
-      legend: { labelFontSize: 11, titleFontSize: 12 },
-      range: { category: ["#0072b2", "#d55e00", "#009e73", "#cc79a7"] },
-    },
   };
 }

@@ -1,4 +1,7 @@
 import { type ArgumentValue, ValidationError } from "@cliffy/command";
+import { PackhorseError } from "../src/error.ts";
+import { parseCacheCodec } from "../src/kv/cache_codec.ts";
+import type { KvCacheCodec } from "../src/kv/mod.ts";
 
 /** Options that every command takes. A type, not an interface: Cliffy wants an index signature. */
 export type GlobalOptions = {
@@ -47,6 +50,68 @@ export function tokenCount({ label, name, value }: ArgumentValue): number {
     );
   }
   return Number(value);
+}
+
+/** Reads a whole number from 1 on. */
+export function positiveCount({ label, name, value }: ArgumentValue): number {
+  if (!/^\d{1,15}$/.test(value) || Number(value) === 0) {
+    throw new ValidationError(
+      `${label} "${name}" must be a whole number, 1 or more, but got "${value}".`,
+    );
+  }
+  return Number(value);
+}
+
+const POWERS: Readonly<Record<string, number>> = { "": 0, k: 1, m: 2, g: 3, t: 4 };
+
+/** Bytes of "24GiB", "80GB" or "512B"; undefined for what is no size. */
+function parseBytes(text: string): number | undefined {
+  const match = /^(\d+(?:\.\d*)?|\.\d+) ?([kmgt]?)(i?)b$/i.exec(text.trim());
+  if (match === null) return undefined;
+  const [, number, prefix, binary] = match;
+  return Number(number) * (binary ? 1024 : 1000) ** POWERS[prefix!.toLowerCase()]!;
+}
+
+/** Reads a number of bytes, such as "24GiB". */
+export function byteSize({ label, name, value }: ArgumentValue): number {
+  const bytes = Math.floor(parseBytes(value) ?? NaN);
+  if (!(bytes <= 2 ** 50)) {
+    throw new ValidationError(
+      `${label} "${name}" must be a size with its unit, such as 24GiB or 80GB, up to 1024TiB, ` +
+        `but got "${value}".`,
+    );
+  }
+  return bytes;
+}
+
+/** Reads bytes per second: "4.8TB/s", or a number of gigabytes, such as "4800". */
+export function bytesPerSecond({ label, name, value }: ArgumentValue): number {
+  const gigabytes = value.trim() === "" ? NaN : Number(value);
+  const speed = Number.isNaN(gigabytes)
+    ? parseBytes(value.replace(/\/s$/, "")) ?? NaN
+    : gigabytes * 1e9;
+  if (!(speed > 0 && speed <= 1e18)) {
+    throw new ValidationError(
+      `${label} "${name}" must be gigabytes per second, such as 4800 or 4.8TB/s, but got "${value}".`,
+    );
+  }
+  return speed;
+}
+
+/** The codec of a cache, and how it was written. */
+export interface NamedCacheCodec {
+  kv: string;
+  codec: KvCacheCodec;
+}
+
+/** Reads the codec of a cache, such as "packkv:k=0.1,v=0.2". */
+export function cacheCodec({ label, name, value }: ArgumentValue): NamedCacheCodec {
+  try {
+    return { kv: value, codec: parseCacheCodec(value) };
+  } catch (error) {
+    if (!(error instanceof PackhorseError)) throw error;
+    throw new ValidationError(`${label} "${name}": ${error.message}.`, { cause: error });
+  }
 }
 
 /** Reads a tensor name with `<n>` where the layer's number stands. */

@@ -104,8 +104,9 @@ export function formatError(error: number): string {
   return error === 0 || Math.abs(error) >= 1e-4 ? significant(error) : error.toExponential(1);
 }
 
-/** "31 ms" for 0.0312. */
+/** "31 ms" for 0.0312, "48 µs" for 0.000048. */
 export function formatSeconds(seconds: number): string {
+  if (seconds < 1e-3) return `${significant(seconds * 1e6)} µs`;
   return seconds < 1 ? `${significant(seconds * 1000)} ms` : `${significant(seconds)} s`;
 }
 

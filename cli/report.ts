@@ -1,4 +1,10 @@
-import type { KvFileReport, KvLayerReport, KvPartMeasurement } from "../src/kv/mod.ts";
+import type {
+  KvCachePartCodec,
+  KvFileReport,
+  KvLayerReport,
+  KvPartMeasurement,
+  KvSequenceFileReport,
+} from "../src/kv/mod.ts";
 import { formatBits, formatBytes, formatError, formatRatio, print, printTable } from "./output.ts";
 
 /** Times that packing made something smaller; 0 for what was nothing. */
@@ -77,6 +83,50 @@ export function inspectReport(report: KvFileReport) {
     ...fileSizes(report),
     layers: report.layers.map((layer) => ({ ...layerSizes(layer), ...layerWidths(layer) })),
   };
+}
+
+/** What a file of a saved sequence holds, as `--json` shows it. */
+export function sequenceReport(report: KvSequenceFileReport) {
+  return { ...report, ratio: ratio(report.originalBytes, report.fileBytes) };
+}
+
+/** Prints what a file of a saved sequence holds, and where its bytes go. */
+export function printSequence(report: KvSequenceFileReport): void {
+  const { input, version, layout, layers, tokens, packedTokens, heads, headDim, dtype } = report;
+  print(
+    `${input}: version ${version}, layout ${layout}, one sequence of ${tokens} tokens in ` +
+      `${layers.length} layers of ${heads} x ${headDim} ${dtype}`,
+  );
+  print(
+    `${packedTokens} tokens packed, ${tokens - packedTokens} in 16 bits ` +
+      `(sinks ${report.sinks}, residual ${report.residual})`,
+  );
+  printTable(
+    ["layer", "keys", "values", ">original", ">packed", ">in 16 bits", ">ratio", ">bits"],
+    layers.map(({ layer, codec, originalBytes, packedBytes, recentBytes, bits }) => [
+      layer,
+      describePart(codec.keys),
+      describePart(codec.values),
+      formatBytes(originalBytes),
+      formatBytes(packedBytes),
+      formatBytes(recentBytes),
+      formatRatio(ratio(originalBytes, packedBytes + recentBytes)),
+      formatBits(bits),
+    ]),
+  );
+  const { originalBytes, fileBytes, packedBytes, recentBytes, headerBytes } = report;
+  print(
+    `${formatBytes(originalBytes)} in ${formatBytes(fileBytes)}, ${
+      formatRatio(ratio(originalBytes, fileBytes))
+    } smaller (${formatBytes(packedBytes)} packed, ${formatBytes(recentBytes)} in 16 bits, ${
+      formatBytes(headerBytes)
+    } header and checksums)`,
+  );
+}
+
+/** "packkv 0.1", "fixed 4" */
+function describePart({ quantizer, ...options }: KvCachePartCodec): string {
+  return [quantizer, ...Object.values(options)].join(" ");
 }
 
 /** Prints one row per layer: sizes, bits, and errors where `errors` says so. */

@@ -29,11 +29,19 @@ export class NativeDevice {
   readonly #resources = new Set<NativeResource>();
   #callsInFlight = 0;
   #isClosed = false;
+  /** While work is captured, the buffers that it uses. */
+  captured: HeldBuffers | undefined;
 
-  /** Opens a device. Throws as {@linkcode loadLibrary}, and what the library reports. */
-  constructor(backend: NativeBackend, ordinal: number) {
+  /**
+   * Opens a device, on a stream of its own or of the caller's. Throws as {@linkcode loadLibrary}, and what the library
+   * reports.
+   */
+  constructor(backend: NativeBackend, ordinal: number, stream?: bigint) {
     this.library = loadLibrary(backend);
-    this.#handle = create(this.library.symbols.ph_device_open, ordinal);
+    const { ph_device_open, ph_device_open_on_stream } = this.library.symbols;
+    this.#handle = stream === undefined
+      ? create(ph_device_open, ordinal)
+      : create(ph_device_open_on_stream, ordinal, stream);
   }
 
   /** The `ph_device*`. Throws `disposed` once closed. */
@@ -52,9 +60,26 @@ export class NativeDevice {
     return DEVICE_INFO.read(bytes);
   }
 
+  /** The device's stream, 0 where there is none. */
+  get stream(): bigint {
+    const stream = new BigUint64Array(1);
+    call(this.library.symbols.ph_device_stream, this.handle, stream);
+    return stream[0]!;
+  }
+
   createBuffer(byteLength: number): NativeBuffer {
+    const { ph_buffer_create } = this.library.symbols;
+    return this.#adoptBuffer(create(ph_buffer_create, this.handle, BigInt(byteLength)));
+  }
+
+  /** A buffer over memory that is not freed with it. */
+  wrapBuffer(address: bigint, byteLength: number): NativeBuffer {
+    const { ph_buffer_wrap } = this.library.symbols;
+    return this.#adoptBuffer(create(ph_buffer_wrap, this.handle, address, BigInt(byteLength)));
+  }
+
+  #adoptBuffer(handle: Deno.PointerObject): NativeBuffer {
     const { symbols } = this.library;
-    const handle = create(symbols.ph_buffer_create, this.handle, BigInt(byteLength));
     const buffer = new NativeBuffer(this, handle, (destroyed) => {
       this.disown(destroyed);
       call(symbols.ph_buffer_destroy, this.#handle, handle);
@@ -101,6 +126,10 @@ export class NativeDevice {
     buffers: readonly NativeBuffer[] = [],
     memory?: HostBytes,
   ): Promise<void> {
+    if (this.captured) {
+      const message = "Cannot make an asynchronous call while a step is captured";
+      throw new PackhorseError("invalid-argument", message);
+    }
     // An object of its own, for the same memory may be lent twice.
     const loan = { memory };
     lent.add(loan);
@@ -116,10 +145,19 @@ export class NativeDevice {
     }
   }
 
+  /** Throws `invalid-argument` while an asynchronous call is in flight. */
+  requireNoCalls(action: string): void {
+    if (this.#callsInFlight === 0) return;
+    const message =
+      `Cannot ${action} while an asynchronous call of the device is in flight: await it`;
+    throw new PackhorseError("invalid-argument", message);
+  }
+
   /** Closes the device and what lives on it. Does nothing the second time. */
   close(): void {
     if (this.#isClosed) return;
     this.#isClosed = true;
+    this.captured?.release();
     for (const resource of this.#resources) resource.close();
     this.#closeWhenIdle();
   }
@@ -150,12 +188,23 @@ export class NativeBuffer {
 
   /** The `ph_buffer*`. Throws `disposed` once closed. */
   get handle(): Deno.PointerObject {
-    if (!this.#isClosed) return this.#handle;
+    if (!this.#isClosed) {
+      this.device.captured?.add(this);
+      return this.#handle;
+    }
     throw new PackhorseError("disposed", "Cannot use the buffer: it, or its device, was disposed");
   }
 
   get isClosed(): boolean {
     return this.#isClosed;
+  }
+
+  /** Where the memory is. */
+  get address(): bigint {
+    const { symbols } = this.device.library;
+    const address = new BigUint64Array(1);
+    call(symbols.ph_buffer_address, this.device.handle, this.handle, address);
+    return address[0]!;
   }
 
   upload(source: HostBytes, offset: number): void {
@@ -211,6 +260,16 @@ export class NativeBuffer {
     );
   }
 
+  read(offset: number, byteLength: number): void {
+    call(
+      this.device.library.symbols.ph_buffer_read,
+      this.device.handle,
+      this.handle,
+      BigInt(offset),
+      BigInt(byteLength),
+    );
+  }
+
   /** Keeps the memory until {@linkcode release}, also when the buffer is closed meanwhile. */
   hold(): void {
     this.#holds++;
@@ -236,5 +295,21 @@ export class NativeBuffer {
       memory,
       BigInt(memory.byteLength),
     ] as const;
+  }
+}
+
+/** Buffers that keep their memory until they are released together. */
+export class HeldBuffers {
+  readonly #buffers = new Set<NativeBuffer>();
+
+  add(buffer: NativeBuffer): void {
+    if (this.#buffers.has(buffer)) return;
+    this.#buffers.add(buffer);
+    buffer.hold();
+  }
+
+  release(): void {
+    for (const buffer of this.#buffers) buffer.release();
+    this.#buffers.clear();
   }
 }

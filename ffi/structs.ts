@@ -169,6 +169,7 @@ export const KV_CACHE_CODEC = new Struct("ph_kv_cache_codec", 4, {
   value_bits: "u32",
   key_rel: "f32",
   value_rel: "f32",
+  window: "u32",
 });
 
 export const KV_CACHE_STATISTICS = new Struct("ph_kv_cache_statistics", 5, {

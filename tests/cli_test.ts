@@ -1,49 +1,8 @@
 import { existsSync } from "node:fs";
 import { assert, assertEquals, assertMatch, assertStringIncludes } from "@std/assert";
 import { SafetensorsWriter } from "../src/io/mod.ts";
+import { denoArguments, fail, packhorse, ROOT, succeed, TINY } from "./packhorse_command.ts";
 import { TemporaryFolder } from "./temporary_folder.ts";
-
-const ROOT = new URL("../", import.meta.url).pathname;
-const TINY = `${ROOT}tests/fixtures/tiny/kv.safetensors`;
-
-const LIBRARIES = Deno.env.get("PACKHORSE_LIB_DIR");
-/** The permissions that the launcher gives. */
-const PERMISSIONS = ["-P=cli", ...(LIBRARIES === undefined ? [] : [`--allow-ffi=${LIBRARIES}`])];
-
-/** Arguments of Deno that run the command line. */
-function denoArguments(args: string[], permissions: string[] = PERMISSIONS): string[] {
-  const flags = ["--quiet", "--no-prompt", "--cached-only", `--config=${ROOT}deno.json`];
-  return ["run", ...flags, ...permissions, `${ROOT}cli/main.ts`, ...args];
-}
-
-/** Runs the command line as the launcher does. */
-async function packhorse(
-  args: string[],
-  { env = {}, permissions }: { env?: Record<string, string>; permissions?: string[] } = {},
-) {
-  const { code, stdout, stderr } = await new Deno.Command(Deno.execPath(), {
-    args: denoArguments(args, permissions),
-    env: { NO_COLOR: "1", ...env },
-  }).output();
-  const decoder = new TextDecoder();
-  return { code, stdout: decoder.decode(stdout), stderr: decoder.decode(stderr) };
-}
-
-/** Standard output of a call that must succeed without a word on standard error. */
-async function succeed(...args: string[]): Promise<string> {
-  const { code, stdout, stderr } = await packhorse(args);
-  assertEquals(stderr, "");
-  assertEquals(code, 0);
-  return stdout;
-}
-
-/** The message of a call that must fail with one line on standard error and nothing else. */
-async function fail(exitCode: number, ...args: string[]): Promise<string> {
-  const { code, stdout, stderr } = await packhorse(args);
-  assertEquals({ code, stdout, stderr }, { code: exitCode, stdout: "", stderr });
-  assertMatch(stderr, /^packhorse: [^\n]+\n$/);
-  return stderr;
-}
 
 Deno.test("cli: help lists the commands and shows examples", async () => {
   const main = await succeed("--help");

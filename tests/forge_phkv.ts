@@ -45,6 +45,40 @@ export function withPhkvHeader(
   return result;
 }
 
+/**
+ * A valid `.phkv` file with another content of one of its entries, which `edit` changes in place or returns, and with
+ * valid checksums.
+ */
+export function withPhkvEntry(
+  file: Uint8Array,
+  entry: number,
+  edit: (content: DataView<ArrayBuffer>) => Uint8Array | void,
+): Uint8Array<ArrayBuffer> {
+  const { headerEnd, tableStart } = partsOf(file);
+  const header = Uint8Array.from(file.subarray(0, headerEnd));
+  const table = new DataView(header.buffer, tableStart);
+  let begin = headerEnd;
+  for (let i = 0; i < entry; i++) begin += Number(table.getBigUint64(16 * i, true));
+  const end = begin + Number(table.getBigUint64(16 * entry, true));
+  const content = Uint8Array.from(file.subarray(begin, end));
+  const edited = edit(new DataView(content.buffer)) ?? content;
+  table.setBigUint64(16 * entry, BigInt(edited.byteLength), true);
+  table.setUint32(16 * entry + 8, crc32(edited), true);
+  const result = new Uint8Array(file.byteLength + edited.byteLength - content.byteLength);
+  result.set(header);
+  result.set(file.subarray(headerEnd, begin), headerEnd);
+  result.set(edited, begin);
+  result.set(file.subarray(end), begin + edited.byteLength);
+  seal(result, headerEnd);
+  return result;
+}
+
+/** Entries in the table of a valid `.phkv` file. */
+export function phkvEntries(file: Uint8Array): number {
+  const { headerEnd, tableStart } = partsOf(file);
+  return (headerEnd - 16 - tableStart) / 16;
+}
+
 /** Gives the first `headerBytes` bytes of `file` a valid checksum, and copies them to its end. */
 function seal(file: Uint8Array<ArrayBuffer>, headerBytes: number): void {
   const view = new DataView(file.buffer);

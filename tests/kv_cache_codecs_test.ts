@@ -16,6 +16,7 @@ import {
   type Bits,
   decodeBits,
   encodeBits,
+  joinTokens,
   ReferenceCache,
   type Token,
 } from "./kv_cache_reference.ts";
@@ -33,6 +34,7 @@ import {
   packkv,
   readLayer,
   tokensOf,
+  upload,
 } from "./kv_cache_support.ts";
 import { type DataKind, randomOf } from "./kv_cases.ts";
 
@@ -431,5 +433,54 @@ test("constant channels and tokens of zeros do not blur small values", (device) 
     const out = attendLayer(cache, last, 0, queries);
     const what = `${JSON.stringify(part)}, ${headDim}, ${dtype}`;
     assertAttends(config, expected.layers[0]!.tokens, { queries, out, what });
+  }
+});
+
+test("prefill attends over packed tokens, or says on a GPU that it does not", (device) => {
+  const codecs = [bothParts(raw16), bothParts(kivi(4)), { keys: kivi(2), values: packkv(0.2) }, {
+    keys: fixed(4),
+    values: raw16,
+  }];
+  for (const [example, codec] of codecs.entries()) {
+    using cache = KvCache.create(
+      device,
+      optionsOf({
+        headDim: [64, 96, 128, 256][example]!,
+        dtype: example % 2 === 0 ? "f16" : "bf16",
+        kvHeads: 2,
+        residual: 8,
+        codec,
+      }),
+    );
+    const { config } = cache;
+    const { dtype, queryHeads, headDim } = config;
+    const data: Data = { kind: "gaussian", random: randomOf(example) };
+    const model = new ReferenceCache(config);
+    const [sequence, expected] = [cache.add(), model.add()];
+    const chunk = () => {
+      const [tokens] = tokensOf(config, data, 150);
+      const queries = bitsOf(config, data, { tokens: 150, heads: queryHeads });
+      using stack = new DisposableStack();
+      const joined = joinTokens(config, tokens!);
+      const tensors = {
+        queries: stack.use(upload(device, dtype, queries)),
+        keys: stack.use(upload(device, dtype, joined.keys)),
+        values: stack.use(upload(device, dtype, joined.values)),
+        out: stack.use(device.createBuffer(dtype, queries.length)),
+      };
+      const before = expected.layers[0]!.tokens;
+      cache.begin([{ sequence, tokens: 150 }]).prefill(0, tensors);
+      // What comes with the chunk counts as it is, even if it is packed at once.
+      assertAttends(config, [...before, ...tokens!], {
+        queries,
+        out: tensors.out.download() as Bits,
+        what: `prefill with ${JSON.stringify({ codec, headDim, dtype })}`,
+      });
+      model.append(expected, [tokens!]);
+      assertHolds(cache, sequence, expected);
+    };
+    chunk();
+    if (device.backend === "cpu") chunk();
+    else assertEquals(assertThrows(chunk, PackhorseError).code, "unsupported");
   }
 });

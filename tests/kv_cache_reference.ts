@@ -347,13 +347,15 @@ export function joinTokens({ kvHeads, headDim }: Layout, tokens: readonly Token[
 
 /**
  * Attention of the last query tokens over all tokens in double precision: queries [count, queryHeads, headDim], and
- * query i of m sees all but the last m - 1 - i tokens. Not rounded.
+ * query i of m sees all but the last m - 1 - i tokens; under a window, of those the last `window` and the first
+ * `sinks`. Not rounded.
  */
 export function attend(
   { dtype, kvHeads, queryHeads, headDim }: Layout & Pick<KvCacheConfig, "queryHeads">,
   tokens: readonly Token[],
   queries: Bits,
   scale: number,
+  { window = 0, sinks = 0 }: { window?: number; sinks?: number } = {},
 ): Float64Array {
   const size = kvHeads * headDim;
   const [keys, values] = PARTS.map((part) => {
@@ -377,7 +379,8 @@ export function attend(
         const from = (token * kvHeads + kvHead) * headDim;
         let product = 0;
         for (let i = 0; i < headDim; i++) product += q[at + i]! * keys![from + i]!;
-        weights[token] = product * scale;
+        const hidden = window > 0 && token >= sinks && token < seen - window;
+        weights[token] = hidden ? -Infinity : product * scale;
         most = Math.max(most, weights[token]!);
       }
       let total = 0;

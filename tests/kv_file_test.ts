@@ -71,6 +71,7 @@ Deno.test("kv files: chunks of any size give what packing whole layers gives", a
       const report = await packKvFile(device, { input, output, codec, chunkBytes, onProgress });
       await unpackKvFile(device, { input: output, output: restored, chunkBytes, onProgress });
       const inspected = await inspectKvFile(device, { input: output, chunkBytes, onProgress });
+      assert(inspected.layout === "packs");
       assertEquals(steps.filter((step) => step === 1).length >= 3, true);
       assertEquals(inspected.codec, report.codec);
 

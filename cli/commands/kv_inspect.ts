@@ -2,7 +2,13 @@ import { Device } from "../../src/device/mod.ts";
 import { inspectKvFile, type KvFileReport, type KvPartMeasurement } from "../../src/kv/mod.ts";
 import { defined, type GlobalOptions } from "../options.ts";
 import { formatBar, print, printJson, printTable, withProgress } from "../output.ts";
-import { inspectReport, printLayers, printTotal } from "../report.ts";
+import {
+  inspectReport,
+  printLayers,
+  printSequence,
+  printTotal,
+  sequenceReport,
+} from "../report.ts";
 
 /** Shows what a `.phkv` file holds. */
 export async function kvInspect(options: GlobalOptions, input: string): Promise<void> {
@@ -12,6 +18,9 @@ export async function kvInspect(options: GlobalOptions, input: string): Promise<
     "reading",
     (onProgress) => inspectKvFile(device, { input, onProgress }),
   );
+  if (report.layout === "tiles") {
+    return options.json ? printJson(sequenceReport(report)) : printSequence(report);
+  }
   if (options.json) return printJson(inspectReport(report));
   const { codec, layout, version } = report;
   print(`${input}: version ${version}, layout ${layout}, ${describe(codec)}`);

@@ -11,8 +11,20 @@ inline ph_device& present(ph_device* device) {
   return *device;
 }
 
-inline ph_device& checked(ph_device* device) {
+// For the functions that may be called while work is captured.
+inline ph_device& checked_for_capture(ph_device* device) {
   enter(present(device));
+  return *device;
+}
+
+// For all others: what waits for a stream, allocates, or tells the host's state would spoil a capture.
+inline ph_device& checked(ph_device* device) {
+  if (capturing(checked_for_capture(device))) {
+    throw Error(
+        PH_ERROR_INVALID_ARGUMENT,
+        "Cannot do this while work on the device is captured: only append, attend, and copies and fills "
+        "of buffers are possible until the capture ends");
+  }
   return *device;
 }
 

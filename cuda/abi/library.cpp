@@ -59,7 +59,8 @@ std::vector<uint32_t> layout_of(uint32_t which) {
               FIELD(ph_kv_cache_codec, key_bits),
               FIELD(ph_kv_cache_codec, value_bits),
               FIELD(ph_kv_cache_codec, key_rel),
-              FIELD(ph_kv_cache_codec, value_rel)};
+              FIELD(ph_kv_cache_codec, value_rel),
+              FIELD(ph_kv_cache_codec, window)};
     case PH_STRUCT_KV_CACHE_STATISTICS:
       return {sizeof(ph_kv_cache_statistics),
               FIELD(ph_kv_cache_statistics, pool_bytes),

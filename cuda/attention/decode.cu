@@ -1,11 +1,11 @@
 // Decode attention over a growing cache on the GPU: one launch for a layer and step.
 //
-// A thread block takes a piece of a sequence (up to 32 packed blocks, or its tokens in 16 bits), a kv head, and up to
-// 4 * kTiles columns: query tokens times heads of the group, which share one unpacking. Packed records come into shared
-// memory by bulk copies, kStages tiles ahead for each of four warps; a warp works on its tiles alone (tile.cuh), and the
-// warps' results are merged in order. With more than one piece, partial results go through the workspace and the last
-// thread block of a sequence and head merges them, in the order of the pieces: deterministic, and independent of the
-// rest of the batch, as pieces depend on the sequence's own length alone.
+// A thread block takes a piece of a sequence (packed blocks, and runs of tokens in 16 bits), a kv head, and up to
+// 4 * kTiles columns: query tokens times heads of the group, which share one unpacking. Each of its warps works alone on
+// its share of the piece: first its runs (recent.cuh), then its packed blocks (tile.cuh), whose records come into shared
+// memory by bulk copies, kStages blocks ahead. The warps' results are merged in order. With more than one piece, partial
+// results go through the workspace and the last thread block of a sequence and head merges them, in the order of the
+// pieces: deterministic, and independent of the rest of the batch, as pieces depend on the sequence's own length alone.
 //
 // Layers whose parts are both packkv or fixed, the common case, have kernels of their own, and so have those that are
 // raw16 throughout: their warps take values from device memory into registers as tile_raw16.cuh says. A third flavour
@@ -16,6 +16,7 @@
 #include <algorithm>
 
 #include "attention/decode.h"
+#include "attention/recent.cuh"
 #include "attention/tile.cuh"
 #include "attention/tile_kivi.cuh"
 #include "attention/tile_raw16.cuh"
@@ -35,11 +36,16 @@ using kv::StepPiece;
 using kv::StepSequence;
 using kv::StepView;
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarpThreads;
-constexpr uint32_t kStages = 2;                                  // tiles ahead, unless shared memory is short
-constexpr uint32_t kWarpBlocks = kv::kMostPieceBlocks / kWarps;  // packed blocks of a warp, at most
-constexpr uint32_t kRecentTokens = kThreads;  // tokens in 16 bits that are worked on at a time
+// Warps of a thread block. Two thread blocks share a multiprocessor, and three warps a quarter of it, with 168 registers a
+// thread, or two with 255.
+template <int kDim, int kTiles>
+constexpr int kWarps = kDim* kTiles <= 192 ? 6 : 4;
+template <int kDim, int kTiles>
+constexpr int kThreads = kWarps<kDim, kTiles>* kWarpThreads;
+constexpr int kMostWarps = 6;
+constexpr uint32_t kStages = 2;  // tiles ahead, unless shared memory is short
+template <int kDim, int kTiles>  // packed blocks of a warp, at most
+constexpr uint32_t kWarpBlocks = kv::kMostPieceWork / kWarps<kDim, kTiles> + 1 + kv::kRunBlocks;
 constexpr float kLog2E = 1.4426950408889634f;
 
 // ---- from device memory to shared memory ----
@@ -55,23 +61,20 @@ struct TileSpans {
   Span params, record;
 };
 
+// What kernels are for: layers of packkv and fixed, with residuals of up to 4 bits or of more; of raw16; of any mixture.
+enum class Flavour { kNarrow, kWide, kRaw16, kMixed };
+
+// Where the packed blocks of the warps are.
+template <Flavour kFlavour, int kWarps, uint32_t kBlocks>
+struct Places {
+  TileSpans spans[kFlavour == Flavour::kRaw16 ? 1 : kWarps][kFlavour == Flavour::kRaw16 ? 1 : kBlocks];
+  RawValues raw[kFlavour < Flavour::kRaw16 ? 1 : kWarps][kFlavour < Flavour::kRaw16 ? 1 : kBlocks];
+};
+
 __device__ __forceinline__ Span make_span(const uint32_t* page_table, uint32_t begin, uint32_t end) {
   return {static_cast<uint16_t>(begin % kPageUnits),
           static_cast<uint16_t>(end - begin),
           {page_table[begin / kPageUnits], page_table[(end - 1) / kPageUnits]}};
-}
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// Calls use(offset within the span, source, bytes) for the one or two pieces of a span.
-template <typename Use>
-__device__ __forceinline__ void for_pieces(const uint8_t* pool, const Span& span, Use use) {
-  const uint32_t first = min(static_cast<uint32_t>(span.units), kPageUnits - span.unit);
-  use(0u, pool + span.pages[0] * kv::kPageBytes + span.unit * kUnitBytes, first * kUnitBytes);
-  if (first < span.units)
-    use(first * kUnitBytes, pool + span.pages[1] * kv::kPageBytes, (span.units - first) * kUnitBytes);
 }
 
 // The slots into which a warp's tiles come.
@@ -93,45 +96,55 @@ struct Ring {
 #endif
   }
 
-  // Starts a tile's copy, or none for a null `spans`; all lanes call it, once per tile in turn.
+  // Starts a tile's copy, or none for a null `spans`; all lanes call it, once per tile in turn. Lanes 0 and 1 look after
+  // the record's one or two pieces, lanes 2 and 3 after those of the params.
   __device__ __forceinline__ void fetch(const uint8_t* pool, const TileSpans* spans, uint32_t stage) const {
     uint8_t* slot = slots + stage * slot_bytes;
-#if __CUDA_ARCH__ >= 900
-    if (spans == nullptr || threadIdx.x % kWarpThreads != 0) return;
-    const uint32_t barrier = shared_address(barriers + stage);
-    const Span params = spans->params, record = spans->record;
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                 "r"((params.units + record.units) * kUnitBytes)
-                 : "memory");
-    const auto copy = [&](uint32_t target, const uint8_t* source, uint32_t bytes) {
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-              target),
-          "l"(source), "r"(bytes), "r"(barrier)
-          : "memory");
-    };
-    const uint32_t target = shared_address(slot);
-    for_pieces(pool, record, [&](uint32_t offset, const uint8_t* source, uint32_t bytes) {
-      copy(target + kParamsBytes + offset, source, bytes);
-    });
-    for_pieces(pool, params, [&](uint32_t offset, const uint8_t* source, uint32_t bytes) {
-      copy(target + offset, source, bytes);
-    });
-#else
+    const uint32_t lane = threadIdx.x % kWarpThreads;
     if (spans != nullptr) {
-      const auto copy = [&](uint8_t* target, const uint8_t* source, uint32_t bytes) {
-        for (uint32_t at = threadIdx.x % kWarpThreads * 16; at < bytes; at += kWarpThreads * 16)
-          kv::copy_async(reinterpret_cast<uint4*>(target + at), source + at);
-      };
-      for_pieces(pool, spans->record, [&](uint32_t offset, const uint8_t* source, uint32_t bytes) {
-        copy(slot + kParamsBytes + offset, source, bytes);
-      });
-      for_pieces(pool, spans->params, [&](uint32_t offset, const uint8_t* source, uint32_t bytes) {
-        copy(slot + offset, source, bytes);
-      });
+      const Span span = lane < 2 ? spans->record : spans->params;
+      const uint32_t first = min(static_cast<uint32_t>(span.units), kPageUnits - span.unit);
+      const bool second = lane % 2 == 1;
+      const uint32_t bytes = (second ? span.units - first : first) * kUnitBytes;
+      const uint8_t* source = pool + (second ? span.pages[1] * kv::kPageBytes
+                                             : span.pages[0] * kv::kPageBytes + span.unit * kUnitBytes);
+      uint8_t* target = slot + (lane < 2 ? kParamsBytes : 0) + (second ? first * kUnitBytes : 0);
+#if __CUDA_ARCH__ >= 900
+      const uint32_t barrier = shared_address(barriers + stage);
+      if (lane == 0) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                     "r"((spans->params.units + span.units) * kUnitBytes)
+                     : "memory");
+      }
+      __syncwarp();
+      if (lane < 4 && bytes > 0) {
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                shared_address(target)),
+            "l"(source), "r"(bytes), "r"(barrier)
+            : "memory");
+      }
+#else
+      for (int piece = 0; piece < 4; ++piece) {
+        const uint32_t piece_bytes = __shfl_sync(kEveryLane, bytes, piece);
+        const uint64_t from = __shfl_sync(kEveryLane, reinterpret_cast<uint64_t>(source), piece);
+        const uint64_t to = __shfl_sync(kEveryLane, reinterpret_cast<uint64_t>(target), piece);
+        for (uint32_t at = lane * 16; at < piece_bytes; at += kWarpThreads * 16)
+          kv::copy_async(reinterpret_cast<uint4*>(to + at), reinterpret_cast<const uint8_t*>(from) + at);
+      }
+#endif
     }
+#if __CUDA_ARCH__ < 900
     kv::copy_commit();
 #endif
+  }
+
+  // After a slot was used as ordinary shared memory, and before the next fetch into it.
+  __device__ __forceinline__ void reuse() const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+    __syncwarp();
   }
 
   __device__ __forceinline__ void wait(uint32_t stage, uint32_t phase) const {
@@ -170,51 +183,72 @@ __device__ __forceinline__ void store_value(uint8_t* out, uint64_t position, flo
   else reinterpret_cast<__half*>(out)[position] = __float2half_rn(value);
 }
 
-// Queries as B fragments in 16-bit fixed point; columns past the last are 0.
+// Warp n puts the queries of tile n into shared memory, in 16-bit fixed point; columns past the last are 0.
 template <int kDim, int kTiles, bool kBfloat>
-__device__ __forceinline__ void begin_state(const Columns& columns, float scale,
+__device__ __forceinline__ void quantize_queries(const Columns& columns, float scale,
+                                                 Queries<kDim, kTiles>& queries) {
+  const uint32_t n = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
+                 i = lane % 4;
+  if (n >= kTiles) return;
+  const uint32_t column = 4 * n + g / 2;
+  const bool present = column < columns.count;
+  const uint8_t* query = columns.queries + 2 * columns.position(present ? column : 0, kDim);
+  float values[kDim / 16][4];
+  float largest = 0.0f;
+#pragma unroll
+  for (int x = 0; x < kDim / 16; ++x) {
+    const uint2 pairs =
+        present ? *reinterpret_cast<const uint2*>(query + 2 * (16 * x + 4 * i)) : make_uint2(0, 0);
+    const float2 a = to_floats<kBfloat>(pairs.x), b = to_floats<kBfloat>(pairs.y);
+    values[x][0] = a.x, values[x][1] = a.y, values[x][2] = b.x, values[x][3] = b.y;
+    largest = fmaxf(largest, fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y))));
+  }
+  largest = fmaxf(largest, __shfl_xor_sync(kEveryLane, largest, 1));
+  largest = fmaxf(largest, __shfl_xor_sync(kEveryLane, largest, 2));
+  const float to_fixed = largest > 0.0f ? kLargestFixed / largest : 0.0f;
+  float sum = 0.0f;
+#pragma unroll
+  for (int x = 0; x < kDim / 16; ++x) {
+    uint32_t fixed[4], high, low;
+#pragma unroll
+    for (int byte = 0; byte < 4; ++byte) {
+      const float y = __fmaf_rn(values[x][byte], to_fixed, kFixedMagic);
+      sum += y - kFixedMagic;
+      fixed[byte] = __float_as_uint(y);
+    }
+    split_fixed(fixed, high, low);
+    queries.fragments[x / 2][lane][2 * n + x % 2] = g % 2 == 1 ? low : high;
+  }
+  sum += __shfl_xor_sync(kEveryLane, sum, 1);
+  sum += __shfl_xor_sync(kEveryLane, sum, 2);
+  if (lane % 8 == 0) {
+    queries.sum[column] = sum;
+    // Positive, for the scores that a window makes minus infinity.
+    queries.scale[column] = fmaxf(largest * (1.0f / kLargestFixed) * scale * kLog2E, 0x1p-126f);
+  }
+}
+
+// All threads put queries into shared memory as they are; columns past the last are 0.
+template <int kDim, int kTiles>
+__device__ __forceinline__ void share_queries(const Columns& columns, SharedQueries<kDim, kTiles>& queries) {
+  constexpr uint32_t kPairs = kDim / 2;
+  for (uint32_t at = threadIdx.x; at < SharedQueries<kDim, kTiles>::kColumns * kPairs; at += blockDim.x) {
+    const uint32_t column = at / kPairs, channel = 2 * (at % kPairs);
+    const bool present = column < columns.count;
+    const uint8_t* source = columns.queries + 2 * (columns.position(present ? column : 0, kDim) + channel);
+    *reinterpret_cast<uint32_t*>(&queries.values[column][channel]) =
+        present ? *reinterpret_cast<const uint32_t*>(source) : 0;
+  }
+}
+
+template <int kDim, int kTiles>
+__device__ __forceinline__ void begin_state(const Queries<kDim, kTiles>& queries,
                                             WarpState<kDim, kTiles>& state) {
-  const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
+  const uint32_t i = threadIdx.x % 4;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    const uint32_t column = 4 * n + g / 2;
-    const bool present = column < columns.count;
-    const uint8_t* query = columns.queries + 2 * columns.position(present ? column : 0, kDim);
-    // Channels 16 * x + 4 * i + 0..3.
-    const auto load = [&](int x) {
-      return present ? *reinterpret_cast<const uint2*>(query + 2 * (16 * x + 4 * i)) : make_uint2(0, 0);
-    };
-    float largest = 0.0f;
-#pragma unroll
-    for (int x = 0; x < kDim / 16; ++x) {
-      const uint2 pairs = load(x);
-      const float2 a = to_floats<kBfloat>(pairs.x), b = to_floats<kBfloat>(pairs.y);
-      largest = fmaxf(largest, fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y))));
-    }
-    largest = fmaxf(largest, __shfl_xor_sync(kEveryLane, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(kEveryLane, largest, 2));
-    const float to_fixed = largest > 0.0f ? kLargestFixed / largest : 0.0f;
-    float sum = 0.0f;
-#pragma unroll
-    for (int x = 0; x < kDim / 16; ++x) {
-      const uint2 pairs = load(x);
-      const float2 a = to_floats<kBfloat>(pairs.x), b = to_floats<kBfloat>(pairs.y);
-      const float values[4] = {a.x, a.y, b.x, b.y};
-      uint32_t fixed[4], high, low;
-#pragma unroll
-      for (int byte = 0; byte < 4; ++byte) {
-        const float y = __fmaf_rn(values[byte], to_fixed, kFixedMagic);
-        sum += y - kFixedMagic;
-        fixed[byte] = __float_as_uint(y);
-      }
-      split_fixed(fixed, high, low);
-      state.queries[n][x] = g % 2 == 1 ? low : high;
-    }
-    sum += __shfl_xor_sync(kEveryLane, sum, 1);
-    sum += __shfl_xor_sync(kEveryLane, sum, 2);
-    // From the B fragment's columns g to the C fragment's i.
-    state.query_sum[n] = __shfl_sync(kEveryLane, sum, 8 * i);
-    state.query_scale[n] = __shfl_sync(kEveryLane, largest * (1.0f / kLargestFixed) * scale * kLog2E, 8 * i);
+    state.query_sum[n] = queries.sum[4 * n + i];
+    state.query_scale[n] = queries.scale[4 * n + i];
     state.reference[n] = -1e30f;
     state.sum[n] = state.zeros[n] = 0.0f;
 #pragma unroll
@@ -239,406 +273,37 @@ struct PieceShared {
   static constexpr int kColumns = 4 * kTiles;
   static constexpr int kStride =
       kDim + 8;  // floats of a column; free of bank conflicts for the fragments' layout
-  float out[kWarps][kColumns][kStride];
-  PartSum sums[kWarps][kColumns];
+  float out[kWarps<kDim, kTiles>][kColumns][kStride];
+  PartSum sums[kWarps<kDim, kTiles>][kColumns];
 };
 
-// Leaves each warp's result in shared memory, whatever else was there.
-template <int kDim, int kTiles>
-__device__ __forceinline__ void leave_results(const WarpState<kDim, kTiles>& state, uint8_t* dynamic) {
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
-                 i = lane % 4;
-  __syncthreads();
-  PieceShared<kDim, kTiles>& shared = *reinterpret_cast<PieceShared<kDim, kTiles>*>(dynamic);
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    float sum = state.sum[n], zeros = state.zeros[n];
-    for (int distance = 4; distance < kWarpThreads; distance *= 2) {
-      sum += __shfl_xor_sync(kEveryLane, sum, distance);
-      zeros += __shfl_xor_sync(kEveryLane, zeros, distance);
-    }
-#pragma unroll
-    for (int o = 0; o < kDim / 8; ++o) shared.out[warp][4 * n + i][8 * o + g] = state.out[n][o] + zeros;
-    if (g == 0) shared.sums[warp][4 * n + i] = {state.reference[n], sum};
+// The window of a layer, for the columns of a thread block.
+struct Window {
+  uint32_t tokens, before;  // its length, or 0 for none; tokens of the sequence before the step
+
+  // The first token, sinks aside, that query token `token` of the step sees.
+  __device__ __forceinline__ uint32_t begin(uint32_t token) const {
+    return kv::window_begin(tokens, before + token);
   }
-  __syncthreads();
-}
-
-// The packed blocks of a piece: warps take them in turn. Leaves each warp's result in shared memory.
-template <int kDim, int kTiles, bool kBfloat, bool kWide>
-__device__ __forceinline__ void packed_piece(const CacheView& cache, const TileLayout& layout,
-                                             uint32_t slot_bytes, uint32_t stages, const uint32_t* index,
-                                             const uint32_t* page_table, const StepPiece& piece,
-                                             uint32_t head, const Columns& columns, float scale,
-                                             uint8_t* dynamic, TileSpans (*spans)[kWarpBlocks],
-                                             uint64_t (*barriers)[kStages]) {
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
-  const uint32_t count = piece.count > warp ? (piece.count - warp + kWarps - 1) / kWarps : 0;
-  if (lane < count) {
-    const kv::RecordSpan span = kv::record_span(cache, index, piece.first + warp + kWarps * lane, head);
-    spans[warp][lane] = {make_span(page_table, span.params, span.params + kv::kParamsUnits),
-                         make_span(page_table, span.begin, span.end)};
+  // The first packed block that query token 0 sees.
+  __device__ __forceinline__ uint32_t first_block(uint32_t sinks) const {
+    return begin(0) > sinks ? (begin(0) - sinks) / kBlockTokens : 0;
   }
-  const Ring ring = {dynamic + warp * stages * slot_bytes, slot_bytes, stages, barriers[warp]};
-  ring.begin();
-  __syncwarp();
-  for (uint32_t stage = 0; stage < stages; ++stage)
-    ring.fetch(cache.pool, stage < count ? &spans[warp][stage] : nullptr, stage);
-
-  WarpState<kDim, kTiles> state;
-  begin_state<kDim, kTiles, kBfloat>(columns, scale, state);
-  uint32_t stage = 0, phase = 0;
-#pragma unroll 1
-  for (uint32_t at = 0; at < count; ++at) {
-    ring.wait(stage, phase);
-    const uint8_t* slot = ring.slots + stage * slot_bytes;
-    const Tile tile = {slot, slot + kParamsBytes};
-    uint2 widths = *reinterpret_cast<const uint2*>(tile.record);
-    // The same in every lane: the shuffle tells the compiler.
-    widths.x = __shfl_sync(kEveryLane, widths.x, 0);
-    widths.y = __shfl_sync(kEveryLane, widths.y, 0);
-    float scores[kTiles][8], units[kTiles];
-    uint32_t weights[kTiles][4];
-    tile_scores<kDim, kTiles, kBfloat, kWide>(tile, layout, widths.x, state, scores);
-    tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, weights, units);
-    tile_values<kDim, kTiles, kWide>(tile, layout, layout.groups + kv::kGroupBytes * kv::width_sum(widths.x),
-                                     widths.y, state, weights, units);
-    __syncwarp();
-    ring.fetch(cache.pool, at + stages < count ? &spans[warp][at + stages] : nullptr, stage);
-    if (++stage == stages) stage = 0, phase ^= 1;
-  }
-
-  leave_results<kDim, kTiles>(state, dynamic);
-}
-
-// What kernels are for: layers of packkv and fixed, with residuals of up to 4 bits or more; of raw16; of any mixture.
-enum class Flavour { kNarrow, kWide, kRaw16, kMixed };
-
-// For parts that take the queries in 16 bits: a state without those in fixed point.
-template <int kDim, int kTiles>
-__device__ __forceinline__ void begin_plain_state(float scale, WarpState<kDim, kTiles>& state) {
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int x = 0; x < kDim / 16; ++x) state.queries[n][x] = 0;
-    state.query_sum[n] = 0.0f;
-    state.query_scale[n] = scale * kLog2E;
-    state.reference[n] = -1e30f;
-    state.sum[n] = state.zeros[n] = 0.0f;
-#pragma unroll
-    for (int o = 0; o < kDim / 8; ++o) state.out[n][o] = 0.0f;
-  }
-}
-
-// All threads call it; the queries are there once it returns.
-template <int kDim, int kTiles>
-__device__ __forceinline__ void share_queries(const Columns& columns, SharedQueries<kDim, kTiles>& queries) {
-  constexpr uint32_t kPairs = kDim / 2;
-  for (uint32_t at = threadIdx.x; at < SharedQueries<kDim, kTiles>::kColumns * kPairs; at += kThreads) {
-    const uint32_t column = at / kPairs, channel = 2 * (at % kPairs);
-    const bool present = column < columns.count;
-    const uint8_t* source = columns.queries + 2 * (columns.position(present ? column : 0, kDim) + channel);
-    *reinterpret_cast<uint32_t*>(&queries.values[column][channel]) =
-        present ? *reinterpret_cast<const uint32_t*>(source) : 0;
-  }
-  __syncthreads();
-}
-
-// The packed blocks of a piece whose parts are both raw16: warps take them in turn, and fragments of the next block are
-// under way before one is done. Leaves each warp's result in shared memory.
-template <int kDim, int kTiles, bool kBfloat>
-__device__ __forceinline__ void raw_piece(const CacheView& cache, const uint32_t* index,
-                                          const uint32_t* page_table, const StepPiece& piece, uint32_t head,
-                                          const Columns& columns, float scale, uint8_t* dynamic) {
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
-  const uint32_t count = piece.count > warp ? (piece.count - warp + kWarps - 1) / kWarps : 0;
-  RawValues found{};
-  if (lane < count) {
-    const uint32_t end = kv::record_span(cache, index, piece.first + warp + kWarps * lane, head, 0).end;
-    found.find(page_table, end, kv::kParts * kDim * kv::kRawChannelBytes / kUnitBytes);
-  }
-  SharedQueries<kDim, kTiles>& queries = *reinterpret_cast<SharedQueries<kDim, kTiles>*>(dynamic);
-  share_queries(columns, queries);
-  WarpState<kDim, kTiles> state;
-  begin_plain_state(scale, state);
-  RawValues raw = found.of(0);
-  uint4 held[kAhead] = {};
-  if (count > 0) {
-#pragma unroll
-    for (int f = 0; f < kAhead; ++f) held[f] = raw.load(cache.pool, f);
-  }
-#pragma unroll 1
-  for (uint32_t at = 0; at < count; ++at) {
-    float scores[kTiles][8], factors[kTiles];
-    uint32_t weights[kTiles][8];
-    // The fragments of the values follow those of the keys.
-    raw_scores<kDim, kTiles, kBfloat>(held, queries, scores, [&](int f) { return raw.load(cache.pool, f); });
-    softmax_step(state, scores, factors, [](int, float) {});
-    raw_weights<kTiles, kBfloat>(scores, weights);
-    const bool is_last = at + 1 == count;
-    const RawValues next = found.of(is_last ? at : at + 1);
-    raw_values<kDim, kTiles, kBfloat>(held, state, weights, factors, [&](int f) {
-      if (f < kPartFragments<kDim>) return raw.load(cache.pool, kPartFragments<kDim> + f);
-      return is_last ? make_uint4(0, 0, 0, 0) : next.load(cache.pool, f - kPartFragments<kDim>);
-    });
-    raw = next;
-  }
-  leave_results<kDim, kTiles>(state, dynamic);
-}
-
-// The packed blocks of a piece of any other mixture. What a record has before its 16-bit values comes through the ring,
-// with the block's params, if it has any.
-template <int kDim, int kTiles, bool kBfloat>
-__device__ __forceinline__ void mixed_piece(const CacheView& cache, const kv::TileShape& shape,
-                                            const TileLayout& layout, uint32_t slot_bytes, uint32_t stages,
-                                            const uint32_t* index, const uint32_t* page_table,
-                                            const StepPiece& piece, uint32_t head, const Columns& columns,
-                                            float scale, uint8_t* dynamic, TileSpans (*spans)[kWarpBlocks],
-                                            uint64_t (*barriers)[kStages]) {
-  const kv::TilePart &key_part = shape.parts[PH_KV_KEYS], &value_part = shape.parts[PH_KV_VALUES];
-  const uint32_t params_units = kv::params_bytes(shape) / kUnitBytes;
-  const uint32_t raw_units = kv::raw_bytes(shape) / kUnitBytes;
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
-  const uint32_t count = piece.count > warp ? (piece.count - warp + kWarps - 1) / kWarps : 0;
-  RawValues found{};
-  if (lane < count) {
-    const kv::RecordSpan record =
-        kv::record_span(cache, index, piece.first + warp + kWarps * lane, head, params_units);
-    // Without params, the ring has the record's header in their place: it takes no empty spans.
-    const uint32_t params = params_units > 0 ? record.params : record.begin;
-    spans[warp][lane] = {make_span(page_table, params, params + max(params_units, 1u)),
-                         make_span(page_table, record.begin, record.end - raw_units)};
-    if (raw_units > 0) found.find(page_table, record.end, raw_units);
-  }
-  const Ring ring = {dynamic + warp * stages * slot_bytes, slot_bytes, stages, barriers[warp]};
-  ring.begin();
-  __syncwarp();
-  for (uint32_t stage = 0; stage < stages; ++stage)
-    ring.fetch(cache.pool, stage < count ? &spans[warp][stage] : nullptr, stage);
-
-  SharedQueries<kDim, kTiles>& queries =
-      *reinterpret_cast<SharedQueries<kDim, kTiles>*>(dynamic + kWarps * stages * slot_bytes);
-  share_queries(columns, queries);
-  WarpState<kDim, kTiles> state;
-  if (kv::is_per_token(key_part)) begin_state<kDim, kTiles, kBfloat>(columns, scale, state);
-  else begin_plain_state(scale, state);
-  float group_zeros[kTiles][kValueGroups<kDim>] = {};
-  uint32_t stage = 0, phase = 0;
-#pragma unroll 1
-  for (uint32_t at = 0; at < count; ++at) {
-    const RawValues raw = found.of(at);
-    const auto load = [&](int f) {
-      return f < kPartFragments<kDim> ? raw.load(cache.pool, f) : make_uint4(0, 0, 0, 0);
-    };
-    uint4 held[kAhead];
-    if (raw_units > 0) {
-#pragma unroll
-      for (int f = 0; f < kAhead; ++f) held[f] = load(f);
-    }
-    ring.wait(stage, phase);
-    const uint8_t* slot = ring.slots + stage * slot_bytes;
-    const Tile tile = {slot, slot + kParamsBytes};
-    uint2 widths = *reinterpret_cast<const uint2*>(tile.record);
-    // The same in every lane: the shuffle tells the compiler.
-    widths.x = __shfl_sync(kEveryLane, widths.x, 0);
-    widths.y = __shfl_sync(kEveryLane, widths.y, 0);
-    const uint8_t* key_groups = tile.record + layout.groups;
-    const uint32_t value_groups = layout.groups + kv::kGroupBytes * kv::width_sum(widths.x);
-
-    float scores[kTiles][8], factors[kTiles];
-    if (kv::is_raw16(key_part)) {
-      raw_scores<kDim, kTiles, kBfloat>(held, queries, scores, load);
-    } else if (kv::is_kivi(key_part)) {
-      kivi_scores<kDim, kTiles, kBfloat>(tile.record + kv::kTileHeaderBytes, key_groups, key_part.width,
-                                         queries, scores);
-    } else {
-      tile_scores<kDim, kTiles, kBfloat, true>(tile, layout, widths.x, state, scores);
-    }
-    if (kv::is_per_token(value_part)) {
-      uint32_t weights[kTiles][4];
-      tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, weights, factors);
-      tile_values<kDim, kTiles, true>(tile, layout, value_groups, widths.y, state, weights, factors);
-    } else {
-      softmax_step(state, scores, factors, [&](int n, float factor) {
-#pragma unroll
-        for (int group = 0; group < kValueGroups<kDim>; ++group) group_zeros[n][group] *= factor;
-      });
-      if (kv::is_raw16(value_part)) {
-        uint32_t weights[kTiles][8];
-        raw_weights<kTiles, kBfloat>(scores, weights);
-        raw_values<kDim, kTiles, kBfloat>(held, state, weights, factors, load);
-      } else {
-        kivi_values<kDim, kTiles, kBfloat>(tile.record + layout.value_bases, tile.record + value_groups,
-                                           value_part.width, scores, factors, state, group_zeros);
-      }
-    }
-    __syncwarp();
-    ring.fetch(cache.pool, at + stages < count ? &spans[warp][at + stages] : nullptr, stage);
-    if (++stage == stages) stage = 0, phase ^= 1;
-  }
-
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int group = 0; group < kValueGroups<kDim>; ++group) {
-      for (int distance = 4; distance < kWarpThreads; distance *= 2)
-        group_zeros[n][group] += __shfl_xor_sync(kEveryLane, group_zeros[n][group], distance);
-    }
-#pragma unroll
-    for (int o = 0; o < kDim / 8; ++o)
-      state.out[n][o] += group_zeros[n][o / static_cast<int>(kv::kGroupChannels / 8)];
-  }
-  leave_results<kDim, kTiles>(state, dynamic);
-}
-
-// The sinks and the tokens after the last packed block, kThreads at a time: a thread per token for the scores, then a
-// thread per pair of channels. Leaves one result per token group in `shared`, of which there are kDim / 2 threads each.
-template <int kDim, int kTiles, bool kBfloat>
-struct RecentShared {
-  static constexpr int kColumns = 4 * kTiles;
-  float queries[kColumns][kDim];
-  float probabilities[kRecentTokens][kColumns];
-  float highest[kWarps][kColumns];
-  uint32_t slots[kRecentTokens];  // where the tokens are among the recent ones
 };
 
-template <int kDim, int kTiles, bool kBfloat>
-__device__ __forceinline__ void recent_piece(const CacheView& cache, uint32_t layer,
-                                             const StepSequence& entry, uint32_t head, const Columns& columns,
-                                             float scale, uint8_t* dynamic) {
-  constexpr int kColumns = 4 * kTiles, kPairs = kDim / 2, kTeams = kThreads / kPairs;
-  static_assert(kTeams >= 1 && kTeams <= kWarps);
-  RecentShared<kDim, kTiles, kBfloat>& shared =
-      *reinterpret_cast<RecentShared<kDim, kTiles, kBfloat>*>(dynamic);
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
-  const uint64_t row_bytes = static_cast<uint64_t>(cache.heads) * kDim * 2;
-  const uint8_t* keys =
-      cache.recent + kv::stream_of(cache, layer, entry.sequence) * kv::kParts * kv::recent_part_bytes(cache) +
-      static_cast<uint64_t>(head) * kDim * 2;
-  const uint8_t* values = keys + kv::recent_part_bytes(cache);
-
-  const uint64_t length = entry.before + entry.tokens;
-  const uint64_t sinks = min(static_cast<uint64_t>(cache.sinks), length);
-  const uint64_t tail = cache.sinks + static_cast<uint64_t>(entry.packed) * kBlockTokens;
-  const uint32_t count = static_cast<uint32_t>(sinks + (length > tail ? length - tail : 0));
-  const auto token_at = [&](uint32_t at) { return at < sinks ? at : tail + (at - sinks); };
-
-  for (uint32_t at = threadIdx.x; at < kColumns * kDim; at += kThreads) {
-    const uint32_t column = at / kDim, channel = at % kDim;
-    float value = 0.0f;
-    if (column < columns.count) {
-      const uint64_t position = columns.position(column, kDim) + channel;
-      const uint16_t bits = reinterpret_cast<const uint16_t*>(columns.queries)[position];
-      value = kBfloat ? bf16_to_float(bits) : __half2float(__ushort_as_half(bits));
+// Hides the tokens of a tile, the first of them at `start`, that columns do not see.
+template <int kTiles>
+__device__ __forceinline__ void hide_tokens(const Window& window, const Columns& columns, uint32_t start,
+                                            float (&scores)[kTiles][8]) {
+  const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const uint32_t begin = window.begin((columns.first + 4 * n + i) / columns.group);
+#pragma unroll
+    for (int t = 0; t < 8; ++t) {
+      if (start + 8 * g + t < begin) scores[n][t] = -INFINITY;
     }
-    shared.queries[column][channel] = value * (scale * kLog2E);
   }
-  float reference[kColumns], sum[kColumns];
-  float2 out[kColumns];
-#pragma unroll
-  for (int column = 0; column < kColumns; ++column) {
-    reference[column] = -1e30f;
-    sum[column] = 0.0f;
-    out[column] = make_float2(0.0f, 0.0f);
-  }
-  const uint32_t team = threadIdx.x / kPairs, pair = threadIdx.x % kPairs;
-  __syncthreads();
-
-#pragma unroll 1
-  for (uint32_t begin = 0; begin < count; begin += kRecentTokens) {
-    const uint32_t at = begin + threadIdx.x;
-    float scores[kColumns];
-#pragma unroll
-    for (int column = 0; column < kColumns; ++column) scores[column] = 0.0f;
-    if (at < count) {
-      const uint64_t token = token_at(at);
-      const uint32_t slot = kv::recent_slot(cache, token);
-      shared.slots[threadIdx.x] = slot;
-      const uint8_t* key = keys + slot * row_bytes;
-#pragma unroll 4
-      for (int channel = 0; channel < kDim; channel += 8) {
-        const uint4 words = *reinterpret_cast<const uint4*>(key + 2 * channel);
-        const float2 a = to_floats<kBfloat>(words.x), b = to_floats<kBfloat>(words.y),
-                     c = to_floats<kBfloat>(words.z), d = to_floats<kBfloat>(words.w);
-#pragma unroll
-        for (int column = 0; column < kColumns; ++column) {
-          const float4 low = *reinterpret_cast<const float4*>(&shared.queries[column][channel]);
-          const float4 high = *reinterpret_cast<const float4*>(&shared.queries[column][channel + 4]);
-          float score = scores[column];
-          score = __fmaf_rn(a.x, low.x, score);
-          score = __fmaf_rn(a.y, low.y, score);
-          score = __fmaf_rn(b.x, low.z, score);
-          score = __fmaf_rn(b.y, low.w, score);
-          score = __fmaf_rn(c.x, high.x, score);
-          score = __fmaf_rn(c.y, high.y, score);
-          score = __fmaf_rn(d.x, high.z, score);
-          scores[column] = __fmaf_rn(d.y, high.w, score);
-        }
-      }
-#pragma unroll
-      for (int column = 0; column < kColumns; ++column) {
-        // A query token sees those before it, and itself.
-        if (token > entry.before + (columns.first + column) / columns.group) scores[column] = -INFINITY;
-      }
-    } else {
-#pragma unroll
-      for (int column = 0; column < kColumns; ++column) scores[column] = -INFINITY;
-    }
-#pragma unroll
-    for (int column = 0; column < kColumns; ++column) {
-      float most = scores[column];
-      for (int distance = 1; distance < kWarpThreads; distance *= 2)
-        most = fmaxf(most, __shfl_xor_sync(kEveryLane, most, distance));
-      if (lane == 0) shared.highest[warp][column] = most;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int column = 0; column < kColumns; ++column) {
-      float next = reference[column];
-#pragma unroll
-      for (int other = 0; other < kWarps; ++other) next = fmaxf(next, shared.highest[other][column]);
-      const float factor = exponential(reference[column] - next);
-      reference[column] = next;
-      sum[column] *= factor;
-      out[column].x *= factor;
-      out[column].y *= factor;
-      shared.probabilities[threadIdx.x][column] = exponential(scores[column] - next);
-    }
-    __syncthreads();
-    const uint32_t present = min(kRecentTokens, count - begin);
-    if (team < kTeams) {
-#pragma unroll 8
-      for (uint32_t other = team; other < present; other += kTeams) {
-        const uint8_t* value = values + shared.slots[other] * row_bytes;
-        const float2 v = to_floats<kBfloat>(*reinterpret_cast<const uint32_t*>(value + 4 * pair));
-#pragma unroll
-        for (int column = 0; column < kColumns; ++column) {
-          const float probability = shared.probabilities[other][column];
-          sum[column] += probability;
-          out[column].x = __fmaf_rn(v.x, probability, out[column].x);
-          out[column].y = __fmaf_rn(v.y, probability, out[column].y);
-        }
-      }
-    }
-    __syncthreads();
-  }
-
-  PieceShared<kDim, kTiles>& result = *reinterpret_cast<PieceShared<kDim, kTiles>*>(dynamic);
-#pragma unroll
-  for (int column = 0; column < kColumns; ++column) {
-    if (team < kTeams) {
-      result.out[team][column][2 * pair] = out[column].x;
-      result.out[team][column][2 * pair + 1] = out[column].y;
-      if (pair == 0) result.sums[team][column] = {reference[column], sum[column]};
-    }
-    // Parts that no team has.
-    if (threadIdx.x >= kTeams && threadIdx.x < kWarps) result.sums[threadIdx.x][column] = {-1e30f, 0.0f};
-  }
-  if constexpr (kTeams < kWarps) {
-    for (uint32_t at = threadIdx.x; at < (kWarps - kTeams) * kColumns * kDim; at += kThreads)
-      result.out[kTeams + at / (kColumns * kDim)][at / kDim % kColumns][at % kDim] = 0.0f;
-  }
-  __syncthreads();
 }
 
 // Partial results in the workspace: of piece p, kv head h and column c, at ((p * heads) + h) * columns + c.
@@ -657,63 +322,350 @@ struct DecodeParameters {
   Partials partials;
   const uint8_t* queries;
   uint8_t* out;
-  uint32_t layer, slot_bytes, stages;
+  uint32_t layer, slot_bytes, stages, window;
   float scale;
 };
 
+// A warp's share of a piece.
+struct Share {
+  uint32_t first_run, runs, first_block, blocks;
+};
+
+// Runs go to the warps evenly; then every warp gets as many packed blocks as make its share as long as the others'.
+template <int kWarps>
+__device__ __forceinline__ Share warp_share(const StepPiece& piece, uint32_t warp) {
+  const auto runs_before = [&](uint32_t w) { return (piece.runs * w + kWarps - 1) / kWarps; };
+  const uint32_t work = piece.blocks + piece.runs * kv::kRunBlocks;
+  uint32_t begin = 0, end = 0;  // blocks before the warp, and with it
+#pragma unroll
+  for (uint32_t w = 1; w <= kWarps; ++w) {
+    if (w > warp + 1) break;
+    begin = end;
+    const uint32_t before = work * w / kWarps, of_runs = runs_before(w) * kv::kRunBlocks;
+    end = max(end, before > of_runs ? before - of_runs : 0);
+  }
+  return {piece.first_run + runs_before(warp), runs_before(warp + 1) - runs_before(warp),
+          piece.first_block + begin, end - begin};
+}
+
+// What a thread block works on.
+struct Work {
+  StepPiece piece;
+  StepSequence entry;
+  Columns columns;
+  uint64_t row;  // of the first column in queries and out, in values
+};
+
+// The queries of a thread block in shared memory, in all forms that a flavour needs.
+template <int kDim, int kTiles>
+struct BothQueries : Queries<kDim, kTiles> {
+  SharedQueries<kDim, kTiles> plain;
+};
+template <int kDim, int kTiles, Flavour kFlavour>
+using QueriesOf =
+    std::conditional_t<(kFlavour < Flavour::kRaw16), Queries<kDim, kTiles>, BothQueries<kDim, kTiles>>;
+template <int kDim, int kTiles, Flavour kFlavour>
+using PlacesOf = Places<kFlavour, kWarps<kDim, kTiles>, kWarpBlocks<kDim, kTiles>>;
+
+// A warp's packed blocks where both parts are raw16. Fragments of the next block are under way before one is done; more
+// of them where there are fewer warps. Calls hide(block, scores).
+template <int kDim, int kTiles, bool kBfloat, typename Hide>
+__device__ __forceinline__ void attend_raw(const uint8_t* pool, const RawValues* blocks, uint32_t count,
+                                           const SharedQueries<kDim, kTiles>& queries,
+                                           WarpState<kDim, kTiles>& state, Hide hide) {
+  constexpr int kAhead = kWarps < kDim, kTiles >> 4 ? 8 : 16;
+  if (count == 0) return;
+  uint4 held[kAhead];
+  RawValues raw = blocks[0];
+#pragma unroll
+  for (int f = 0; f < kAhead; ++f) held[f] = raw.load(pool, f);
+#pragma unroll 1
+  for (uint32_t at = 0; at < count; ++at) {
+    float scores[kTiles][8], factors[kTiles];
+    uint32_t weights[kTiles][8];
+    // The fragments of the values follow those of the keys.
+    raw_scores<kDim, kTiles, kBfloat>(held, queries, scores, [&](int f) { return raw.load(pool, f); });
+    hide(at, scores);
+    softmax_step(state, scores, factors, [](int, float) {});
+    raw_weights<kTiles, kBfloat>(scores, weights);
+    const bool is_last = at + 1 == count;
+    const RawValues next = blocks[is_last ? at : at + 1];
+    raw_values<kDim, kTiles, kBfloat>(held, state, weights, factors, [&](int f) {
+      if (f < kPartFragments<kDim>) return raw.load(pool, kPartFragments<kDim> + f);
+      return is_last ? make_uint4(0, 0, 0, 0) : next.load(pool, f - kPartFragments<kDim>);
+    });
+    raw = next;
+  }
+}
+
+constexpr int kMixedAhead = 8;
+
+__device__ __forceinline__ void begin_raw(const kv::TileShape& shape, const uint8_t* pool,
+                                          const RawValues& raw, uint4 (&held)[kMixedAhead]) {
+  if (kv::raw_bytes(shape) == 0) return;
+#pragma unroll
+  for (int f = 0; f < kMixedAhead; ++f) held[f] = raw.load(pool, f);
+}
+
+// A packed block of any mixture. `held` has the first fragments of the part in 16 bits, if there is one; all else is in
+// the tile. `zeros` are of kivi's value groups. Calls hide(scores).
+template <int kDim, int kTiles, bool kBfloat, typename Hide>
+__device__ __forceinline__ void attend_mixed(const Tile& tile, const kv::TileShape& shape,
+                                             const TileLayout& layout, uint2 widths,
+                                             const BothQueries<kDim, kTiles>& queries, const uint8_t* pool,
+                                             const RawValues& raw, uint4 (&held)[kMixedAhead],
+                                             WarpState<kDim, kTiles>& state,
+                                             float (&zeros)[kTiles][kValueGroups<kDim>], Hide hide) {
+  const kv::TilePart &keys = shape.parts[PH_KV_KEYS], &values = shape.parts[PH_KV_VALUES];
+  const uint32_t value_groups = layout.groups + kv::kGroupBytes * kv::width_sum(widths.x);
+  const auto load = [&](int f) {
+    return f < kPartFragments<kDim> ? raw.load(pool, f) : make_uint4(0, 0, 0, 0);
+  };
+  float scores[kTiles][8], factors[kTiles];
+  if (kv::is_raw16(keys)) {
+    raw_scores<kDim, kTiles, kBfloat>(held, queries.plain, scores, load);
+  } else if (kv::is_kivi(keys)) {
+    kivi_scores<kDim, kTiles, kBfloat>(tile.record + kv::kTileHeaderBytes, tile.record + layout.groups,
+                                       keys.width, queries.plain, scores);
+  } else {
+    tile_scores<kDim, kTiles, kBfloat, true, 0>(tile, layout, widths.x, queries, state, scores);
+  }
+  hide(scores);
+  if (kv::is_per_token(values)) {
+    uint32_t weights[kTiles][4];
+    tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, weights, factors);
+    tile_values<kDim, kTiles, true, 0>(tile, layout, value_groups, widths.y, state, weights, factors);
+    return;
+  }
+  softmax_step(state, scores, factors, [&](int n, float factor) {
+#pragma unroll
+    for (int group = 0; group < kValueGroups<kDim>; ++group) zeros[n][group] *= factor;
+  });
+  if (kv::is_raw16(values)) {
+    uint32_t weights[kTiles][8];
+    raw_weights<kTiles, kBfloat>(scores, weights);
+    raw_values<kDim, kTiles, kBfloat>(held, state, weights, factors, load);
+  } else {
+    kivi_values<kDim, kTiles, kBfloat>(tile.record + layout.value_bases, tile.record + value_groups,
+                                       values.width, scores, factors, state, zeros);
+  }
+}
+
+// Adds the zero points' share to the outputs.
+template <int kDim, int kTiles>
+__device__ __forceinline__ void add_group_zeros(float (&zeros)[kTiles][kValueGroups<kDim>],
+                                                WarpState<kDim, kTiles>& state) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int group = 0; group < kValueGroups<kDim>; ++group) {
+      for (int distance = 4; distance < kWarpThreads; distance *= 2)
+        zeros[n][group] += __shfl_xor_sync(kEveryLane, zeros[n][group], distance);
+    }
+#pragma unroll
+    for (int o = 0; o < kDim / 8; ++o)
+      state.out[n][o] += zeros[n][o / static_cast<int>(kv::kGroupChannels / 8)];
+  }
+}
+
+// Leaves each warp's result in `dynamic`, as PieceShared.
 template <int kDim, int kTiles, bool kBfloat, Flavour kFlavour>
-__global__ void __launch_bounds__(kThreads, kFlavour == Flavour::kMixed ? 2
-                                            : kTiles * kDim <= 128      ? 4
-                                            : kTiles * kDim <= 256      ? 3
-                                                                        : 2)
+__device__ __forceinline__ void attend_piece(const CacheView& cache, const DecodeParameters& parameters,
+                                             const Work& work, uint8_t* dynamic,
+                                             QueriesOf<kDim, kTiles, kFlavour>& queries,
+                                             PlacesOf<kDim, kTiles, kFlavour>& places,
+                                             uint64_t (*barriers)[kStages]) {
+  constexpr int kGroups = kDim / 32;
+  constexpr bool kWide = kFlavour == Flavour::kWide, kRaw = kFlavour == Flavour::kRaw16,
+                 kMixed = kFlavour == Flavour::kMixed;
+  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
+                 i = lane % 4;
+  const uint32_t head = blockIdx.y, stages = parameters.stages, slot_bytes = parameters.slot_bytes;
+  const TileLayout& layout = parameters.layout;
+  const Window window = {parameters.window, static_cast<uint32_t>(work.entry.before)};
+  StepPiece piece = work.piece;
+  const uint32_t skipped = max(piece.first_block, window.first_block(cache.sinks)) - piece.first_block;
+  piece.first_block += skipped;
+  piece.blocks -= min(piece.blocks, skipped);
+  const Share share = warp_share<kWarps<kDim, kTiles>>(piece, warp);
+  // Blocks that some column does not see all of come first.
+  const uint32_t hidden = window.begin(kMostQueries - 1);
+  for (uint32_t at = lane; at < share.blocks; at += kWarpThreads) {
+    const uint32_t* index = kv::index_of(cache, parameters.layer, work.entry.sequence);
+    const uint32_t* pages = kv::page_table_of(cache, parameters.layer, work.entry.sequence);
+    if constexpr (!kRaw && !kMixed) {
+      const kv::RecordSpan span = kv::record_span(cache, index, share.first_block + at, head);
+      places.spans[warp][at] = {make_span(pages, span.params, span.params + kv::kParamsUnits),
+                                make_span(pages, span.begin, span.end)};
+    } else {
+      const uint32_t params_units = kv::params_bytes(parameters.shape) / kUnitBytes,
+                     raw_units = kv::raw_bytes(parameters.shape) / kUnitBytes;
+      const kv::RecordSpan span = kv::record_span(cache, index, share.first_block + at, head, params_units);
+      if (raw_units > 0) places.raw[warp][at] = find_raw_values(pages, span.end, raw_units);
+      if constexpr (kMixed) {
+        places.spans[warp][at] = {make_span(pages, span.params, span.params + params_units),
+                                  make_span(pages, span.begin, span.end - raw_units)};
+      }
+    }
+  }
+  const Ring ring = {dynamic + warp * stages * slot_bytes, slot_bytes, stages, barriers[warp]};
+  ring.begin();
+  __syncwarp();
+  // The last slot serves as scratch for the runs first.
+  const auto fetch = [&](uint32_t at, uint32_t stage) {
+    if constexpr (!kRaw) ring.fetch(cache.pool, at < share.blocks ? &places.spans[warp][at] : nullptr, stage);
+  };
+  for (uint32_t stage = 0; stage + 1 < stages; ++stage) fetch(stage, stage);
+
+  WarpState<kDim, kTiles> state;
+  quantize_queries<kDim, kTiles, kBfloat>(work.columns, parameters.scale, queries);
+  if constexpr (kRaw || kMixed) share_queries(work.columns, queries.plain);
+  __syncthreads();
+  begin_state(queries, state);
+  if constexpr (kRaw || kMixed) {
+    // Of scores of queries as they are.
+    if (!kv::is_per_token(parameters.shape.parts[PH_KV_KEYS])) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) state.query_scale[n] = parameters.scale * kLog2E;
+    }
+  }
+  if (share.runs > 0) {
+    const StepSequence& entry = work.entry;
+    const uint64_t row_bytes = static_cast<uint64_t>(cache.heads) * kDim * 2;
+    const uint8_t* keys = cache.recent +
+                          kv::stream_of(cache, parameters.layer, work.entry.sequence) * kv::kParts *
+                              kv::recent_part_bytes(cache) +
+                          head * (kDim * 2ull);
+    const uint32_t length = static_cast<uint32_t>(entry.before) + entry.tokens;
+    const uint32_t sinks = min(cache.sinks, length);
+    const uint32_t unpacked = cache.sinks + entry.packed * kBlockTokens;
+    const RecentTokens tokens = {sinks + (unpacked < length ? length - unpacked : 0), sinks, unpacked,
+                                 cache.sinks, cache.ring};
+    const Columns& columns = work.columns;
+    for (uint32_t run = share.first_run; run < share.first_run + share.runs; ++run) {
+      attend_run<kDim, kTiles, kBfloat>(
+          tokens, run, keys, keys + kv::recent_part_bytes(cache), row_bytes, parameters.scale * kLog2E,
+          [&](uint32_t column) {
+            return column < columns.count ? columns.queries + 2 * columns.position(column, kDim) : nullptr;
+          },
+          // A query token sees those before it, and itself, as far as the window reaches.
+          [&](uint32_t column, uint32_t token, bool is_sink) {
+            const uint32_t query = (columns.first + column) / columns.group;
+            return token <= window.before + query && (is_sink || token >= window.begin(query));
+          },
+          ring.slots + (stages - 1) * slot_bytes, state);
+    }
+    ring.reuse();
+  }
+  fetch(stages - 1, stages - 1);
+
+  const auto hide = [&](uint32_t at, float(&scores)[kTiles][8]) {
+    const uint32_t start = cache.sinks + (share.first_block + at) * kBlockTokens;
+    if (start < hidden) hide_tokens(window, work.columns, start, scores);
+  };
+  if constexpr (kRaw) {
+    attend_raw<kDim, kTiles, kBfloat>(cache.pool, places.raw[warp], share.blocks, queries.plain, state, hide);
+  } else {
+    [[maybe_unused]] float group_zeros[kTiles][kValueGroups<kDim>] = {};
+    uint32_t stage = 0, phase = 0;
+#pragma unroll 1
+    for (uint32_t at = 0; at < share.blocks; ++at) {
+      [[maybe_unused]] uint4 held[kMixedAhead];
+      if constexpr (kMixed) begin_raw(parameters.shape, cache.pool, places.raw[warp][at], held);
+      ring.wait(stage, phase);
+      const uint8_t* slot = ring.slots + stage * slot_bytes;
+      // Opaque, lest the compiler keeps every address that follows from it in a register of its own.
+      uint32_t own_lane = lane;
+      asm volatile("" : "+r"(own_lane));
+      const Tile tile = {slot, slot + kParamsBytes, own_lane};
+      uint2 widths = *reinterpret_cast<const uint2*>(tile.record);
+      // The same in every lane: a reduction tells the compiler, which then branches on scalars.
+      widths.x = __reduce_or_sync(kEveryLane, widths.x);
+      widths.y = __reduce_or_sync(kEveryLane, widths.y);
+      if constexpr (kMixed) {
+        attend_mixed<kDim, kTiles, kBfloat>(tile, parameters.shape, layout, widths, queries, cache.pool,
+                                            places.raw[warp][at], held, state, group_zeros,
+                                            [&](float(&scores)[kTiles][8]) { hide(at, scores); });
+      } else {
+        float scores[kTiles][8], units[kTiles];
+        uint32_t weights[kTiles][4];
+        with_width<kGroups, kWide>(widths.x, [&](auto width) {
+          tile_scores<kDim, kTiles, kBfloat, kWide, decltype(width)::value>(tile, layout, widths.x, queries,
+                                                                            state, scores);
+        });
+        hide(at, scores);
+        tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, weights, units);
+        with_width<kGroups, kWide>(widths.y, [&](auto width) {
+          tile_values<kDim, kTiles, kWide, decltype(width)::value>(
+              tile, layout, layout.groups + kv::kGroupBytes * kv::width_sum(widths.x), widths.y, state,
+              weights, units);
+        });
+      }
+      __syncwarp();
+      fetch(at + stages, stage);
+      if (++stage == stages) stage = 0, phase ^= 1;
+    }
+    if constexpr (kMixed) add_group_zeros(group_zeros, state);
+  }
+
+  __syncthreads();  // the slots are free: results take their place
+  PieceShared<kDim, kTiles>& shared = *reinterpret_cast<PieceShared<kDim, kTiles>*>(dynamic);
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    float sum = state.sum[n], zeros = state.zeros[n];
+    for (int distance = 4; distance < kWarpThreads; distance *= 2) {
+      sum += __shfl_xor_sync(kEveryLane, sum, distance);
+      zeros += __shfl_xor_sync(kEveryLane, zeros, distance);
+    }
+#pragma unroll
+    for (int o = 0; o < kDim / 8; ++o) shared.out[warp][4 * n + i][8 * o + g] = state.out[n][o] + zeros;
+    if (g == 0) shared.sums[warp][4 * n + i] = {state.reference[n], sum};
+  }
+  __syncthreads();
+}
+
+template <int kDim, int kTiles, bool kBfloat, Flavour kFlavour>
+__global__ void __launch_bounds__(kThreads<kDim, kTiles>, 2)
     DecodeKernel(const __grid_constant__ DecodeParameters parameters) {
   constexpr int kColumns = 4 * kTiles;
   extern __shared__ __align__(128) uint8_t dynamic[];
-  __shared__ TileSpans spans[kWarps][kWarpBlocks];
-  __shared__ uint64_t barriers[kWarps][kStages];
+  __shared__ QueriesOf<kDim, kTiles, kFlavour> queries;
+  __shared__ PlacesOf<kDim, kTiles, kFlavour> places;
+  __shared__ uint64_t barriers[kWarps<kDim, kTiles>][kStages];
   __shared__ uint32_t is_last;
+  __shared__ Work work;  // here rather than in registers, of which the loop over blocks needs all
   const CacheView& cache = parameters.cache;
-  const StepPiece piece = parameters.step.pieces[blockIdx.x];
-  const StepSequence entry = parameters.step.sequences[piece.entry];
-  const uint32_t head = blockIdx.y, group = cache.query_heads / cache.heads;
   const uint32_t first = blockIdx.z * kColumns;
-  if (first >= entry.tokens * group) return;
-  const uint64_t row = (static_cast<uint64_t>(entry.input) * cache.query_heads + head * group) * kDim;
-  const Columns columns = {parameters.queries + 2 * row, first,
-                           min(static_cast<uint32_t>(kColumns), entry.tokens * group - first), group,
-                           static_cast<uint64_t>(cache.query_heads) * kDim};
-
-  if (piece.count > 0) {
-    const uint32_t* index = kv::index_of(cache, parameters.layer, entry.sequence);
-    const uint32_t* page_table = kv::page_table_of(cache, parameters.layer, entry.sequence);
-    if constexpr (kFlavour == Flavour::kRaw16) {
-      raw_piece<kDim, kTiles, kBfloat>(cache, index, page_table, piece, head, columns, parameters.scale,
-                                       dynamic);
-    } else if constexpr (kFlavour == Flavour::kMixed) {
-      mixed_piece<kDim, kTiles, kBfloat>(cache, parameters.shape, parameters.layout, parameters.slot_bytes,
-                                         parameters.stages, index, page_table, piece, head, columns,
-                                         parameters.scale, dynamic, spans, barriers);
-    } else {
-      packed_piece<kDim, kTiles, kBfloat, kFlavour == Flavour::kWide>(
-          cache, parameters.layout, parameters.slot_bytes, parameters.stages, index, page_table, piece, head,
-          columns, parameters.scale, dynamic, spans, barriers);
-    }
-  } else {
-    recent_piece<kDim, kTiles, kBfloat>(cache, parameters.layer, entry, head, columns, parameters.scale,
-                                        dynamic);
+  if (threadIdx.x == 0) {
+    work.piece = parameters.step.pieces[blockIdx.x];
+    work.entry = parameters.step.sequences[work.piece.entry];
+    const uint32_t group = cache.query_heads / cache.heads, count = work.entry.tokens * group;
+    const uint64_t row =
+        (static_cast<uint64_t>(work.entry.input) * cache.query_heads + blockIdx.y * group) * kDim;
+    work.row = row;
+    work.columns = {parameters.queries + 2 * row, first,
+                    first < count ? min(static_cast<uint32_t>(kColumns), count - first) : 0, group,
+                    static_cast<uint64_t>(cache.query_heads) * kDim};
   }
+  __syncthreads();
+  if (work.columns.count == 0) return;
+  attend_piece<kDim, kTiles, kBfloat, kFlavour>(cache, parameters, work, dynamic, queries, places, barriers);
 
+  const StepPiece piece = work.piece;
+  const Columns columns = work.columns;
+  const uint32_t head = blockIdx.y;
   const PieceShared<kDim, kTiles>& shared = *reinterpret_cast<const PieceShared<kDim, kTiles>*>(dynamic);
-  uint8_t* out = parameters.out + 2 * row;
+  uint8_t* out = parameters.out + 2 * work.row;
   const Partials& partials = parameters.partials;
-  for (uint32_t at = threadIdx.x; at < columns.count * kDim; at += kThreads) {
+  for (uint32_t at = threadIdx.x; at < columns.count * kDim; at += kThreads<kDim, kTiles>) {
     const uint32_t column = at / kDim, channel = at % kDim;
     float most = shared.sums[0][column].reference;
 #pragma unroll
-    for (int warp = 1; warp < kWarps; ++warp) most = fmaxf(most, shared.sums[warp][column].reference);
+    for (int warp = 1; warp < kWarps<kDim, kTiles>; ++warp)
+      most = fmaxf(most, shared.sums[warp][column].reference);
     float value = 0.0f, sum = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) {
+    for (int warp = 0; warp < kWarps<kDim, kTiles>; ++warp) {
       const float weight = part_weight(shared.sums[warp][column].reference, most);
       value = __fmaf_rn(weight, shared.out[warp][column][channel], value);
       sum = __fmaf_rn(weight, shared.sums[warp][column].sum, sum);
@@ -730,18 +682,21 @@ __global__ void __launch_bounds__(kThreads, kFlavour == Flavour::kMixed ? 2
   if (piece.pieces == 1) return;
 
   // The last thread block of the sequence and head merges the pieces.
-  __threadfence();
-  __syncthreads();
   uint32_t* finished =
       partials.finished + (static_cast<uint64_t>(piece.entry) * cache.heads + head) * gridDim.z + blockIdx.z;
-  if (threadIdx.x == 0) is_last = atomicAdd(finished, 1u) == piece.pieces - 1;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    // One fence for all: the barrier orders the other threads' writes before it.
+    __threadfence();
+    is_last = atomicAdd(finished, 1u) == piece.pieces - 1;
+    __threadfence();
+  }
   __syncthreads();
   if (!is_last) return;
-  __threadfence();
   const uint64_t stride = static_cast<uint64_t>(cache.heads) * partials.columns;
   const uint64_t start =
       (static_cast<uint64_t>(blockIdx.x - piece.place) * cache.heads + head) * partials.columns + first;
-  for (uint32_t at = threadIdx.x; at < columns.count * kDim / 4; at += kThreads) {
+  for (uint32_t at = threadIdx.x; at < columns.count * kDim / 4; at += kThreads<kDim, kTiles>) {
     const uint32_t column = 4 * at / kDim, channel = 4 * at % kDim;
     const PartSum* sums = partials.sums + start + column;
     float most = -1e30f;
@@ -797,27 +752,35 @@ void dispatch_dim(uint32_t head_dim, Run run) {
   else run(std::integral_constant<int, 256>{});
 }
 
-// Of params, and of a record up to its 16-bit values.
+bool is_raw16(const kv::TileShape& shape) {
+  return kv::is_raw16(shape.parts[0]) && kv::is_raw16(shape.parts[1]);
+}
+
+// Of params and a record up to its 16-bit values, and of what runs need.
 uint32_t slot_bytes(const kv::TileShape& shape) {
-  return (kParamsBytes + kv::largest_record_bytes(shape) - kv::raw_bytes(shape) + 127) / 128 * 128;
+  const uint32_t of_tile =
+      is_raw16(shape) ? 0 : kParamsBytes + kv::largest_record_bytes(shape) - kv::raw_bytes(shape);
+  const uint32_t bytes = std::max(of_tile, run_scratch_bytes(shape.head_dim));
+  return (bytes + 127) / 128 * 128;
 }
 
 // Tiles ahead that fit the shared memory of a thread block; throws if not even one does.
 uint32_t stages_of(const ph_device& device, const kv::TileShape& shape) {
-  constexpr uint32_t kFixedBytes = 4096;  // static shared memory of the kernels, at most
-  const uint32_t limit = static_cast<uint32_t>(device.shared_bytes) - kFixedBytes;
-  for (uint32_t stages = kStages; stages > 0; --stages) {
-    if (kWarps * stages * slot_bytes(shape) <= limit) return stages;
+  // Static shared memory of the kernels, at most.
+  const bool plain = kv::is_per_token(shape.parts[0]) && kv::is_per_token(shape.parts[1]);
+  const uint32_t limit = static_cast<uint32_t>(device.shared_bytes) - (plain ? 8192 : 16384);
+  for (uint32_t stages = is_raw16(shape) ? 1 : kStages; stages > 0; --stages) {
+    if (kMostWarps * stages * slot_bytes(shape) <= limit) return stages;
   }
   throw Error(
       PH_ERROR_UNSUPPORTED,
       "Cannot attend to packed records of up to %u bytes on this GPU: that takes %u bytes of shared memory, "
       "and a thread block has %u",
-      kv::largest_record_bytes(shape), kWarps * slot_bytes(shape), limit);
+      kv::largest_record_bytes(shape), kMostWarps * slot_bytes(shape), limit);
 }
 
 struct Launch {
-  uint32_t columns;  // of a thread block
+  uint32_t columns, threads;  // of a thread block
   uint32_t stages, shared_bytes;
 };
 
@@ -830,15 +793,11 @@ void with_kernel(const ph_device& device, const CacheView& cache, const kv::Tile
     const auto with = [&](auto tiles, auto bfloat, auto flavour) {
       constexpr int kTiles = decltype(tiles)::value;
       constexpr bool kBfloat = decltype(bfloat)::value;
-      constexpr Flavour kFlavour = decltype(flavour)::value;
-      const uint32_t stages = kFlavour == Flavour::kRaw16 ? 0 : stages_of(device, shape);
-      uint32_t packed_bytes = kWarps * stages * slot_bytes(shape);
-      if (kFlavour == Flavour::kRaw16 || kFlavour == Flavour::kMixed)
-        packed_bytes += static_cast<uint32_t>(sizeof(SharedQueries<kDim, kTiles>));
-      const uint32_t shared_bytes =
-          std::max<uint32_t>({packed_bytes, static_cast<uint32_t>(sizeof(PieceShared<kDim, kTiles>)),
-                              static_cast<uint32_t>(sizeof(RecentShared<kDim, kTiles, kBfloat>))});
-      use(DecodeKernel<kDim, kTiles, kBfloat, kFlavour>, Launch{4u * kTiles, stages, shared_bytes});
+      const uint32_t stages = stages_of(device, shape);
+      const uint32_t shared_bytes = std::max<uint32_t>(kWarps<kDim, kTiles> * stages * slot_bytes(shape),
+                                                       sizeof(PieceShared<kDim, kTiles>));
+      use(DecodeKernel<kDim, kTiles, kBfloat, decltype(flavour)::value>,
+          Launch{4u * kTiles, kThreads<kDim, kTiles>, stages, shared_bytes});
     };
     const auto with_type = [&](auto tiles, auto flavour) {
       if (cache.dtype == PH_BF16) with(tiles, std::true_type{}, flavour);
@@ -846,7 +805,7 @@ void with_kernel(const ph_device& device, const CacheView& cache, const kv::Tile
     };
     const auto with_flavour = [&](auto tiles) {
       const kv::TilePart &keys = shape.parts[0], &values = shape.parts[1];
-      if (kv::is_raw16(keys) && kv::is_raw16(values)) {
+      if (is_raw16(shape)) {
         with_type(tiles, std::integral_constant<Flavour, Flavour::kRaw16>{});
       } else if (!kv::is_per_token(keys) || !kv::is_per_token(values)) {
         with_type(tiles, std::integral_constant<Flavour, Flavour::kMixed>{});
@@ -870,18 +829,9 @@ uint64_t decode_workspace_bytes(const CacheView& cache, uint64_t pieces) {
   return workspace_layout(cache, pieces).bytes;
 }
 
-uint32_t resident_pieces(ph_device& device, const CacheView& cache, const kv::TileShape& shape) {
-  int resident = 0;
-  with_kernel(device, cache, shape, cache.query_heads / cache.heads, [&](auto kernel, const Launch& launch) {
-    allow_shared(device, kernel);
-    PH_CUDA_TRY(
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, launch.shared_bytes));
-  });
-  return static_cast<uint32_t>(resident);
-}
-
 void decode(ph_device& device, const CacheView& cache, const kv::TileShape& shape, uint32_t layer,
-            const StepView& step, const uint8_t* queries, uint8_t* out, float scale, uint8_t* workspace) {
+            const StepView& step, const uint8_t* queries, uint8_t* out, float scale, uint8_t* workspace,
+            uint32_t window) {
   // Places of partial results depend on the largest step the workspace was made for, so any bound on pieces will do.
   const WorkspaceLayout places = workspace_layout(cache, step.piece_count);
   const uint32_t columns = cache.query_heads / cache.heads * step.most_queries;
@@ -900,12 +850,12 @@ void decode(ph_device& device, const CacheView& cache, const kv::TileShape& shap
   parameters.layer = layer;
   parameters.scale = scale;
   parameters.slot_bytes = slot_bytes(shape);
+  parameters.window = window;
   with_kernel(device, cache, shape, columns, [&](auto kernel, const Launch& launch) {
     allow_shared(device, kernel);
-    PH_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
     parameters.stages = launch.stages;
     const dim3 grid(step.piece_count, cache.heads, (columns + launch.columns - 1) / launch.columns);
-    kernel<<<grid, kThreads, launch.shared_bytes, device.stream>>>(parameters);
+    kernel<<<grid, launch.threads, launch.shared_bytes, device.stream>>>(parameters);
   });
   PH_CUDA_TRY(cudaGetLastError());
 }

@@ -11,12 +11,11 @@ namespace ph::attention {
 // decode's own from then on.
 uint64_t decode_workspace_bytes(const kv::CacheView& cache, uint64_t pieces);
 
-// Pieces that a processor works on at once: pieces come in multiples of it, to keep all processors busy to the end.
-uint32_t resident_pieces(ph_device& device, const kv::CacheView& cache, const kv::TileShape& shape);
-
 // queries and out: [tokens, query_heads, head_dim] of the cache's dtype. Query head h reads kv head
-// h / (query_heads / heads). Deterministic; a sequence's results do not depend on the rest of the batch.
+// h / (query_heads / heads). window: how many tokens a token sees, itself included, beside the sinks; 0: all that are
+// before it. Deterministic; a sequence's results do not depend on the rest of the batch.
 void decode(ph_device& device, const kv::CacheView& cache, const kv::TileShape& shape, uint32_t layer,
-            const kv::StepView& step, const uint8_t* queries, uint8_t* out, float scale, uint8_t* workspace);
+            const kv::StepView& step, const uint8_t* queries, uint8_t* out, float scale, uint8_t* workspace,
+            uint32_t window = 0);
 
 }  // namespace ph::attention

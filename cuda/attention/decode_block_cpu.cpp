@@ -30,21 +30,6 @@ const float kInfinity = __builtin_inff();
 
 Floats floats_of(Words words) { return __builtin_convertvector((Integers)words, Floats); }
 
-// 2^x to 2e-7, for x <= 0; 0 below 2^-126.
-Floats exp2(Floats x) {
-  const Floats shifted = x + 0x1.8p23f;  // rounds x to an integer, which ends up in the low bits
-  const Floats fraction = x - (shifted - 0x1.8p23f);
-  Floats power = splat(1.535336188319500e-4f);
-  power = power * fraction + 1.339887440266574e-3f;
-  power = power * fraction + 9.618437357674640e-3f;
-  power = power * fraction + 5.550332471162809e-2f;
-  power = power * fraction + 2.402264791363012e-1f;
-  power = power * fraction + 6.931472028550421e-1f;
-  power = power * fraction + 1.0f;
-  const Floats scaled = (Floats)((Words)power + ((Words)shifted << 23));
-  return x < -126.0f ? Floats{} : scaled;
-}
-
 // What a piece gives for one query head and token: sum of 2^(score - maximum) * value [head_dim], then the maximum of
 // the scores, in bits, then the sum of 2^(score - maximum).
 float* partial_of(const DecodeCall& call, uint32_t piece, uint32_t query, uint32_t query_head) {
@@ -140,8 +125,18 @@ void for_rows(uint32_t rows, Run run) {
 struct ChunkTokens {
   alignas(64) float key_scales[kBlockTokens], key_zeros[kBlockTokens];
   alignas(64) float value_scales[kBlockTokens], value_zeros[kBlockTokens];
-  // Visible to query tokens from this on; 0 for packed ones.
+  // Visible to query tokens from one on (0 for packed ones) until another.
   alignas(64) int32_t visible_from[kBlockTokens];
+  alignas(64) int32_t visible_until[kBlockTokens];
+
+  // Ends the visibility of the token at `position` by the window, unless it is a sink.
+  void end_visibility(const DecodeCall& call, const kv::StepSequence& sequence, uint32_t column,
+                      uint64_t position) {
+    const int64_t until =
+        static_cast<int64_t>(position) - static_cast<int64_t>(sequence.before) + call.window - 1;
+    const bool forever = call.window == 0 || position < call.cache.sinks || until > INT32_MAX;
+    visible_until[column] = forever ? INT32_MAX : static_cast<int32_t>(until < -1 ? -1 : until);
+  }
 };
 
 // The rows of one kv head's queries against a piece. Row r is query token r / group and query head r % group of the kv
@@ -204,7 +199,8 @@ struct Rows {
             const Floats zero = load<Floats>(tokens.key_zeros + at),
                          scale = load<Floats>(tokens.key_scales + at);
             const Floats score = (sums[row][half] + zero * query_sums[first + row]) * scale;
-            const Integers visible = load<Integers>(tokens.visible_from + at) <= query_tokens[first + row];
+            const Integers visible = load<Integers>(tokens.visible_from + at) <= query_tokens[first + row] &&
+                                     load<Integers>(tokens.visible_until + at) >= query_tokens[first + row];
             store(scores[first + row] + at, visible ? score : splat(-kInfinity));
           }
         }
@@ -282,6 +278,23 @@ void load_params(const uint8_t* params, uint32_t part, float* scales, float* zer
   }
 }
 
+// Calls use(block) for the blocks of a piece that any query sees, with who sees their tokens in `tokens`.
+template <typename Use>
+void for_blocks(const DecodeCall& call, const kv::StepSequence& sequence, const kv::StepPiece& piece,
+                ChunkTokens& tokens, Use use) {
+  for (int32_t& until : tokens.visible_until) until = INT32_MAX;
+  const uint32_t sinks = call.cache.sinks, seen = call.seen_from(sequence);
+  const uint32_t first_seen = seen > sinks ? (seen - sinks) / kBlockTokens : 0;
+  for (uint32_t block = first_seen > piece.first_block ? first_seen : piece.first_block;
+       block < piece.first_block + piece.blocks; ++block) {
+    for (uint32_t token = 0; token < kBlockTokens && call.window > 0; ++token) {
+      tokens.end_visibility(call, sequence, kv::key_column(token),
+                            sinks + static_cast<uint64_t>(block) * kBlockTokens + token);
+    }
+    use(block);
+  }
+}
+
 template <typename Element>
 void attend_packed(const DecodeCall& call, const kv::StepSequence& sequence, const kv::StepPiece& piece,
                    uint32_t head, Rows& rows) {
@@ -289,14 +302,14 @@ void attend_packed(const DecodeCall& call, const kv::StepSequence& sequence, con
   kv::TileReader reader;
   alignas(64) uint8_t keys[kMostTileCodes], values[kMostTileCodes];
   ChunkTokens tokens = {};
-  for (uint32_t block = piece.first; block < piece.first + piece.count; ++block) {
+  for_blocks(call, sequence, piece, tokens, [&](uint32_t block) {
     reader.read(call.cache, call.shape, call.layer, sequence.sequence, block, head);
     reader.unpack(kernels, call.shape, PH_KV_KEYS, keys);
     reader.unpack(kernels, call.shape, PH_KV_VALUES, values);
     load_params<Element>(reader.params, PH_KV_KEYS, tokens.key_scales, tokens.key_zeros);
     load_params<Element>(reader.params, PH_KV_VALUES, tokens.value_scales, tokens.value_zeros);
     rows.attend(Codes{keys, kBlockTokens}, Codes{values, call.cache.head_dim}, tokens);
-  }
+  });
 }
 
 // ---- packed blocks of which a part is kivi or raw16
@@ -363,7 +376,7 @@ void attend_mixed(const DecodeCall& call, const kv::StepSequence& sequence, cons
   ChunkTokens tokens = {};
   for (uint32_t token = 0; token < kBlockTokens; ++token)
     tokens.key_scales[token] = tokens.value_scales[token] = 1.0f;
-  for (uint32_t block = piece.first; block < piece.first + piece.count; ++block) {
+  for_blocks(call, sequence, piece, tokens, [&](uint32_t block) {
     reader.read(call.cache, call.shape, call.layer, sequence.sequence, block, head);
     keys.read(reader, tokens.key_scales, tokens.key_zeros,
               [&](const auto& right) { rows.score(right, tokens); });
@@ -371,21 +384,24 @@ void attend_mixed(const DecodeCall& call, const kv::StepSequence& sequence, cons
       rows.weigh(tokens);
       rows.add_values(right);
     });
-  }
+  });
 }
 
 // ---- tokens in 16 bits: sinks, then those after the packed blocks
 
 template <typename Element>
-void attend_recent(const DecodeCall& call, const kv::StepSequence& sequence, uint32_t head, Rows& rows) {
+void attend_recent(const DecodeCall& call, const kv::StepSequence& sequence, const kv::StepPiece& piece,
+                   uint32_t head, Rows& rows) {
   const kv::CacheView& cache = call.cache;
   const uint32_t head_dim = cache.head_dim;
   const uint64_t length = sequence.before + sequence.tokens;
   const uint64_t sinks = cache.sinks < length ? cache.sinks : length;
-  const uint64_t unpacked = cache.sinks + static_cast<uint64_t>(sequence.packed) * kBlockTokens;
+  const uint64_t packed_end = cache.sinks + static_cast<uint64_t>(sequence.packed) * kBlockTokens;
+  const uint64_t unpacked = packed_end > call.seen_from(sequence) ? packed_end : call.seen_from(sequence);
   const uint64_t count = sinks + (unpacked < length ? length - unpacked : 0);
   alignas(64) float keys[kMostHeadDim * kBlockTokens], values[kBlockTokens * kMostHeadDim];
-  for (uint64_t first = 0; first < count; first += kBlockTokens) {
+  for (uint32_t run = piece.first_run; run < piece.first_run + piece.runs; ++run) {
+    const uint64_t first = static_cast<uint64_t>(run) * kBlockTokens;
     ChunkTokens tokens = {};
     for (uint32_t i = 0; i < kBlockTokens; ++i) {
       const uint32_t column = kv::key_column(i);
@@ -398,6 +414,7 @@ void attend_recent(const DecodeCall& call, const kv::StepSequence& sequence, uin
         continue;
       }
       const uint64_t token = first + i < sinks ? first + i : unpacked + (first + i - sinks);
+      tokens.end_visibility(call, sequence, column, token);
       if (token > sequence.before)
         tokens.visible_from[column] = static_cast<int32_t>(token - sequence.before);
       const uint8_t* rows_of[kv::kParts];
@@ -426,10 +443,12 @@ __attribute__((flatten)) void attend(const DecodeCall& call, uint32_t piece_inde
       const uint32_t count = all_rows - first < kMostRows ? all_rows - first : kMostRows;
       Rows rows;
       rows.start<Element>(call, sequence, piece_index, head, first, count);
-      if (piece.count == 0) attend_recent<Element>(call, sequence, head, rows);
-      else if (kv::is_per_token(call.shape.parts[0]) && kv::is_per_token(call.shape.parts[1]))
-        attend_packed<Element>(call, sequence, piece, head, rows);
-      else attend_mixed<Element>(call, sequence, piece, head, rows);
+      if (piece.runs > 0) attend_recent<Element>(call, sequence, piece, head, rows);
+      if (piece.blocks > 0) {
+        if (kv::is_per_token(call.shape.parts[0]) && kv::is_per_token(call.shape.parts[1]))
+          attend_packed<Element>(call, sequence, piece, head, rows);
+        else attend_mixed<Element>(call, sequence, piece, head, rows);
+      }
       rows.finish();
     }
   });

@@ -18,6 +18,12 @@ struct DecodeCall {
   uint8_t* out;
   const float scale;
   float* partials;  // [pieces][most_queries][query_heads][head_dim + 2]
+  const uint32_t window;
+
+  // The first token, sinks aside, that some query token of a sequence sees.
+  uint32_t seen_from(const kv::StepSequence& sequence) const {
+    return kv::window_begin(window, static_cast<uint32_t>(sequence.before));
+  }
 };
 
 struct DecodeKernels {

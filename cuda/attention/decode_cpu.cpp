@@ -39,13 +39,12 @@ uint64_t decode_workspace_bytes(const kv::CacheView& cache, uint64_t pieces) {
   return pieces * kv::kMostQueries * cache.query_heads * (cache.head_dim + 2ull) * sizeof(float);
 }
 
-uint32_t resident_pieces(ph_device&, const kv::CacheView&, const kv::TileShape&) { return 2; }
-
 void decode(ph_device&, const kv::CacheView& cache, const kv::TileShape& shape, uint32_t layer,
-            const kv::StepView& step, const uint8_t* queries, uint8_t* out, float scale, uint8_t* workspace) {
+            const kv::StepView& step, const uint8_t* queries, uint8_t* out, float scale, uint8_t* workspace,
+            uint32_t window) {
   const DecodeKernels& kernels = decode_kernels();
-  const DecodeCall call = {cache,   shape, layer, step,
-                           queries, out,   scale, reinterpret_cast<float*>(workspace)};
+  const DecodeCall call = {
+      cache, shape, layer, step, queries, out, scale, reinterpret_cast<float*>(workspace), window};
 #pragma omp parallel
   {
 #pragma omp for collapse(2) schedule(dynamic)

@@ -40,6 +40,10 @@ __device__ __forceinline__ void multiply(int (&c)[4], uint32_t a0, uint32_t a1, 
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0));
 }
 
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
 __device__ __forceinline__ float exponential(float x) {  // 2^x
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -62,61 +66,75 @@ __device__ __forceinline__ void split_fixed(const uint32_t* x, uint32_t& high, u
   low = __byte_perm(a, b, 0x7632) ^ 0x80808080u;
 }
 
-// Register (s, j) of a lane from the 2 * kWidth words of a group (tile.h).
-template <int kWidth>
-__device__ __forceinline__ uint32_t fragment(const uint32_t* words, int s, int j) {
-  const int k = 2 * s + j % 2, nibble = 4 * (j / 2);
-  if constexpr (kWidth == 4) return words[k] & 0x0f0f0f0fu << nibble;
-  if constexpr (kWidth == 3) {
-    if (k < 6) return words[k] & 0x07070707u << nibble;
-    const uint32_t* spare = words + 3 * (k - 6);
-    const uint32_t bits =
-        (spare[0] >> 3 & 0x11111111u) | (spare[1] >> 2 & 0x22222222u) | (spare[2] >> 1 & 0x44444444u);
-    return bits & 0x07070707u << nibble;
+// The residuals of one group, or of one digit of a wide one, of 0 to 4 bits: the eight nibble words of tile.h, but for
+// bits that `mask` takes away.
+struct Nibbles {
+  uint32_t words[8];
+  uint32_t mask;  // of a byte's residual, four times
+
+  // Register (s, j).
+  __device__ __forceinline__ uint32_t fragment(int s, int j) const {
+    return words[2 * s + j % 2] & mask << 4 * (j / 2);
   }
-  if constexpr (kWidth == 2) return words[k / 2] >> 2 * (k % 2) & 0x03030303u << nibble;
-  return words[k / 4] >> k % 4 & 0x01010101u << nibble;
+};
+
+__device__ __forceinline__ uint32_t width_mask(uint32_t width) {
+  return (1u << width) * 0x01010101u - 0x01010101u;
 }
 
-// A lane's words of a group in shared memory.
+// Loads a lane's words of a group of `width` bits, 0 to 4, from shared memory; words beyond those of the width are
+// anything. Of any width (kWidth 0) in one statement, volatile and without branches, so that the load of the next group
+// is under way while this one is worked on.
 template <int kWidth>
-__device__ __forceinline__ void load_group(const uint8_t* group, uint32_t* words) {
-  const uint32_t lane = threadIdx.x % kWarpThreads;
-  const auto vector = [&](uint32_t at) {
-    const uint4 four = *reinterpret_cast<const uint4*>(group + 512 * at + 16 * lane);
-    words[4 * at] = four.x;
-    words[4 * at + 1] = four.y;
-    words[4 * at + 2] = four.z;
-    words[4 * at + 3] = four.w;
-  };
-  if constexpr (kWidth >= 2) vector(0);
-  if constexpr (kWidth == 4) vector(1);
-  if constexpr (kWidth % 2 == 1) {
-    const uint2 two = *reinterpret_cast<const uint2*>(group + 512 * (kWidth / 2) + 8 * lane);
-    words[2 * kWidth - 2] = two.x;
-    words[2 * kWidth - 1] = two.y;
+__device__ __forceinline__ void load_group(const uint8_t* group, uint32_t lane, uint32_t width,
+                                           Nibbles& nibbles) {
+  uint32_t(&w)[8] = nibbles.words;
+  if constexpr (kWidth > 0) {
+    if constexpr (kWidth >= 2) {
+      const uint4 four = *reinterpret_cast<const uint4*>(group + 16 * lane);
+      w[0] = four.x, w[1] = four.y, w[2] = four.z, w[3] = four.w;
+    }
+    if constexpr (kWidth == 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(group + 512 + 16 * lane);
+      w[4] = four.x, w[5] = four.y, w[6] = four.z, w[7] = four.w;
+    }
+    if constexpr (kWidth % 2 == 1) {
+      const uint2 two = *reinterpret_cast<const uint2*>(group + 512 * (kWidth / 2) + 8 * lane);
+      w[2 * kWidth - 2] = two.x, w[2 * kWidth - 1] = two.y;
+    }
+  } else {
+    const uint32_t address = shared_address(group), vector = address + 16 * lane, half = address + 8 * lane;
+    asm volatile(
+        "{\n .reg .pred one, two, three, four;\n"
+        " setp.eq.u32 one, %10, 1;\n setp.ge.u32 two, %10, 2;\n"
+        " setp.eq.u32 three, %10, 3;\n setp.eq.u32 four, %10, 4;\n"
+        " @two ld.shared.v4.u32 {%0, %1, %2, %3}, [%8];\n"
+        " @four ld.shared.v4.u32 {%4, %5, %6, %7}, [%8 + 512];\n"
+        " @three ld.shared.v2.u32 {%4, %5}, [%9 + 512];\n"
+        " @one ld.shared.v2.u32 {%0, %1}, [%9];\n}"
+        : "=&r"(w[0]), "=&r"(w[1]), "=&r"(w[2]), "=&r"(w[3]), "=&r"(w[4]), "=&r"(w[5]), "=&r"(w[6]),
+          "=&r"(w[7])
+        : "r"(vector), "r"(half), "r"(width));
   }
 }
 
-// Calls use(std::integral_constant<int, width>) for a width of 1 to 4 that the whole warp agrees on; none() for 0.
-template <typename Use, typename None>
-__device__ __forceinline__ void with_width(uint32_t width, Use use, None none) {
-  switch (width) {
-    case 1:
-      use(std::integral_constant<int, 1>{});
-      break;
-    case 2:
-      use(std::integral_constant<int, 2>{});
-      break;
-    case 3:
-      use(std::integral_constant<int, 3>{});
-      break;
-    case 4:
-      use(std::integral_constant<int, 4>{});
-      break;
-    default:
-      none();
-      break;
+// The words of a group to nibble words. All lanes agree on the width.
+__device__ __forceinline__ void unpack_group(uint32_t width, Nibbles& nibbles) {
+  uint32_t(&w)[8] = nibbles.words;
+  nibbles.mask = width_mask(width);
+  if (width == 4) return;
+  if (width == 3) {
+    w[6] = (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
+    w[7] = (w[3] >> 3 & 0x11111111u) | (w[4] >> 2 & 0x22222222u) | (w[5] >> 1 & 0x44444444u);
+  } else if (width == 2) {
+#pragma unroll
+    for (int x = 3; x >= 0; --x) {
+      w[2 * x + 1] = w[x] >> 2;
+      w[2 * x] = w[x];
+    }
+  } else if (width == 1) {
+#pragma unroll
+    for (int x = 7; x >= 0; --x) w[x] = w[x / 4] >> x % 4;
   }
 }
 
@@ -128,6 +146,40 @@ __device__ __forceinline__ uint32_t digit_width(uint32_t width, int digit) {
 // Whether any group of a header word is wider than 4 bits.
 __device__ __forceinline__ bool any_wide(uint32_t widths) {
   return (widths + 0x33333333u & 0x88888888u) != 0;
+}
+
+// Calls use(group, nibbles) for the groups of a part, which follow each other from `groups` on; of groups wider than 4
+// bits, for one digit of each. kWidth: the width of every group, or 0 where they differ.
+template <int kGroups, int kWidth, bool kWide, typename Use>
+__device__ __forceinline__ void for_groups(const uint8_t* groups, uint32_t lane, uint32_t widths, int digit,
+                                           Use use) {
+  const auto full_width = [&](int group) { return kWidth > 0 ? kWidth : widths >> 4 * group & 15; };
+  const auto width_of = [&](int group) {
+    return kWide ? digit_width(full_width(group), digit) : full_width(group);
+  };
+  if constexpr (kWide) groups += digit * 4 * kv::kGroupBytes;
+  Nibbles nibbles[2];
+  load_group<kWidth>(groups, lane, width_of(0), nibbles[0]);
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    groups += kv::kGroupBytes * full_width(group);
+    if (group + 1 < kGroups) load_group<kWidth>(groups, lane, width_of(group + 1), nibbles[(group + 1) % 2]);
+    unpack_group(width_of(group), nibbles[group % 2]);
+    use(group, nibbles[group % 2]);
+  }
+}
+
+// Calls use(std::integral_constant<int, width>) for the width that all groups of a header word have, or with 0. The whole
+// warp agrees on the word.
+template <int kGroups, bool kWide, typename Use>
+__device__ __forceinline__ void with_width(uint32_t widths, Use use) {
+  constexpr uint32_t kOnes = kGroups == 8 ? 0x11111111u : (1u << 4 * kGroups) / 15;
+  if constexpr (!kWide) {
+    if (widths == 2 * kOnes) return use(std::integral_constant<int, 2>{});
+    if (widths == 3 * kOnes) return use(std::integral_constant<int, 3>{});
+    if (widths == 4 * kOnes) return use(std::integral_constant<int, 4>{});
+  }
+  use(std::integral_constant<int, 0>{});
 }
 
 // Eight 16-bit scales, as floats.
@@ -148,155 +200,164 @@ __device__ __forceinline__ void load_scales(const uint8_t* source, float (&scale
   }
 }
 
-// Eight 16-bit zero points, as floats: biased, they are the fraction of 2^23 + x.
+// Eight 16-bit zero points, as floats.
 __device__ __forceinline__ void load_zeros(const uint8_t* source, float (&zeros)[8]) {
   const uint4 words = *reinterpret_cast<const uint4*>(source);
   const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t biased = pairs[i] ^ 0x80008000u;
-    zeros[2 * i] = __uint_as_float(__byte_perm(biased, 0x4b000000u, 0x7610)) - (8388608.0f + 32768.0f);
-    zeros[2 * i + 1] = __uint_as_float(__byte_perm(biased, 0x4b000000u, 0x7632)) - (8388608.0f + 32768.0f);
+    zeros[2 * i] = static_cast<float>(static_cast<int16_t>(pairs[i]));
+    zeros[2 * i + 1] = static_cast<float>(static_cast<int32_t>(pairs[i]) >> 16);
   }
+}
+
+// kWords words from shared memory, as wide as their number allows.
+template <int kWords>
+__device__ __forceinline__ void load_words(const uint8_t* source, uint32_t (&words)[kWords]) {
+  constexpr int kVector = kWords % 4 == 0 ? 4 : kWords % 2 == 0 ? 2 : 1;
+#pragma unroll
+  for (int at = 0; at < kWords; at += kVector) {
+    if constexpr (kVector == 4) {
+      const uint4 four = reinterpret_cast<const uint4*>(source)[at / 4];
+      words[at] = four.x, words[at + 1] = four.y, words[at + 2] = four.z, words[at + 3] = four.w;
+    } else if constexpr (kVector == 2) {
+      const uint2 two = reinterpret_cast<const uint2*>(source)[at / 2];
+      words[at] = two.x, words[at + 1] = two.y;
+    } else {
+      words[at] = reinterpret_cast<const uint32_t*>(source)[at];
+    }
+  }
+}
+
+// Bases in words of four, row `row` of them (base_place in tile.h). Of 4 bits, two words share one.
+template <int kWords>
+__device__ __forceinline__ void load_bases(const uint8_t* bases, bool narrow, uint32_t row,
+                                           uint32_t (&words)[kWords]) {
+  if constexpr (kWords % 2 == 0) {
+    if (narrow) {
+      uint32_t pairs[kWords / 2];
+      load_words<kWords / 2>(bases + row * (kWords / 2 * 4), pairs);
+#pragma unroll
+      for (int x = 0; x < kWords; ++x) words[x] = pairs[x / 2] >> 4 * (x % 2) & 0x0f0f0f0fu;
+      return;
+    }
+  }
+  load_words<kWords>(bases + row * (kWords * 4), words);
 }
 
 // A tile in shared memory, both parts 16-aligned.
 struct Tile {
   const uint8_t* params;
   const uint8_t* record;
+  uint32_t lane;
 };
 
 // Positions within the records of a layer.
 struct TileLayout {
   uint32_t value_bases, groups;   // bytes; the key bases follow the header
   bool narrow_bases[kv::kParts];  // of 4 bits
+
+  // Where no residual has more than 4 bits, the head's channels decide (TilePart).
+  template <int kDim, bool kWide>
+  __device__ __forceinline__ bool is_narrow(uint32_t part) const {
+    return kWide ? narrow_bases[part] : kDim % 64 == 0;
+  }
+};
+
+// The queries of a thread block's columns in 16-bit fixed point, in shared memory.
+template <int kDim, int kTiles>
+struct Queries {
+  alignas(16) uint32_t fragments[kDim / 32][kWarpThreads][2 * kTiles];  // B of each group, lane and tile
+  float sum[4 * kTiles];                                                // of a column
+  float scale[4 * kTiles];  // of its fixed-point scores, softmax scale and log2(e) included
 };
 
 // What a warp knows of its columns: lane (g, i) holds those of column 4 * tile + i.
 template <int kDim, int kTiles>
 struct WarpState {
-  uint32_t queries[kTiles][kDim / 16];  // B fragments of the queries
-  float query_scale[kTiles];            // of a fixed-point score, softmax scale and log2(e) included
-  float query_sum[kTiles];              // of the fixed-point query
-  float out[kTiles][kDim / 8];          // channel 8 * o + g, without `zeros`
-  float reference[kTiles];              // exponents are relative to it
-  float sum[kTiles], zeros[kTiles];     // of this lane's tokens: probabilities, and weights times zero points
+  float query_scale[kTiles], query_sum[kTiles];
+  float out[kTiles][kDim / 8];       // channel 8 * o + g, without `zeros`
+  float reference[kTiles];           // exponents are relative to it
+  float sum[kTiles], zeros[kTiles];  // of this lane's tokens: probabilities, and weights times zero points
 };
 
-// A word of four bases for the keys: of channels 16 * at + 4 * i + 0..3.
-template <int kDim>
-__device__ __forceinline__ uint32_t key_bases(const uint8_t* bases, bool narrow, int at) {
-  const uint32_t i = threadIdx.x % 4;
-  if (!narrow) return reinterpret_cast<const uint32_t*>(bases)[i * (kDim / 16) + at];
-  const uint32_t word = reinterpret_cast<const uint32_t*>(bases)[i * (kDim / 32) + at / 2];
-  return word >> 4 * (at % 2) & 0x0f0f0f0fu;
-}
-
-// For the values: of channels 32 * at + 8 * (0..3) + g.
-template <int kDim>
-__device__ __forceinline__ uint32_t value_bases(const uint8_t* bases, bool narrow, int at) {
-  const uint32_t g = threadIdx.x % kWarpThreads / 4;
-  if (!narrow) return reinterpret_cast<const uint32_t*>(bases)[g * (kDim / 32) + at];
-  const uint32_t word = reinterpret_cast<const uint32_t*>(bases)[(g * (kDim / 32) + at) / 2];
-  return word >> 4 * ((g * (kDim / 32) + at) % 2) & 0x0f0f0f0fu;
-}
-
 // Scores of the tile before query_scale: scores[tile][t] is that of token 8 * g + t.
-// kWide: residuals may have more than 4 bits.
-template <int kDim, int kTiles, bool kBfloat, bool kWide>
+// kWidth: see for_groups. kWide: residuals may have more than 4 bits.
+template <int kDim, int kTiles, bool kBfloat, bool kWide, int kWidth>
 __device__ __forceinline__ void tile_scores(const Tile& tile, const TileLayout& layout, uint32_t widths,
+                                            const Queries<kDim, kTiles>& queries,
                                             const WarpState<kDim, kTiles>& state,
                                             float (&scores)[kTiles][8]) {
   constexpr int kGroups = kDim / 32;
-  const uint32_t g = threadIdx.x % kWarpThreads / 4;
-
+  const uint32_t g = tile.lane / 4, i = tile.lane % 4;
+  uint32_t bases[2 * kGroups];
+  load_bases<2 * kGroups>(tile.record + kv::kTileHeaderBytes,
+                          layout.template is_narrow<kDim, kWide>(PH_KV_KEYS), i, bases);
+  const auto query_fragments = [&](int group, uint32_t(&b)[2 * kTiles]) {
+    load_words<2 * kTiles>(reinterpret_cast<const uint8_t*>(queries.fragments[group][tile.lane]), b);
+  };
   // Every row of A is a row of bases: rows 0-7 those of even groups, rows 8-15 of odd ones; of each product only the
   // half that belongs to its B counts.
-  int base_sums[kTiles][2][4] = {};
+  int base_sums[kTiles][2][4];
 #pragma unroll
-  for (int pair = 0; pair < (kGroups + 1) / 2; ++pair) {
-    uint32_t a[4];
+  for (int group = 0; group < kGroups; ++group) {
+    uint32_t b[2 * kTiles];
+    query_fragments(group, b);
+    const int even = group - group % 2, odd = even + 1 < kGroups ? even + 1 : even;
 #pragma unroll
-    for (int x = 0; x < 4; ++x) {
-      const int group = 2 * pair + x % 2;
-      a[x] = group < kGroups ? key_bases<kDim>(tile.record + kv::kTileHeaderBytes, layout.narrow_bases[0],
-                                               2 * group + x / 2)
-                             : 0;
-    }
-#pragma unroll
-    for (int odd = 0; odd < 2 && 2 * pair + odd < kGroups; ++odd) {
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        const int at = 2 * (2 * pair + odd);
-        multiply_add(base_sums[n][odd], a[0], a[1], a[2], a[3], state.queries[n][at],
-                     state.queries[n][at + 1]);
-      }
+    for (int n = 0; n < kTiles; ++n) {
+      const auto product = group < 2 ? multiply : multiply_add;
+      product(base_sums[n][group % 2], bases[2 * even], bases[2 * odd], bases[2 * even + 1],
+              bases[2 * odd + 1], b[2 * n], b[2 * n + 1]);
     }
   }
+  float of_bases[kTiles];
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    of_bases[n] = joined(base_sums[n][0][0] + (kGroups > 1 ? base_sums[n][1][2] : 0),
+                         base_sums[n][0][1] + (kGroups > 1 ? base_sums[n][1][3] : 0));
+  }
 
-  float products[kTiles][8] = {};
+  float products[kTiles][8];
   const int digits = kWide && any_wide(widths) ? 2 : 1;
 #pragma unroll 1
   for (int digit = 0; digit < digits; ++digit) {
     int sums[kTiles][4][4];
-    const uint8_t* groups = tile.record + layout.groups;
+    for_groups<kGroups, kWidth, kWide>(
+        tile.record + layout.groups, tile.lane, widths, digit, [&](int group, const Nibbles& nibbles) {
+          uint32_t b[2 * kTiles];
+          query_fragments(group, b);
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      const uint32_t width = widths >> 4 * group & 15;
-      with_width(
-          kWide ? digit_width(width, digit) : width,
-          [&](auto constant) {
-            constexpr int kWidth = decltype(constant)::value;
-            uint32_t words[2 * kWidth];
-            load_group<kWidth>(groups + digit * 4 * kv::kGroupBytes, words);
+          for (int m = 0; m < 4; ++m) {
+            const int s = 2 * (m / 2), j = 2 * (m % 2);
+            const uint32_t a0 = nibbles.fragment(s, j), a1 = nibbles.fragment(s, j + 1),
+                           a2 = nibbles.fragment(s + 1, j), a3 = nibbles.fragment(s + 1, j + 1);
 #pragma unroll
-            for (int m = 0; m < 4; ++m) {
-              const int s = 2 * (m / 2), j = 2 * (m % 2);
-              const uint32_t a0 = fragment<kWidth>(words, s, j), a1 = fragment<kWidth>(words, s, j + 1),
-                             a2 = fragment<kWidth>(words, s + 1, j),
-                             a3 = fragment<kWidth>(words, s + 1, j + 1);
-#pragma unroll
-              for (int n = 0; n < kTiles; ++n) {
-                const uint32_t b0 = state.queries[n][2 * group], b1 = state.queries[n][2 * group + 1];
-                if (group == 0) multiply(sums[n][m], a0, a1, a2, a3, b0, b1);
-                else multiply_add(sums[n][m], a0, a1, a2, a3, b0, b1);
-              }
+            for (int n = 0; n < kTiles; ++n) {
+              const auto product = group == 0 ? multiply : multiply_add;
+              product(sums[n][m], a0, a1, a2, a3, b[2 * n], b[2 * n + 1]);
             }
-          },
-          [&] {
-            if (group > 0) return;
-#pragma unroll
-            for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-              for (int m = 0; m < 4; ++m)
-#pragma unroll
-                for (int x = 0; x < 4; ++x) sums[n][m][x] = 0;
-          });
-      groups += kv::kGroupBytes * width;
-    }
-    const float unit = digit == 0 ? 1.0f : 16.0f;
+          }
+        });
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int t = 0; t < 8; ++t) {
         const int m = t / 2, row = t % 2;
         // Rows of odd m carry their values shifted left by 4.
-        const float shifted = unit * (m % 2 == 0 ? 1.0f : 0.0625f);
-        products[n][t] =
-            __fmaf_rn(joined(sums[n][m][2 * row], sums[n][m][2 * row + 1]), shifted, products[n][t]);
+        const float unit = (digit == 0 ? 1.0f : 16.0f) * (m % 2 == 0 ? 1.0f : 0.0625f);
+        const float sum = joined(sums[n][m][2 * row], sums[n][m][2 * row + 1]);
+        products[n][t] = digit == 0 ? sum * unit : __fmaf_rn(sum, unit, products[n][t]);
       }
   }
-
   float scales[8], zeros[8];
   load_scales<kBfloat>(tile.params + kv::scale_position(PH_KV_KEYS, 8 * g), scales);
   load_zeros(tile.params + kv::zero_position(PH_KV_KEYS, 8 * g), zeros);
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    const float bases =
-        joined(base_sums[n][0][0] + base_sums[n][1][2], base_sums[n][0][1] + base_sums[n][1][3]);
 #pragma unroll
     for (int t = 0; t < 8; ++t)
-      scores[n][t] = (products[n][t] + __fmaf_rn(zeros[t], state.query_sum[n], bases)) * scales[t];
+      scores[n][t] = (products[n][t] + __fmaf_rn(zeros[t], state.query_sum[n], of_bases[n])) * scales[t];
   }
 }
 
@@ -305,14 +366,14 @@ template <int kDim, int kTiles, bool kBfloat>
 __device__ __forceinline__ void tile_weights(const Tile& tile, WarpState<kDim, kTiles>& state,
                                              const float (&scores)[kTiles][8], uint32_t (&weights)[kTiles][4],
                                              float (&units)[kTiles]) {
-  const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
+  const uint32_t g = tile.lane / 4, i = tile.lane % 4;
   float scales[8], zeros[8];
   load_scales<kBfloat>(tile.params + kv::scale_position(PH_KV_VALUES, 8 * g), scales);
   load_zeros(tile.params + kv::zero_position(PH_KV_VALUES, 8 * g), zeros);
-  // Away from the subnormals, which the reciprocal does not know.
+  // Away from where its reciprocal, times the largest fixed-point number, overflows.
   const float largest_scale =
-      fmaxf(*reinterpret_cast<const float*>(tile.params + kv::kLargestScalePosition), 0x1p-120f);
-  const float scale_unit = reciprocal(largest_scale);
+      fmaxf(*reinterpret_cast<const float*>(tile.params + kv::kLargestScalePosition), 0x1p-111f);
+  const float to_fixed = kLargestFixed * reciprocal(largest_scale);
 
   float highest[kTiles];
   bool exceeds = false;
@@ -323,7 +384,8 @@ __device__ __forceinline__ void tile_weights(const Tile& tile, WarpState<kDim, k
     for (int t = 1; t < 8; ++t) most = fmaxf(most, scores[n][t]);
     for (int distance = 4; distance < kWarpThreads; distance *= 2)
       most = fmaxf(most, __shfl_xor_sync(kEveryLane, most, distance));
-    highest[n] = most * state.query_scale[n];
+    // Not minus infinity where a window hides all of the tile.
+    highest[n] = fmaxf(most * state.query_scale[n], -1e30f);
     exceeds |= highest[n] > state.reference[n] + kLazyRescale;
   }
   if (__any_sync(kEveryLane, exceeds)) {  // the first tile, then practically never
@@ -351,15 +413,14 @@ __device__ __forceinline__ void tile_weights(const Tile& tile, WarpState<kDim, k
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
       const float probability = exponential(__fmaf_rn(scores[n][t], state.query_scale[n], -highest[n]));
-      const float weight = probability * (scales[t] * scale_unit);
+      const float weight = probability * scales[t];
       sum += probability;
       zero_sum = __fmaf_rn(weight, zeros[t], zero_sum);
-      fixed[t] = __float_as_uint(__fmaf_rn(weight, kLargestFixed, kFixedMagic));
+      fixed[t] = __float_as_uint(__fmaf_rn(weight, to_fixed, kFixedMagic));
     }
-    const float unit = tile_factor * largest_scale;
     state.sum[n] = __fmaf_rn(sum, tile_factor, state.sum[n]);
-    state.zeros[n] = __fmaf_rn(zero_sum, unit, state.zeros[n]);
-    units[n] = unit * (1.0f / kLargestFixed);
+    state.zeros[n] = __fmaf_rn(zero_sum, tile_factor, state.zeros[n]);
+    units[n] = tile_factor * largest_scale * (1.0f / kLargestFixed);
     uint32_t high[2], low[2];
     split_fixed(fixed, high[0], low[0]);
     split_fixed(fixed + 4, high[1], low[1]);
@@ -375,74 +436,60 @@ __device__ __forceinline__ void tile_weights(const Tile& tile, WarpState<kDim, k
   }
 }
 
-// Adds the weighted values of the tile to state.out.
-template <int kDim, int kTiles, bool kWide>
+// Adds the weighted values of the tile to state.out. kWidth, kWide: as in tile_scores.
+template <int kDim, int kTiles, bool kWide, int kWidth>
 __device__ __forceinline__ void tile_values(const Tile& tile, const TileLayout& layout,
                                             uint32_t groups_position, uint32_t widths,
                                             WarpState<kDim, kTiles>& state,
                                             const uint32_t (&weights)[kTiles][4],
                                             const float (&units)[kTiles]) {
+  constexpr int kGroups = kDim / 32;
   float weight_sums[kTiles];
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {  // an A of ones
-    int sums[4] = {};
+    int sums[4];
     const uint32_t ones = 0x01010101u;
-    multiply_add(sums, ones, ones, ones, ones, weights[n][0], weights[n][1]);
+    multiply(sums, ones, ones, ones, ones, weights[n][0], weights[n][1]);
     multiply_add(sums, ones, ones, ones, ones, weights[n][2], weights[n][3]);
     weight_sums[n] = joined(sums[0], sums[1]) * units[n];
   }
-  const uint8_t* groups = tile.record + groups_position;
-#pragma unroll
-  for (int group = 0; group < kDim / 32; ++group) {
-    const uint32_t width = widths >> 4 * group & 15;
-    const uint32_t bases = value_bases<kDim>(tile.record + layout.value_bases, layout.narrow_bases[1], group);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float base = __uint_as_float(__byte_perm(bases, 0x4b000000u, 0x7440 | j)) - 8388608.0f;
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n)
-        state.out[n][4 * group + j] = __fmaf_rn(base, weight_sums[n], state.out[n][4 * group + j]);
-    }
-    const int digits = kWide && width > 4 ? 2 : 1;
+  uint32_t bases[kGroups];
+  load_bases<kGroups>(tile.record + layout.value_bases, layout.template is_narrow<kDim, kWide>(PH_KV_VALUES),
+                      tile.lane / 4, bases);
+  const int digits = kWide && any_wide(widths) ? 2 : 1;
 #pragma unroll 1
-    for (int digit = 0; digit < digits; ++digit) {
-      with_width(
-          kWide ? digit_width(width, digit) : width,
-          [&](auto constant) {
-            constexpr int kWidth = decltype(constant)::value;
-            uint32_t words[2 * kWidth];
-            load_group<kWidth>(groups + digit * 4 * kv::kGroupBytes, words);
-            const float digit_unit = digit == 0 ? 1.0f : 16.0f;
+  for (int digit = 0; digit < digits; ++digit) {
+    const float digit_unit = digit == 0 ? 1.0f : 16.0f;
+    for_groups<kGroups, kWidth, kWide>(
+        tile.record + groups_position, tile.lane, widths, digit, [&](int group, const Nibbles& nibbles) {
+          int sums[2][kTiles][4];
+#pragma unroll
+          for (int step = 0; step < 2; ++step) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              int sums[kTiles][4];
-#pragma unroll
-              for (int step = 0; step < 2; ++step) {
-                const int s = 2 * step, j = 2 * half;
-                const uint32_t a0 = fragment<kWidth>(words, s, j), a1 = fragment<kWidth>(words, s, j + 1),
-                               a2 = fragment<kWidth>(words, s + 1, j),
-                               a3 = fragment<kWidth>(words, s + 1, j + 1);
-#pragma unroll
-                for (int n = 0; n < kTiles; ++n) {
-                  const uint32_t b0 = weights[n][2 * step], b1 = weights[n][2 * step + 1];
-                  if (step == 0) multiply(sums[n], a0, a1, a2, a3, b0, b1);
-                  else multiply_add(sums[n], a0, a1, a2, a3, b0, b1);
-                }
-              }
+              const int s = 2 * step, j = 2 * half;
+              const uint32_t a0 = nibbles.fragment(s, j), a1 = nibbles.fragment(s, j + 1),
+                             a2 = nibbles.fragment(s + 1, j), a3 = nibbles.fragment(s + 1, j + 1);
 #pragma unroll
               for (int n = 0; n < kTiles; ++n) {
-                const float unit = units[n] * (half == 0 ? digit_unit : 0.0625f * digit_unit);
-#pragma unroll
-                for (int row = 0; row < 2; ++row) {
-                  float& out = state.out[n][4 * group + 2 * half + row];
-                  out = __fmaf_rn(joined(sums[n][2 * row], sums[n][2 * row + 1]), unit, out);
-                }
+                const auto product = step == 0 ? multiply : multiply_add;
+                product(sums[half][n], a0, a1, a2, a3, weights[n][2 * step], weights[n][2 * step + 1]);
               }
             }
-          },
-          [] {});
-    }
-    groups += kv::kGroupBytes * width;
+          }
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const float base = static_cast<float>(bases[group] >> 8 * j & 0xff);
+            const int half = j / 2, row = j % 2;
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n) {
+              const float unit = units[n] * (half == 0 ? digit_unit : 0.0625f * digit_unit);
+              float& out = state.out[n][4 * group + j];
+              if (digit == 0) out = __fmaf_rn(base, weight_sums[n], out);
+              out = __fmaf_rn(joined(sums[half][n][2 * row], sums[half][n][2 * row + 1]), unit, out);
+            }
+          }
+        });
   }
 }
 

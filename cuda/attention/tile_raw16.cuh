@@ -1,7 +1,7 @@
 // Attention on one tile of 16-bit values by one warp: 16-bit tensor-core products, summed in float32.
 //
 // A record's values are in the order of the A fragments of mma.m16n8k16 (tile.h), so that a lane takes 16 bytes of device
-// memory a fragment, coalesced, straight into registers; kAhead fragments are under way at any time. Columns of B and C
+// memory a fragment, coalesced, straight into registers; some fragments (kAhead) are under way at any time. Columns of B and C
 // come in pairs, as in tile.cuh. Keys: the even column has the query, exact, the odd one zeros. Values: the columns have
 // the high and the low part of probabilities, two 16-bit floats whose sum is off by 2^-17 at most.
 #pragma once
@@ -11,7 +11,6 @@
 
 namespace ph::attention {
 
-constexpr int kAhead = 8;
 template <int kDim>
 constexpr int kPartFragments = kDim / static_cast<int>(kv::kFragmentChannels) * 4;
 
@@ -21,38 +20,16 @@ template <bool kBfloat>
 constexpr float kProbabilityUnit = kBfloat ? 1.0f : 32768.0f;
 
 template <bool kBfloat>
-__device__ __forceinline__ void multiply_add(float (&c)[4], uint4 a, uint32_t b0, uint32_t b1) {
-  if constexpr (kBfloat) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-  }
+__device__ __forceinline__ void multiply_fragment(float (&c)[4], const uint4& fragment, uint32_t b0,
+                                                  uint32_t b1) {
+  const uint32_t a[4] = {fragment.x, fragment.y, fragment.z, fragment.w};
+  multiply_halves<kBfloat>(c, a, b0, b1, c);
 }
 
 // Where a record's 16-bit values are: in one page of the pool or in two, as they take a page at most.
 struct RawValues {
   uint32_t unit;  // where they begin in the first page
   uint32_t pages[2];
-
-  // Finds those of a record, its last `units` units before `end`.
-  __device__ __forceinline__ void find(const uint32_t* page_table, uint32_t end, uint32_t units) {
-    const uint32_t begin = end - units;
-    unit = begin % kv::kPageUnits;
-    pages[0] = page_table[begin / kv::kPageUnits];
-    pages[1] = page_table[(end - 1) / kv::kPageUnits];
-  }
-
-  // Those that lane `lane` has found, for all lanes.
-  __device__ __forceinline__ RawValues of(uint32_t lane) const {
-    return {__shfl_sync(kEveryLane, unit, lane),
-            {__shfl_sync(kEveryLane, pages[0], lane), __shfl_sync(kEveryLane, pages[1], lane)}};
-  }
 
   // A lane's registers of a fragment. Volatile: it is asked for long before it is needed.
   __device__ __forceinline__ uint4 load(const uint8_t* pool, int fragment) const {
@@ -67,30 +44,38 @@ struct RawValues {
   }
 };
 
+// Those of a record, its last `units` units before `end`.
+__device__ __forceinline__ RawValues find_raw_values(const uint32_t* page_table, uint32_t end,
+                                                     uint32_t units) {
+  const uint32_t begin = end - units;
+  return {begin % kv::kPageUnits,
+          {page_table[begin / kv::kPageUnits], page_table[(end - 1) / kv::kPageUnits]}};
+}
+
 // Scores of the tile before query_scale: scores[tile][t] is that of token 8 * g + t. `held` has the part's first kAhead
 // fragments; load(f) is called for each f from kAhead on, up to kAhead beyond the part's last, and replaces them.
-template <int kDim, int kTiles, bool kBfloat, typename Load>
+template <int kDim, int kTiles, bool kBfloat, int kAhead, typename Load>
 __device__ __forceinline__ void raw_scores(uint4 (&held)[kAhead], const SharedQueries<kDim, kTiles>& queries,
                                            float (&scores)[kTiles][8], Load load) {
   const bool is_low = threadIdx.x / 4 % 2 == 1;
   float sums[kTiles][4][4] = {};
-  static_assert(kAhead == 8 && kPartFragments<kDim> % kAhead == 0);
+  static_assert(kAhead % 4 == 0 && kPartFragments<kDim> % kAhead == 0);
 #pragma unroll 1
   for (int first = 0; first < kPartFragments<kDim>; first += kAhead) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int four = 0; four < kAhead / 4; ++four) {
       uint2 b[kTiles];
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        b[n] = queries.load(n, first / 4 + half);
+        b[n] = queries.load(n, first / 4 + four);
         if (is_low) b[n] = make_uint2(0, 0);
       }
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
-          multiply_add<kBfloat>(sums[n][m], held[4 * half + m], b[n].x, b[n].y);
-        held[4 * half + m] = load(first + 4 * half + m + kAhead);
+          multiply_fragment<kBfloat>(sums[n][m], held[4 * four + m], b[n].x, b[n].y);
+        held[4 * four + m] = load(first + 4 * four + m + kAhead);
       }
     }
   }
@@ -115,9 +100,9 @@ __device__ __forceinline__ void raw_weights(const float (&probabilities)[kTiles]
     for (int j = 0; j < 4; ++j) {
       const float a = probabilities[n][2 * j] * kProbabilityUnit<kBfloat>,
                   b = probabilities[n][2 * j + 1] * kProbabilityUnit<kBfloat>;
-      const uint32_t high = to_pair<kBfloat>(a, b);
+      const uint32_t high = to_halves<kBfloat>(a, b);
       const float2 of_high = to_floats<kBfloat>(high);
-      const uint32_t low = to_pair<kBfloat>(a - of_high.x, b - of_high.y);
+      const uint32_t low = to_halves<kBfloat>(a - of_high.x, b - of_high.y);
       const uint32_t first = __shfl_sync(kEveryLane, odd ? low : high, first_lane);
       const uint32_t second = __shfl_sync(kEveryLane, odd ? high : low, second_lane);
       weights[n][j] = odd ? second : first;
@@ -127,7 +112,7 @@ __device__ __forceinline__ void raw_weights(const float (&probabilities)[kTiles]
 }
 
 // Adds the weighted values of the tile to state.out; `held` and `load` as in raw_scores. `factors` are the columns'.
-template <int kDim, int kTiles, bool kBfloat, typename Load>
+template <int kDim, int kTiles, bool kBfloat, int kAhead, typename Load>
 __device__ __forceinline__ void raw_values(uint4 (&held)[kAhead], WarpState<kDim, kTiles>& state,
                                            const uint32_t (&weights)[kTiles][8],
                                            const float (&factors)[kTiles], Load load) {
@@ -139,7 +124,8 @@ __device__ __forceinline__ void raw_values(uint4 (&held)[kAhead], WarpState<kDim
       const int fragment = 4 * channels + s;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
-        multiply_add<kBfloat>(sums[n], held[fragment % kAhead], weights[n][2 * s], weights[n][2 * s + 1]);
+        multiply_fragment<kBfloat>(sums[n], held[fragment % kAhead], weights[n][2 * s],
+                                   weights[n][2 * s + 1]);
       held[fragment % kAhead] = load(fragment + kAhead);
     }
 #pragma unroll

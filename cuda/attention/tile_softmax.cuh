@@ -2,26 +2,10 @@
 // As in tile.cuh, a warp works on a tile, and lane (g, i) holds scores of tokens 8 * g + 0..7 for column 4 * tile + i.
 #pragma once
 
+#include "attention/recent.cuh"
 #include "attention/tile.cuh"
 
 namespace ph::attention {
-
-// Two 16-bit floats in a word, the first lowest.
-template <bool kBfloat>
-__device__ __forceinline__ float2 to_floats(uint32_t pair) {
-  if constexpr (kBfloat) return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-}
-
-template <bool kBfloat>
-__device__ __forceinline__ uint32_t to_pair(float low, float high) {
-  if constexpr (kBfloat) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
 
 // The queries of a thread block in shared memory; columns past the last are 0.
 template <int kDim, int kTiles>
@@ -52,7 +36,8 @@ __device__ __forceinline__ void softmax_step(WarpState<kDim, kTiles>& state, flo
     for (int t = 1; t < 8; ++t) most = fmaxf(most, scores[n][t]);
     for (int distance = 4; distance < kWarpThreads; distance *= 2)
       most = fmaxf(most, __shfl_xor_sync(kEveryLane, most, distance));
-    highest[n] = most * state.query_scale[n];
+    // Not minus infinity where a window hides all of the tile.
+    highest[n] = fmaxf(most * state.query_scale[n], -1e30f);
     exceeds |= highest[n] > state.reference[n] + kLazyRescale;
   }
   if (__any_sync(kEveryLane, exceeds)) {  // the first tile, then practically never

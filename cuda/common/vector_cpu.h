@@ -76,6 +76,21 @@ inline float smallest(Floats x) {
   return reduce(x, [](Floats a, Floats b) { return smaller(a, b); });
 }
 
+// 2^x to 2e-7, for x <= 0; 0 below 2^-126.
+inline Floats exp2(Floats x) {
+  const Floats shifted = x + 0x1.8p23f;  // rounds x to an integer, which ends up in the low bits
+  const Floats fraction = x - (shifted - 0x1.8p23f);
+  Floats power = splat(1.535336188319500e-4f);
+  power = power * fraction + 1.339887440266574e-3f;
+  power = power * fraction + 9.618437357674640e-3f;
+  power = power * fraction + 5.550332471162809e-2f;
+  power = power * fraction + 2.402264791363012e-1f;
+  power = power * fraction + 6.931472028550421e-1f;
+  power = power * fraction + 1.0f;
+  const Floats scaled = (Floats)((Words)power + ((Words)shifted << 23));
+  return x < -126.0f ? Floats{} : scaled;
+}
+
 inline Words words_of_halves(const uint8_t* halves) {
 #if defined(__AVX512F__)
   return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));

@@ -1,5 +1,10 @@
 // A CUDA GPU as a device: one stream, memory from the stream-ordered pool.
+#include <algorithm>
+#include <cstring>
 #include <memory>
+#include <mutex>
+#include <set>
+#include <utility>
 
 #include "device/device_cuda.h"
 
@@ -7,30 +12,33 @@ namespace ph {
 
 namespace {
 
+// Stream capture has no node that frees memory allocated outside of it.
+void free_released(ph_device& device) {
+  while (!device.released.empty()) {
+    void* data = device.released.back();
+    device.released.pop_back();
+    PH_CUDA_TRY(cudaFreeAsync(data, device.stream));
+  }
+}
+
 // Frees what was created of a device, also after an error that no later call gets past.
 struct CloseDevice {
   void operator()(ph_device* device) const {
+    for (void* data : device->released) cudaFreeAsync(data, device->stream);
+    for (const cudaEvent_t event : device->staging.departed)
+      if (event != nullptr) cudaEventDestroy(event);
+    if (device->staging.memory != nullptr) cudaFreeHost(device->staging.memory);
     if (device->timer_begin != nullptr) cudaEventDestroy(device->timer_begin);
     if (device->timer_end != nullptr) cudaEventDestroy(device->timer_end);
-    if (device->stream != nullptr) cudaStreamDestroy(device->stream);
+    if (device->owns_stream) cudaStreamDestroy(device->stream);
     cudaGetLastError();
     delete device;
   }
 };
 using OwnedDevice = std::unique_ptr<ph_device, CloseDevice>;
 
-}  // namespace
-
-uint32_t device_count() {
-  int count = 0;
-  if (cudaGetDeviceCount(&count) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  return static_cast<uint32_t>(count);
-}
-
-ph_device* open_device(uint32_t ordinal) {
+// A device without a stream.
+OwnedDevice find_device(uint32_t ordinal) {
   int count = 0;
   const cudaError_t found = cudaGetDeviceCount(&count);
   if (found != cudaSuccess || count == 0) {
@@ -43,16 +51,85 @@ ph_device* open_device(uint32_t ordinal) {
                 count);
   }
   const int index = static_cast<int>(ordinal);
-  OwnedDevice device(new ph_device{});
+  OwnedDevice device(new ph_device);
   device->ordinal = index;
   enter(*device);
   PH_CUDA_TRY(cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, index));
   PH_CUDA_TRY(cudaDeviceGetAttribute(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-  PH_CUDA_TRY(cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking));
   PH_CUDA_TRY(cudaEventCreate(&device->timer_begin));
   PH_CUDA_TRY(cudaEventCreate(&device->timer_end));
+  Staging& staging = device->staging;
+  PH_CUDA_TRY(cudaMallocHost(&staging.memory, Staging::kSlots * Staging::kSlotBytes));
+  for (cudaEvent_t& event : staging.departed)
+    PH_CUDA_TRY(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  return device;
+}
+
+struct CudaGraph : Graph {
+  ~CudaGraph() override {
+    // One in flight is freed on completion.
+    if (executable != nullptr) cudaGraphExecDestroy(executable);
+    cudaGetLastError();
+  }
+  cudaGraphExec_t executable = nullptr;
+};
+
+}  // namespace
+
+void allow_shared(const ph_device& device, const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({device.ordinal, kernel}) != 0) return;
+  cudaFuncAttributes attributes;
+  PH_CUDA_TRY(cudaFuncGetAttributes(&attributes, kernel));
+  PH_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   device.shared_bytes - static_cast<int>(attributes.sharedSizeBytes)));
+  PH_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   cudaSharedmemCarveoutMaxShared));
+  allowed.insert({device.ordinal, kernel});
+}
+
+uint32_t device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return static_cast<uint32_t>(count);
+}
+
+ph_device* open_device(uint32_t ordinal) {
+  OwnedDevice device = find_device(ordinal);
+  PH_CUDA_TRY(cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking));
+  device->owns_stream = true;
   return device.release();
 }
+
+ph_device* open_device_on_stream(uint32_t ordinal, uint64_t stream) {
+  OwnedDevice device = find_device(ordinal);
+  device->stream = reinterpret_cast<cudaStream_t>(stream);
+  if (device->stream == cudaStreamPerThread) {
+    throw Error(
+        PH_ERROR_INVALID_ARGUMENT,
+        "Cannot open GPU %u on CUDA's per-thread default stream, which is another one in every thread: give "
+        "a stream of cudaStreamCreate",
+        ordinal);
+  }
+#if CUDART_VERSION >= 13000
+  // The legacy default stream is every GPU's.
+  int owner = device->ordinal;
+  if (device->stream != nullptr && device->stream != cudaStreamLegacy)
+    PH_CUDA_TRY(cudaStreamGetDevice(device->stream, &owner));
+  if (owner != device->ordinal) {
+    throw Error(PH_ERROR_INVALID_ARGUMENT, "Cannot open GPU %u on stream 0x%llx, which is one of GPU %d",
+                ordinal, static_cast<unsigned long long>(stream), owner);
+  }
+#endif
+  return device.release();
+}
+
+uint64_t stream_handle(const ph_device& device) { return reinterpret_cast<uint64_t>(device.stream); }
 
 void close_device(ph_device* device) {
   const OwnedDevice owned(device);
@@ -98,7 +175,29 @@ uint8_t* allocate(ph_device& device, uint64_t bytes) {
   return static_cast<uint8_t*>(data);
 }
 
-void release(ph_device& device, uint8_t* data) { PH_CUDA_TRY(cudaFreeAsync(data, device.stream)); }
+void release(ph_device& device, uint8_t* data) {
+  device.released.push_back(data);
+  if (!capturing(device)) free_released(device);
+}
+
+void require_memory(const ph_device& device, uint64_t address, uint64_t bytes) {
+  for (const uint64_t at : {address, address + bytes - 1}) {
+    cudaPointerAttributes found{};
+    if (cudaPointerGetAttributes(&found, reinterpret_cast<const void*>(at)) != cudaSuccess) {
+      cudaGetLastError();
+      found.type = cudaMemoryTypeUnregistered;
+    }
+    if (found.type == cudaMemoryTypeDevice && found.device == device.ordinal) continue;
+    char what[64] = "memory that CUDA does not know";
+    if (found.type == cudaMemoryTypeDevice) snprintf(what, sizeof what, "memory of GPU %d", found.device);
+    if (found.type == cudaMemoryTypeManaged) snprintf(what, sizeof what, "managed memory");
+    if (found.type == cudaMemoryTypeHost) snprintf(what, sizeof what, "host memory");
+    throw Error(PH_ERROR_INVALID_ARGUMENT,
+                "Cannot wrap %llu bytes at 0x%llx: 0x%llx is %s, not memory of GPU %d",
+                static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(address),
+                static_cast<unsigned long long>(at), what, device.ordinal);
+  }
+}
 
 void upload(ph_device& device, uint8_t* target, const void* source, uint64_t bytes) {
   PH_CUDA_TRY(cudaMemcpyAsync(target, source, bytes, cudaMemcpyHostToDevice, device.stream));
@@ -110,9 +209,20 @@ void download(ph_device& device, void* target, const uint8_t* source, uint64_t b
   synchronize(device);
 }
 
-// Pageable memory is copied to the driver's own before the call returns.
 void enqueue_upload(ph_device& device, uint8_t* target, const void* source, uint64_t bytes) {
-  PH_CUDA_TRY(cudaMemcpyAsync(target, source, bytes, cudaMemcpyHostToDevice, device.stream));
+  Staging& staging = device.staging;
+  const std::lock_guard<std::mutex> lock(staging.mutex);
+  for (uint64_t done = 0; done < bytes;) {
+    const uint64_t count = std::min(bytes - done, Staging::kSlotBytes);
+    uint8_t* slot = staging.memory + staging.next * Staging::kSlotBytes;
+    const cudaEvent_t departed = staging.departed[staging.next];
+    staging.next = (staging.next + 1) % Staging::kSlots;
+    PH_CUDA_TRY(cudaEventSynchronize(departed));
+    memcpy(slot, static_cast<const uint8_t*>(source) + done, count);
+    PH_CUDA_TRY(cudaMemcpyAsync(target + done, slot, count, cudaMemcpyHostToDevice, device.stream));
+    PH_CUDA_TRY(cudaEventRecord(departed, device.stream));
+    done += count;
+  }
 }
 
 void copy(ph_device& device, uint8_t* target, const uint8_t* source, uint64_t bytes) {
@@ -123,6 +233,45 @@ void fill(ph_device& device, uint8_t* target, uint8_t value, uint64_t bytes) {
   PH_CUDA_TRY(cudaMemsetAsync(target, value, bytes, device.stream));
 }
 
+namespace {
+
+constexpr uint32_t kReadThreads = 256;
+constexpr uint32_t kReadAhead = 8;  // 16-byte loads in flight a thread
+
+__device__ uint32_t read_sink;
+
+// Every thread block reads runs of kReadThreads * kReadAhead units in turn.
+__global__ void __launch_bounds__(kReadThreads, 4)
+    ReadKernel(const uint4* source, uint64_t units, const uint8_t* rest, uint32_t rest_bytes) {
+  constexpr uint64_t kRun = kReadThreads * kReadAhead;
+  uint32_t seen = 0;
+  for (uint64_t run = blockIdx.x * kRun; run < units; run += gridDim.x * kRun) {
+    uint4 held[kReadAhead];
+#pragma unroll
+    for (uint32_t i = 0; i < kReadAhead; ++i) {
+      const uint64_t unit = run + i * kReadThreads + threadIdx.x;
+      held[i] = unit < units ? __ldcs(source + unit) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kReadAhead; ++i) seen |= held[i].x ^ held[i].y ^ held[i].z ^ held[i].w;
+  }
+  if (blockIdx.x == 0 && threadIdx.x < rest_bytes) seen |= rest[threadIdx.x];
+  // Never so, which the compiler cannot know: otherwise it would drop the loads.
+  if (gridDim.y > 1) atomicOr(&read_sink, seen);
+}
+
+}  // namespace
+
+void read(ph_device& device, const uint8_t* source, uint64_t bytes) {
+  if (bytes == 0) return;
+  const uint64_t units = bytes / sizeof(uint4), runs = units / (kReadThreads * kReadAhead) + 1;
+  const uint32_t blocks = static_cast<uint32_t>(std::min<uint64_t>(runs, 8ull * device.processors));
+  ReadKernel<<<blocks, kReadThreads, 0, device.stream>>>(reinterpret_cast<const uint4*>(source), units,
+                                                         source + units * sizeof(uint4),
+                                                         static_cast<uint32_t>(bytes % sizeof(uint4)));
+  PH_CUDA_TRY(cudaGetLastError());
+}
+
 void timer_begin(ph_device& device) { PH_CUDA_TRY(cudaEventRecord(device.timer_begin, device.stream)); }
 
 float timer_end(ph_device& device) {
@@ -131,6 +280,44 @@ float timer_end(ph_device& device) {
   PH_CUDA_TRY(cudaEventSynchronize(device.timer_end));
   PH_CUDA_TRY(cudaEventElapsedTime(&milliseconds, device.timer_begin, device.timer_end));
   return milliseconds;
+}
+
+// Relaxed: another mode would forbid the calling thread what it is free to do besides, such as an allocation by the
+// caller's engine or by the driver when it loads a kernel; what the stream itself could not take, the ABI refuses.
+void begin_capture(ph_device& device) {
+  if (device.stream == nullptr || device.stream == cudaStreamLegacy) {
+    throw Error(
+        PH_ERROR_UNSUPPORTED,
+        "Cannot capture work on CUDA's legacy default stream: open the device on another stream, or on "
+        "its own");
+  }
+  PH_CUDA_TRY(cudaStreamBeginCapture(device.stream, cudaStreamCaptureModeRelaxed));
+  device.capturing = true;
+}
+
+std::unique_ptr<Graph> end_capture(ph_device& device) {
+  cudaGraph_t recorded = nullptr;
+  const cudaError_t ended = cudaStreamEndCapture(device.stream, &recorded);
+  device.capturing = false;
+  const std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, decltype(&cudaGraphDestroy)> owned(
+      recorded, cudaGraphDestroy);
+  cuda_check(ended, "cudaStreamEndCapture", __FILE__, __LINE__);
+  free_released(device);
+  auto graph = std::make_unique<CudaGraph>();
+  PH_CUDA_TRY(cudaGraphInstantiateWithFlags(&graph->executable, recorded, 0));
+  return graph;
+}
+
+bool capturing(const ph_device& device) {
+  if (device.capturing || device.owns_stream) return device.capturing;
+  // The caller may be capturing a stream of their own.
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  PH_CUDA_TRY(cudaStreamIsCapturing(device.stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+void launch(ph_device& device, Graph& graph) {
+  PH_CUDA_TRY(cudaGraphLaunch(static_cast<CudaGraph&>(graph).executable, device.stream));
 }
 
 }  // namespace ph

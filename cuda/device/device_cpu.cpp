@@ -46,6 +46,13 @@ ph_device* open_device(uint32_t ordinal) {
   return new ph_device{};
 }
 
+ph_device* open_device_on_stream(uint32_t, uint64_t stream) {
+  throw Error(PH_ERROR_UNSUPPORTED,
+              "Cannot open the CPU on stream 0x%llx: it has no streams; open it without one, or open a GPU",
+              static_cast<unsigned long long>(stream));
+}
+uint64_t stream_handle(const ph_device&) { return 0; }
+
 void close_device(ph_device* device) { delete device; }
 
 void device_info(ph_device&, ph_device_info& info) {
@@ -60,6 +67,9 @@ void device_info(ph_device&, ph_device_info& info) {
 
 void enter(ph_device&) {}
 void synchronize(ph_device&) {}
+
+// Any address may be the process's own; nothing tells cheaply which are.
+void require_memory(const ph_device&, uint64_t, uint64_t) {}
 
 uint8_t* allocate(ph_device&, uint64_t bytes) {
   constexpr uint64_t kAlignment = 256;
@@ -106,9 +116,35 @@ void copy(ph_device&, uint8_t* target, const uint8_t* source, uint64_t bytes) {
 }
 void fill(ph_device&, uint8_t* target, uint8_t value, uint64_t bytes) { memset(target, value, bytes); }
 
+void read(ph_device&, const uint8_t* source, uint64_t bytes) {
+  const uint64_t words = bytes / sizeof(uint64_t);
+  uint64_t seen = 0;
+#pragma omp parallel for schedule(static) reduction(| : seen)
+  for (uint64_t i = 0; i < words; ++i) {
+    uint64_t word;
+    memcpy(&word, source + i * sizeof word, sizeof word);
+    seen |= word;
+  }
+  for (uint64_t i = words * sizeof(uint64_t); i < bytes; ++i) seen |= source[i];
+  asm volatile("" ::"r"(seen));  // or the loads would go
+}
+
 void timer_begin(ph_device& device) { device.timer = std::chrono::steady_clock::now(); }
 float timer_end(ph_device& device) {
   return std::chrono::duration<float, std::milli>(std::chrono::steady_clock::now() - device.timer).count();
+}
+
+void begin_capture(ph_device&) {
+  throw Error(
+      PH_ERROR_UNSUPPORTED,
+      "Cannot capture work on the CPU, where it is done when a call returns: append and attend directly");
+}
+std::unique_ptr<Graph> end_capture(ph_device&) {
+  throw Error(PH_ERROR_INTERNAL, "Cannot end a capture on the CPU, where none begins");
+}
+bool capturing(const ph_device&) { return false; }
+void launch(ph_device&, Graph&) {
+  throw Error(PH_ERROR_INTERNAL, "Cannot replay on the CPU, where nothing is captured");
 }
 
 }  // namespace ph

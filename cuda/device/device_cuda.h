@@ -3,15 +3,39 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <mutex>
+#include <vector>
+
 #include "common/error.h"
 #include "device/device.h"
 
+namespace ph {
+
+// Pinned host memory that uploads pass through. A copy from pageable memory may wait for all earlier work of the stream,
+// as the driver has to stage it likewise; here one waits only when every slot is on its way, 2 MiB ahead of the GPU.
+struct Staging {
+  static constexpr uint64_t kSlotBytes = 64 * 1024;
+  static constexpr uint32_t kSlots = 32;
+
+  uint8_t* memory = nullptr;          // [kSlots][kSlotBytes]
+  cudaEvent_t departed[kSlots] = {};  // after the last copy from the slot
+  uint32_t next = 0;
+  std::mutex mutex;
+};
+
+}  // namespace ph
+
 struct ph_device {
-  int ordinal;
-  cudaStream_t stream;
-  cudaEvent_t timer_begin, timer_end;
-  int processors;
-  int shared_bytes;  // most shared memory of a thread block
+  int ordinal = 0;
+  cudaStream_t stream = nullptr;
+  bool owns_stream = false;
+  cudaEvent_t timer_begin = nullptr, timer_end = nullptr;
+  int processors = 0;
+  int shared_bytes = 0;  // most shared memory of a thread block
+  ph::Staging staging;
+  std::atomic<bool> capturing{false};  // read by any thread
+  std::vector<void*> released;         // memory to be freed once nothing is captured
 };
 
 namespace ph {
@@ -26,14 +50,12 @@ inline void cuda_check(cudaError_t result, const char* expression, const char* f
 
 #define PH_CUDA_TRY(expression) ::ph::cuda_check((expression), #expression, __FILE__, __LINE__)
 
-// Lets a kernel take all the dynamic shared memory there is. The attribute belongs to the function, not to a launch:
-// it is always set to the same value, so that threads do not lower each other's.
-template <typename Kernel>
-void allow_shared(const ph_device& device, Kernel kernel) {
-  cudaFuncAttributes attributes;
-  PH_CUDA_TRY(cudaFuncGetAttributes(&attributes, kernel));
-  PH_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   device.shared_bytes - static_cast<int>(attributes.sharedSizeBytes)));
+// Lets a kernel take all the dynamic shared memory there is. The attribute belongs to the function on a GPU, not to a
+// launch: it is always set to the same value, so that threads do not lower each other's, and once.
+void allow_shared(const ph_device& device, const void* kernel);
+template <typename... Parameters>
+void allow_shared(const ph_device& device, void (*kernel)(Parameters...)) {
+  allow_shared(device, reinterpret_cast<const void*>(kernel));
 }
 
 }  // namespace ph

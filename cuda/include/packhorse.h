@@ -8,8 +8,9 @@
  *   it, or NULL on failure with the code in *status. On failure the message stands in `error`
  *   (NUL-terminated, cut at error_bytes), a buffer of the call: nothing is kept per thread, so calls may
  *   come from any thread.
- * - Work on a device is enqueued on its one stream in call order. ph_device_synchronize waits for it. On
- *   the CPU the work is done when the call returns. Only the functions that say so wait.
+ * - Work on a device is enqueued on its one stream in call order, its own or one of the caller's.
+ *   ph_device_synchronize waits for it. On the CPU the work is done when the call returns. Only the functions
+ *   that say so wait.
  * - A region of device memory is a ph_buffer and a byte offset. Offsets of tensors must be multiples of 16.
  * - Multi-byte values are little-endian. A shape [a, b, c] is row-major, c contiguous.
  * - Structs are checked once, at load, by ph_layout.
@@ -83,6 +84,13 @@ typedef struct ph_device_info {
 PH_API uint32_t ph_device_count(void);
 /* Opens device `ordinal` with a stream of its own. */
 PH_API ph_device* ph_device_open(uint32_t ordinal, int32_t* status, char* error, uint32_t error_bytes);
+/* Opens GPU `ordinal` on a stream of the caller's: a cudaStream_t or CUstream of that GPU, 0 for CUDA's legacy default
+ * stream; not the per-thread one. It must live as long as the device; closing leaves it open. Memory is allocated and
+ * freed in its order. PH_ERROR_UNSUPPORTED on the CPU. */
+PH_API ph_device* ph_device_open_on_stream(uint32_t ordinal, uint64_t stream, int32_t* status, char* error,
+                                           uint32_t error_bytes);
+/* Writes the device's stream, a cudaStream_t; 0 on the CPU. */
+PH_API int32_t ph_device_stream(ph_device* device, uint64_t* stream, char* error, uint32_t error_bytes);
 /* Waits for enqueued work, then frees the device. Its buffers must be gone. */
 PH_API int32_t ph_device_close(ph_device* device, char* error, uint32_t error_bytes);
 PH_API int32_t ph_device_get_info(ph_device* device, ph_device_info* info, char* error, uint32_t error_bytes);
@@ -92,6 +100,15 @@ PH_API int32_t ph_device_synchronize(ph_device* device, char* error, uint32_t er
 /* Allocates `bytes` (> 0) of device memory, 256-byte aligned, contents undefined. */
 PH_API ph_buffer* ph_buffer_create(ph_device* device, uint64_t bytes, int32_t* status, char* error,
                                    uint32_t error_bytes);
+/* A buffer over `bytes` (> 0) of memory that is the caller's: of this GPU (as from cudaMalloc; not managed), or of this
+ * process on the CPU. The address must be a multiple of 16, as kernels move 16 bytes at a time. The memory must stay until
+ * the buffer is destroyed and the work that uses it is done; destroying the buffer does not free it. On CUDA,
+ * PH_ERROR_INVALID_ARGUMENT if the first or the last byte is no memory of this GPU; the CPU checks nothing. */
+PH_API ph_buffer* ph_buffer_wrap(ph_device* device, uint64_t address, uint64_t bytes, int32_t* status,
+                                 char* error, uint32_t error_bytes);
+/* Writes where the buffer is: a device pointer on CUDA, a pointer on the CPU. */
+PH_API int32_t ph_buffer_address(ph_device* device, const ph_buffer* buffer, uint64_t* address, char* error,
+                                 uint32_t error_bytes);
 /* Frees the buffer once the work enqueued so far no longer needs it. */
 PH_API int32_t ph_buffer_destroy(ph_device* device, ph_buffer* buffer, char* error, uint32_t error_bytes);
 /* Copies host memory to the buffer, in stream order; waits until `source` may be reused. */
@@ -107,6 +124,10 @@ PH_API int32_t ph_buffer_copy(ph_device* device, ph_buffer* target, uint64_t tar
 /* Enqueues setting `bytes` bytes to `value`. */
 PH_API int32_t ph_buffer_fill(ph_device* device, ph_buffer* buffer, uint64_t offset, uint32_t value,
                               uint64_t bytes, char* error, uint32_t error_bytes);
+/* Enqueues reading bytes and doing nothing with them, as fast as the device can: what memory-bound work is measured
+ * against. `offset` a multiple of 16. */
+PH_API int32_t ph_buffer_read(ph_device* device, const ph_buffer* buffer, uint64_t offset, uint64_t bytes, char* error,
+                              uint32_t error_bytes);
 /* Milliseconds that the work enqueued between two marks took, by the device's own clock: `begin` marks the
  * start of a measured region, `end` waits for the work and writes the time. */
 PH_API int32_t ph_device_timer_begin(ph_device* device, char* error, uint32_t error_bytes);
@@ -312,9 +333,15 @@ PH_API int32_t ph_kv_measure(ph_device* device, const ph_kv_codec* codec, const 
  * Widths are chosen on the device, per block, head and group of 32 channels; records take the bytes they need, in pages
  * of 65,536 bytes from a pool of fixed size.
  *
- * A cache belongs to its device and to one thread at a time. No call allocates device memory after creation. append and
- * attend only enqueue; begin enqueues too, unless the pool looks exhausted by the largest sizes that records can have:
- * then it waits for the device to learn the true ones.
+ * A layer may have a sliding window: the token at position p attends to those at p - window + 1 to p, and to the sinks.
+ * Packed blocks outside are not read, and when the pool would not do for a step, begin gives back the pages that hold
+ * nothing but blocks which no token to come attends to. Their tokens are gone then: they can't be read, and a sequence
+ * can't be truncated to where its next token would attend to them.
+ *
+ * A cache belongs to its device and to one thread at a time. No call allocates device memory after creation. append,
+ * attend and prefill only enqueue; begin too, unless the pool looks exhausted by the largest sizes that records can have:
+ * then it waits for the device to learn the true ones. On CUDA what begin uploads passes through 2 MiB of pinned memory;
+ * it waits for a part of that only if the GPU is as many uploads behind.
  */
 
 typedef struct ph_kv_cache ph_kv_cache;
@@ -340,7 +367,7 @@ typedef struct ph_kv_cache_config {
   uint64_t pool_bytes;  /* for packed blocks; rounded down to pages */
 } ph_kv_cache_config;
 
-/* How a layer is packed. */
+/* How a layer is packed, and how much of a sequence it attends to. */
 typedef struct ph_kv_cache_codec {
   uint32_t key_quantizer; /* ph_kv_cache_quantizer */
   uint32_t value_quantizer;
@@ -348,6 +375,7 @@ typedef struct ph_kv_cache_codec {
   uint32_t value_bits;
   float key_rel; /* packkv: 1/254..1; else 0 */
   float value_rel;
+  uint32_t window; /* tokens that a token attends to, itself included, beside the sinks; 0: all */
 } ph_kv_cache_codec;
 
 /* Every byte that a cache has allocated, by purpose, and what is in it. */
@@ -359,16 +387,22 @@ typedef struct ph_kv_cache_statistics {
   uint64_t step_bytes;       /* the plan of a step */
   uint64_t workspace_bytes;  /* scratch of append and attend */
   uint64_t free_bytes;       /* pages of the pool that no sequence holds */
-  uint64_t packed_bytes;     /* records of all sequences; shared ones count once for each */
+  uint64_t packed_bytes;     /* records held; those that sequences share count once for each */
   uint64_t sequences;        /* alive */
   uint64_t tokens;           /* of all sequences */
-  uint64_t packed_tokens;    /* of these, packed */
+  uint64_t packed_tokens;    /* of these, packed, those included that windows have left */
 } ph_kv_cache_statistics;
 
 /* Creates a cache and all its memory. `codecs` has one entry per layer. */
 PH_API ph_kv_cache* ph_kv_cache_create(ph_device* device, const ph_kv_cache_config* config,
                                        const ph_kv_cache_codec* codecs, int32_t* status, char* error,
                                        uint32_t error_bytes);
+/* What creation would allocate, without a device and without allocating: the statistics of the cache before its first
+ * sequence. block_bytes, [layers][2]: the least and the most bytes that a packed block of a layer takes, over all
+ * kv heads. Attention's scratch is that of this library's backend. */
+PH_API int32_t ph_kv_cache_plan(const ph_kv_cache_config* config, const ph_kv_cache_codec* codecs,
+                                ph_kv_cache_statistics* statistics, uint64_t* block_bytes, char* error,
+                                uint32_t error_bytes);
 /* Frees the cache once the work enqueued so far no longer needs it. */
 PH_API int32_t ph_kv_cache_destroy(ph_device* device, ph_kv_cache* cache, char* error, uint32_t error_bytes);
 
@@ -380,7 +414,8 @@ PH_API int32_t ph_kv_cache_add(ph_device* device, ph_kv_cache* cache, uint32_t* 
 PH_API int32_t ph_kv_cache_fork(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint32_t* fork,
                                 char* error, uint32_t error_bytes);
 /* Keeps the first `tokens` tokens of a sequence. Tokens of a block that is cut go back to 16 bits with the values
- * they were packed to. Waits for the device. */
+ * they were packed to. PH_ERROR_INVALID_ARGUMENT if the next token would attend to tokens that were given back. Waits for
+ * the device. */
 PH_API int32_t ph_kv_cache_truncate(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint64_t tokens,
                                     char* error, uint32_t error_bytes);
 /* Ends a sequence; its number may be given again. This, and truncate, end the step: no attention until the next. */
@@ -402,14 +437,26 @@ PH_API int32_t ph_kv_cache_append(ph_device* device, ph_kv_cache* cache, uint32_
                                   uint64_t values_offset, char* error, uint32_t error_bytes);
 /* Attention of the step's tokens over their sequences, after the layer's append: queries and out
  * [step tokens, query_heads, head_dim]. out = softmax(scale * q . K) . V, causal; query head h reads kv head
- * h / (query_heads / kv_heads). At most 8 tokens per sequence. Relative error within 1e-3 of exact attention over the
+ * h / (query_heads / kv_heads). At most 8 tokens per sequence; ph_kv_cache_prefill takes any number. Relative error within 1e-3 of exact attention over the
  * unpacked values. Deterministic: a sequence's results do not depend on the rest of the batch. */
 PH_API int32_t ph_kv_cache_attend(ph_device* device, ph_kv_cache* cache, uint32_t layer,
                                   const ph_buffer* queries, uint64_t queries_offset, ph_buffer* out,
                                   uint64_t out_offset, float scale, char* error, uint32_t error_bytes);
 
+/* Attention of the step's tokens, any number per sequence, and their append, in one call in place of append and attend:
+ * keys and values as append takes them, queries and out as attend does. The tokens attend to what their sequences held
+ * before the step and, causally, to each other as they are in `keys` and `values`, in 16 bits; then they are appended,
+ * with the very bytes that append writes. `out` must not overlap the other tensors. Error and determinism as attend.
+ * PH_ERROR_UNSUPPORTED on CUDA for a layer with kivi or raw16 where a sequence of the step has packed tokens, or the step
+ * is captured. */
+PH_API int32_t ph_kv_cache_prefill(ph_device* device, ph_kv_cache* cache, uint32_t layer,
+                                   const ph_buffer* queries, uint64_t queries_offset, const ph_buffer* keys,
+                                   uint64_t keys_offset, const ph_buffer* values, uint64_t values_offset,
+                                   ph_buffer* out, uint64_t out_offset, float scale, char* error,
+                                   uint32_t error_bytes);
+
 /* Tokens [first, first + count) of a sequence as attention sees them, rounded to dtype: keys and values
- * [count, kv_heads, head_dim]. */
+ * [count, kv_heads, head_dim]. PH_ERROR_INVALID_ARGUMENT if some of them were given back. */
 PH_API int32_t ph_kv_cache_read(ph_device* device, ph_kv_cache* cache, uint32_t layer, uint32_t sequence,
                                 uint64_t first, uint64_t count, ph_buffer* keys, uint64_t keys_offset,
                                 ph_buffer* values, uint64_t values_offset, char* error, uint32_t error_bytes);
@@ -420,6 +467,72 @@ PH_API int32_t ph_kv_cache_check(ph_device* device, ph_kv_cache* cache, char* er
 PH_API int32_t ph_kv_cache_get_statistics(ph_device* device, ph_kv_cache* cache,
                                           ph_kv_cache_statistics* statistics, char* error,
                                           uint32_t error_bytes);
+
+/*
+ * CUDA graphs: the work of a step, captured once, runs again in later steps of the same shape by one launch. A step still
+ * begins with ph_kv_cache_begin, which is not captured.
+ *
+ *   begin; shape; graph known?  yes: replay(graph)
+ *                               no:  capture_begin; append and attend ...; graph = capture_end; replay(graph)
+ *
+ * Between capture_begin and capture_end nothing runs. append and attend of this cache, ph_buffer_copy, ph_buffer_fill and
+ * whatever the caller enqueues on the stream become part of the graph; buffers may be wrapped or destroyed (the memory is
+ * freed when the capture ends), a cache destroyed (its capture is abandoned). Every other call on the device is
+ * PH_ERROR_INVALID_ARGUMENT and does no harm. A graph holds the addresses and the scale of the calls it captured:
+ * their memory must stay as long as the graph is replayed.
+ */
+typedef struct ph_kv_cache_graph ph_kv_cache_graph;
+
+/* Words of a shape: sequences, tokens, blocks to pack, pieces of attention, most tokens and most pieces of a sequence. */
+#define PH_KV_CACHE_SHAPE_WORDS 6u
+
+/* Writes the shape of the current step, PH_KV_CACHE_SHAPE_WORDS words: graphs are good for steps of an equal shape. */
+PH_API int32_t ph_kv_cache_step_shape(ph_device* device, ph_kv_cache* cache, uint32_t* shape, char* error,
+                                      uint32_t error_bytes);
+/* Begins to capture work of the current step. PH_ERROR_UNSUPPORTED on the CPU and on the legacy default stream. */
+PH_API int32_t ph_kv_cache_capture_begin(ph_device* device, ph_kv_cache* cache, char* error,
+                                         uint32_t error_bytes);
+/* Ends the capture; the step is as it was before. Whatever it returns, work on the device runs again. */
+PH_API ph_kv_cache_graph* ph_kv_cache_capture_end(ph_device* device, ph_kv_cache* cache, int32_t* status,
+                                                  char* error, uint32_t error_bytes);
+/* Enqueues the captured work for the current step. PH_ERROR_INVALID_ARGUMENT, which changes nothing, for a step of another
+ * shape, a graph of another cache, and where a layer has the step's tokens already or lacks those that are attended to. */
+PH_API int32_t ph_kv_cache_replay(ph_device* device, ph_kv_cache* cache, ph_kv_cache_graph* graph,
+                                  char* error, uint32_t error_bytes);
+/* Frees the graph; work of its that is enqueued is done all the same. Its cache may be gone, its device must not. */
+PH_API int32_t ph_kv_cache_graph_destroy(ph_device* device, ph_kv_cache_graph* graph, char* error,
+                                         uint32_t error_bytes);
+
+/* A sequence to host memory and back, a layer at a time: into a cache of the same layers, kv_heads, head_dim, dtype,
+ * codecs and sinks, with the bits that it had. A layer is
+ *   records  those of its packed blocks, one after another: per block the parameters, then a record per kv head
+ *   offsets  u64 [blocks + 1]: block b's records go from offsets[b] to offsets[b + 1]; the first is 0
+ *   recent   tokens in 16 bits, in their order, which are the sinks and those after the blocks:
+ *            keys [kv_heads, tokens - 64 * blocks, head_dim], then values
+ * A sequence of the step that has begun can be measured and exported once all layers have its tokens. */
+
+/* The packed blocks of a sequence, and the bytes of their records in each layer: record_bytes[layers]. Waits for the
+ * device. */
+PH_API int32_t ph_kv_cache_measure(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint32_t* blocks,
+                                   uint64_t* record_bytes, char* error, uint32_t error_bytes);
+/* Writes a layer of a sequence to host memory; sizes must be what ph_kv_cache_measure says. Waits for the device. */
+PH_API int32_t ph_kv_cache_export(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint32_t layer,
+                                  uint8_t* records, uint64_t record_bytes, uint64_t* offsets, uint8_t* recent,
+                                  uint64_t recent_bytes, char* error, uint32_t error_bytes);
+/* Takes a slot and pages for a sequence of which `blocks` blocks are packed, and writes its number. No function but
+ * ph_kv_cache_import and ph_kv_cache_remove, which gives all back, takes it until every layer was imported. The
+ * cache's residual may be another than the exporting one's, provided that the newest tokens in 16 bits are fewer than
+ * residual + 64. PH_ERROR_OUT_OF_MEMORY, and every other error, leaves the cache as it was. */
+PH_API int32_t ph_kv_cache_begin_import(ph_device* device, ph_kv_cache* cache, uint64_t tokens,
+                                        uint32_t blocks, const uint64_t* record_bytes, uint32_t* sequence,
+                                        char* error, uint32_t error_bytes);
+/* Imports a layer, once, in any order; with the last one the sequence is there. The memory is untrusted: if a block is
+ * none that an encoder writes, nothing of the layer is imported, the status is PH_ERROR_CORRUPT, the message says what
+ * is wrong with the block, and its number goes to `malformed` (else UINT64_MAX). */
+PH_API int32_t ph_kv_cache_import(ph_device* device, ph_kv_cache* cache, uint32_t sequence, uint32_t layer,
+                                  const uint8_t* records, uint64_t record_bytes, const uint64_t* offsets,
+                                  const uint8_t* recent, uint64_t recent_bytes, uint64_t* malformed,
+                                  char* error, uint32_t error_bytes);
 
 #ifdef __cplusplus
 }

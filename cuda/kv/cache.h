@@ -77,6 +77,11 @@ PH_HOST_DEVICE uint8_t* stream_byte(const CacheView& cache, const uint32_t* page
   return cache.pool + pages[offset / kPageBytes] * kPageBytes + offset % kPageBytes;
 }
 
+// The first token, sinks aside, that a query token at `position` sees; 0 without a window.
+PH_HOST_DEVICE uint32_t window_begin(uint32_t window, uint32_t position) {
+  return window == 0 || position < window ? 0 : position + 1 - window;
+}
+
 // One sequence's part of a step.
 struct StepSequence {
   uint32_t sequence;
@@ -93,11 +98,13 @@ struct StepBlock {
   uint32_t entry, block;
 };
 
-// A piece of a sequence's tokens for one thread block of attention. Its bounds follow from the sequence's own length, so
+// A piece of a sequence's tokens for one thread block of attention: runs of 64 tokens in 16 bits (counted from the first
+// sink on, those after the packed blocks follow), and packed blocks. Its bounds follow from the sequence's own length, so
 // that results do not depend on what else is in the batch. The pieces of a sequence follow each other in their order.
 struct StepPiece {
   uint32_t entry;
-  uint32_t first, count;   // blocks; count 0: the tokens in 16 bits
+  uint32_t first_run, runs;
+  uint32_t first_block, blocks;
   uint32_t place, pieces;  // which of the sequence's pieces it is
 };
 
@@ -112,7 +119,10 @@ struct StepView {
   uint32_t most_pieces;   // of a sequence
 };
 
-constexpr uint32_t kMostPieceBlocks = 64;  // packed blocks of a piece of attention
-constexpr uint32_t kMostQueries = 8;       // tokens of a sequence in one attention call
+// A run takes a thread block of attention as long as so many packed blocks, about.
+constexpr uint32_t kRunBlocks = 2;
+constexpr uint32_t kPieceWork = 128;  // of a piece of attention, in blocks, about
+constexpr uint32_t kMostPieceWork = kPieceWork * 3 / 2;
+constexpr uint32_t kMostQueries = 8;  // tokens of a sequence in one attention call
 
 }  // namespace ph::kv

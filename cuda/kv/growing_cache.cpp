@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "attention/decode.h"
+#include "attention/prefill.h"
 #include "common/error.h"
 
 namespace ph::kv {
@@ -27,7 +29,13 @@ void PagePool::drop(uint32_t page) {
 DeviceMemory::DeviceMemory(ph_device& device, uint64_t bytes)
     : device_(device), data_(allocate(device, std::max<uint64_t>(bytes, 16))), bytes_(bytes) {}
 
-DeviceMemory::~DeviceMemory() { release(device_, data_); }
+DeviceMemory::~DeviceMemory() {
+  try {
+    release(device_, data_);
+  } catch (const Error&) {
+    // A GPU that has failed takes its memory with it; later calls report that.
+  }
+}
 
 namespace {
 
@@ -109,6 +117,12 @@ std::vector<TileShape> make_shapes(const ph_kv_cache_config& config, const ph_kv
   return shapes;
 }
 
+std::vector<uint32_t> make_windows(const ph_kv_cache_config& config, const ph_kv_cache_codec* codecs) {
+  std::vector<uint32_t> windows(config.layers);
+  for (uint32_t layer = 0; layer < config.layers; ++layer) windows[layer] = codecs[layer].window;
+  return windows;
+}
+
 // A product of sizes in bytes, which has to be one that memory can have.
 uint64_t product(std::initializer_list<uint64_t> factors) {
   uint64_t bytes = 1;
@@ -122,11 +136,14 @@ uint64_t product(std::initializer_list<uint64_t> factors) {
 
 uint64_t divide_up(uint64_t value, uint64_t divisor) { return (value + divisor - 1) / divisor; }
 
-// Units that a block takes at most.
+}  // namespace
+
 uint64_t largest_block_units(const TileShape& shape) {
   return (params_bytes(shape) + static_cast<uint64_t>(shape.heads) * largest_record_bytes(shape)) /
          kUnitBytes;
 }
+
+namespace {
 
 CacheView make_view(const ph_kv_cache_config& config, const std::vector<TileShape>& shapes) {
   CacheView view{};
@@ -157,19 +174,36 @@ uint64_t index_words(const CacheView& view) {
   return static_cast<uint64_t>(view.most_blocks) * view.heads + 1;
 }
 
-// Attention is cut into pieces that depend on the sequence alone: as many for every kPieceSpan blocks as a processor
-// works on at once, so that batches whose sizes are powers of two fill the processors evenly.
-constexpr uint32_t kPieceSpan = 128;
-constexpr uint32_t kLeastPieceBlocks = 8;
-constexpr uint32_t kLeastResident = kPieceSpan / kMostPieceBlocks + 1, kMostResident = 8;
+// A sequence that is longer than this, in blocks, is likely one of few, so that smaller pieces are needed to keep all
+// processors busy.
+constexpr uint64_t kLongWork = 1152;
+
+// Into how many pieces attention over so many runs and packed blocks is cut, and where a piece begins: in blocks, the runs
+// first. Both depend on the sequence alone. Rounded to the nearest, so that lengths a little above a power of two, of
+// batches that fill the processors evenly, give no piece more.
+uint64_t piece_count(uint64_t work) {
+  const uint64_t of_piece = work > kLongWork ? kPieceWork / 2 : kPieceWork;
+  return std::max<uint64_t>((work + of_piece / 2) / of_piece, 1);
+}
+
+struct PieceBegin {
+  uint32_t run, block;
+};
+
+PieceBegin piece_begin(uint32_t runs, uint32_t blocks, uint64_t place, uint64_t pieces) {
+  const uint64_t of_runs = static_cast<uint64_t>(runs) * kRunBlocks;
+  const uint64_t at = (of_runs + blocks) * place / pieces;
+  if (at < of_runs) return {static_cast<uint32_t>(at / kRunBlocks), 0};
+  return {runs, static_cast<uint32_t>(at - of_runs)};
+}
 
 // What a step can hold at most: every sequence takes part, and each new block lies in some sequence's new tokens.
 uint64_t most_step_blocks(const ph_kv_cache_config& config) {
   return config.step_tokens / kBlockTokens + std::min<uint64_t>(config.sequences, config.step_tokens);
 }
 uint64_t most_step_pieces(const ph_kv_cache_config& config, const CacheView& view) {
-  return static_cast<uint64_t>(config.sequences) *
-         (kMostResident * divide_up(view.most_blocks, kPieceSpan) + 1);
+  const uint64_t runs = divide_up(static_cast<uint64_t>(view.sinks) + view.ring, kBlockTokens);
+  return config.sequences * piece_count(runs * kRunBlocks + view.most_blocks);
 }
 
 struct PlanLayout {
@@ -185,12 +219,78 @@ PlanLayout plan_layout(uint64_t sequences, uint64_t blocks, uint64_t pieces) {
   return layout;
 }
 
+// A stream that ends with its page writes to the next one.
+bool writes_last_page(const Stream& stream) {
+  return !stream.pages.empty() && stream.bound % kPageUnits != 0;
+}
+
+// The one place where it is decided how much a cache allocates.
+CacheSizes make_sizes(const ph_kv_cache_config& config, const CacheView& view) {
+  const uint64_t blocks = most_step_blocks(config), pieces = most_step_pieces(config, view);
+  product({pieces, kMostQueries, config.query_heads, config.head_dim + 2ull,
+           sizeof(float)});  // attention's scratch
+  CacheSizes sizes{};
+  sizes.pool = config.pool_bytes / kPageBytes * kPageBytes;
+  sizes.recent = product({recent_part_bytes(view), kParts, config.layers, config.sequences});
+  sizes.index = product({index_words(view), config.layers, config.sequences, sizeof(uint32_t)});
+  sizes.page_tables = product({view.most_pages, config.layers, config.sequences, sizeof(uint32_t)});
+  sizes.plan = plan_layout(config.sequences, blocks, pieces).bytes;
+  sizes.workspace = append_workspace_bytes(view, blocks);
+  sizes.attention = attention::decode_workspace_bytes(view, pieces);
+  sizes.words = product({config.layers, config.sequences, sizeof(WordAt)});
+  sizes.non_finite = sizeof(uint64_t);
+  return sizes;
+}
+
+// Statistics of a cache of these sizes without sequences.
+ph_kv_cache_statistics empty_statistics(const CacheSizes& sizes) {
+  ph_kv_cache_statistics found{};
+  found.pool_bytes = sizes.pool;
+  found.recent_bytes = sizes.recent;
+  found.index_bytes = sizes.index;
+  found.page_table_bytes = sizes.page_tables;
+  found.step_bytes = sizes.plan + sizes.words + sizes.non_finite;
+  found.workspace_bytes = sizes.workspace + sizes.attention;
+  found.free_bytes = sizes.pool;
+  return found;
+}
+
+// Gives back a stream's pages from page `end` of the stream on.
+void drop_after(PagePool& pool, Stream& stream, uint64_t end) {
+  while (!stream.pages.empty() && stream.end_page() > end) {
+    pool.drop(stream.pages.back());
+    stream.pages.pop_back();
+  }
+}
+
+void require_scale(float scale) {
+  if (scale > 0.0f && std::isfinite(scale)) return;
+  throw Error(PH_ERROR_INVALID_ARGUMENT,
+              "The scale of attention must be positive and finite: current value is %g",
+              static_cast<double>(scale));
+}
+
 uint32_t blocks_due(const ph_kv_cache_config& config, uint64_t tokens) {
   const uint64_t kept = static_cast<uint64_t>(config.sinks) + config.residual;
   return tokens <= kept ? 0 : static_cast<uint32_t>((tokens - kept) / kBlockTokens);
 }
 
 }  // namespace
+
+ph_kv_cache_statistics plan_cache(const ph_kv_cache_config& config, const ph_kv_cache_codec* codecs,
+                                  uint64_t* block_bytes) {
+  const std::vector<TileShape> shapes = make_shapes(checked_config(config), codecs);
+  for (size_t layer = 0; layer < shapes.size(); ++layer) {
+    TileShape least = shapes[layer];
+    for (TilePart& part : least.parts) {
+      if (part.width == 0) part.code_limit = 0;  // every group of width 0
+    }
+    block_bytes[2 * layer] = largest_block_units(least) * kUnitBytes;
+    block_bytes[2 * layer + 1] = largest_block_units(shapes[layer]) * kUnitBytes;
+  }
+  return empty_statistics(make_sizes(config, make_view(config, shapes)));
+}
+
 }  // namespace ph::kv
 
 using namespace ph;
@@ -200,20 +300,20 @@ ph_kv_cache::ph_kv_cache(ph_device& device, const ph_kv_cache_config& config, co
     : device_(device),
       config_(checked_config(config)),
       shapes_(make_shapes(config, codecs)),
+      windows_(make_windows(config, codecs)),
       view_(make_view(config, shapes_)),
-      pool_(device, config.pool_bytes / kPageBytes * kPageBytes),
-      recent_(device, product({recent_part_bytes(view_), kParts, config.layers, config.sequences})),
-      index_(device, product({index_words(view_), config.layers, config.sequences, sizeof(uint32_t)})),
-      page_tables_(device, product({view_.most_pages, config.layers, config.sequences, sizeof(uint32_t)})),
-      plan_(device,
-            plan_layout(config.sequences, most_step_blocks(config), most_step_pieces(config, view_)).bytes),
-      workspace_(device, append_workspace_bytes(view_, most_step_blocks(config))),
-      attention_(device, attention::decode_workspace_bytes(view_, most_step_pieces(config, view_))),
-      words_(device, product({config.layers, config.sequences, sizeof(WordAt)})),
-      non_finite_(device, sizeof(uint64_t)),
+      sizes_(make_sizes(config, view_)),
+      pool_(device, sizes_.pool),
+      recent_(device, sizes_.recent),
+      index_(device, sizes_.index),
+      page_tables_(device, sizes_.page_tables),
+      plan_(device, sizes_.plan),
+      workspace_(device, sizes_.workspace),
+      attention_(device, sizes_.attention),
+      words_(device, sizes_.words),
+      non_finite_(device, sizes_.non_finite),
       pages_(static_cast<uint32_t>(config.pool_bytes / kPageBytes)),
       sequences_(config.sequences),
-      resident_pieces_(kMostResident),
       appended_(config.layers, true) {
   view_.pool = pool_.data();
   view_.recent = recent_.data();
@@ -221,9 +321,6 @@ ph_kv_cache::ph_kv_cache(ph_device& device, const ph_kv_cache_config& config, co
   view_.page_tables = reinterpret_cast<uint32_t*>(page_tables_.data());
   fill(device, non_finite_.data(), 0xff, sizeof(uint64_t));
   fill(device, attention_.data(), 0, attention_.bytes());
-  for (const TileShape& shape : shapes_)
-    resident_pieces_ = std::min(resident_pieces_, attention::resident_pieces(device, view_, shape));
-  resident_pieces_ = std::max(resident_pieces_, kLeastResident);
 }
 
 const Sequence& ph_kv_cache::alive(uint32_t sequence) const {
@@ -250,9 +347,17 @@ void ph_kv_cache::require_idle(const char* what) const {
               static_cast<uint32_t>(missing - appended_.begin()));
 }
 
+// That a layer has no tokens of the step yet.
+void ph_kv_cache::require_missing(uint32_t layer) const {
+  require_layer(layer);
+  if (appended_[layer])
+    throw Error(PH_ERROR_INVALID_ARGUMENT, "Layer %u has the tokens of this step already: begin the next one",
+                layer);
+}
+
 uint32_t ph_kv_cache::free_slot() const {
   for (uint32_t slot = 0; slot < config_.sequences; ++slot) {
-    if (!sequences_[slot].alive) return slot;
+    if (!sequences_[slot].alive && sequences_[slot].awaited.empty()) return slot;
   }
   throw Error(PH_ERROR_OUT_OF_MEMORY, "The kv cache is full: it holds %u sequences", config_.sequences);
 }
@@ -262,9 +367,9 @@ uint64_t ph_kv_cache::page_table_position(uint32_t layer, uint32_t sequence, uin
 }
 
 void ph_kv_cache::grant(uint32_t layer, uint32_t sequence, uint32_t page) {
-  std::vector<uint32_t>& pages = sequences_[sequence].streams[layer].pages;
-  grants_.push_back({page_table_position(layer, sequence, pages.size()), page, 0});
-  pages.push_back(page);
+  Stream& stream = sequences_[sequence].streams[layer];
+  grants_.push_back({page_table_position(layer, sequence, stream.end_page()), page, 0});
+  stream.pages.push_back(page);
 }
 
 void ph_kv_cache::send_grants() {
@@ -293,22 +398,25 @@ uint32_t ph_kv_cache::add() {
 }
 
 void ph_kv_cache::remove(uint32_t sequence) {
-  require_idle("remove a sequence");
-  Sequence& removed = alive(sequence);
+  // No step knows of one that is still being imported.
+  const bool known = sequence >= config_.sequences || sequences_[sequence].awaited.empty();
+  if (known) require_idle("remove a sequence");
+  Sequence& removed = known ? alive(sequence) : sequences_[sequence];
   for (const Stream& stream : removed.streams) {
     for (const uint32_t page : stream.pages) pages_.drop(page);
   }
   removed = Sequence{};
-  planned_ = false;
+  if (known) planned_ = false;
 }
 
-std::vector<uint32_t> ph_kv_cache::stream_ends() {
+template <typename Block>
+std::vector<uint32_t> ph_kv_cache::block_begins(Block block) {
   std::vector<WordAt> words;
   for (uint32_t sequence = 0; sequence < config_.sequences; ++sequence) {
     if (!sequences_[sequence].alive) continue;
     for (uint32_t layer = 0; layer < config_.layers; ++layer) {
       words.push_back({stream_of(view_, layer, sequence) * index_words(view_) +
-                           static_cast<uint64_t>(sequences_[sequence].packed) * view_.heads,
+                           static_cast<uint64_t>(block(layer, sequence)) * view_.heads,
                        0, 0});
     }
   }
@@ -316,9 +424,13 @@ std::vector<uint32_t> ph_kv_cache::stream_ends() {
   gather_words(device_, view_.index, reinterpret_cast<WordAt*>(words_.data()),
                static_cast<uint32_t>(words.size()));
   download(device_, words.data(), words_.data(), words.size() * sizeof(WordAt));
-  std::vector<uint32_t> ends(static_cast<size_t>(config_.layers) * config_.sequences, kStreamStart);
-  for (const WordAt& word : words) ends[word.position / index_words(view_)] = word.value;
-  return ends;
+  std::vector<uint32_t> begins(static_cast<size_t>(config_.layers) * config_.sequences, kStreamStart);
+  for (const WordAt& word : words) begins[word.position / index_words(view_)] = word.value;
+  return begins;
+}
+
+std::vector<uint32_t> ph_kv_cache::stream_ends() {
+  return block_begins([&](uint32_t, uint32_t sequence) { return sequences_[sequence].packed; });
 }
 
 void ph_kv_cache::tighten() {
@@ -328,21 +440,62 @@ void ph_kv_cache::tighten() {
     for (uint32_t layer = 0; layer < config_.layers; ++layer) {
       Stream& stream = sequences_[sequence].streams[layer];
       stream.bound = ends[stream_of(view_, layer, sequence)];
-      const uint64_t needed = sequences_[sequence].packed == 0 ? 0 : divide_up(stream.bound, kPageUnits);
-      while (stream.pages.size() > needed) {
-        pages_.drop(stream.pages.back());
-        stream.pages.pop_back();
-      }
+      drop_after(pages_, stream, sequences_[sequence].packed == 0 ? 0 : divide_up(stream.bound, kPageUnits));
     }
   }
 }
 
+uint32_t ph_kv_cache::copied(uint32_t page) {
+  const uint32_t own = pages_.take();
+  copy(device_, view_.pool + own * kPageBytes, view_.pool + page * kPageBytes, kPageBytes);
+  return own;
+}
+
+// The first token, sinks aside, that a stream still has.
+uint64_t ph_kv_cache::first_held(const Stream& stream) const {
+  return config_.sinks + static_cast<uint64_t>(stream.first_block) * kBlockTokens;
+}
+
+void ph_kv_cache::give_back(uint64_t needed) {
+  // The first block that the next token of a sequence sees, or one later.
+  const auto first_seen = [&](uint32_t layer, uint32_t sequence) {
+    const uint64_t next = sequences_[sequence].tokens;
+    const uint64_t seen = windows_[layer] == 0 || next < windows_[layer] ? 0 : next + 1 - windows_[layer];
+    const uint64_t blocks = seen > config_.sinks ? (seen - config_.sinks) / kBlockTokens : 0;
+    return static_cast<uint32_t>(std::min<uint64_t>(blocks, sequences_[sequence].packed));
+  };
+  if (std::all_of(windows_.begin(), windows_.end(), [](uint32_t window) { return window == 0; })) return;
+  const std::vector<uint32_t> begins = block_begins(first_seen);
+  const auto for_each_stale = [&](auto use) {
+    for (uint32_t sequence = 0; sequence < config_.sequences; ++sequence) {
+      for (uint32_t layer = 0; layer < config_.layers && sequences_[sequence].alive; ++layer) {
+        Stream& stream = sequences_[sequence].streams[layer];
+        const uint32_t begin = begins[stream_of(view_, layer, sequence)];
+        const uint64_t page = begin / kPageUnits;
+        if (page > stream.first_page())
+          use(stream, page - stream.first_page(), begin, first_seen(layer, sequence));
+      }
+    }
+  };
+  // A page that sequences share is free when none of them needs it.
+  std::vector<uint32_t> drops(config_.pool_bytes / kPageBytes, 0);
+  uint64_t freed = 0;
+  for_each_stale([&](const Stream& stream, uint64_t count, uint32_t, uint32_t) {
+    for (uint64_t i = 0; i < count; ++i) freed += ++drops[stream.pages[i]] == pages_.holders(stream.pages[i]);
+  });
+  if (pages_.available() + freed < needed) return;
+  for_each_stale([&](Stream& stream, uint64_t count, uint32_t begin, uint32_t first_block) {
+    for (uint64_t i = 0; i < count; ++i) pages_.drop(stream.pages[i]);
+    stream.pages.erase(stream.pages.begin(), stream.pages.begin() + static_cast<ptrdiff_t>(count));
+    stream.begin = begin;
+    stream.first_block = first_block;
+  });
+}
+
 void ph_kv_cache::own_last_page(uint32_t layer, uint32_t sequence) {
   Stream& stream = sequences_[sequence].streams[layer];
-  // A stream that ends with its page writes to the next one.
-  if (stream.pages.empty() || stream.bound % kPageUnits == 0 || !pages_.shared(stream.pages.back())) return;
-  const uint32_t shared = stream.pages.back(), own = pages_.take();
-  copy(device_, view_.pool + own * kPageBytes, view_.pool + shared * kPageBytes, kPageBytes);
+  if (!writes_last_page(stream) || !pages_.shared(stream.pages.back())) return;
+  const uint32_t shared = stream.pages.back(), own = copied(shared);
   pages_.drop(shared);
   stream.pages.pop_back();
   grant(layer, sequence, own);
@@ -355,8 +508,7 @@ uint32_t ph_kv_cache::fork(uint32_t sequence) {
   tighten();
   const Sequence& parent = sequences_[sequence];
   uint32_t copies = 0;
-  for (const Stream& stream : parent.streams)
-    copies += !stream.pages.empty() && stream.bound % kPageUnits != 0;
+  for (const Stream& stream : parent.streams) copies += writes_last_page(stream);
   if (copies > pages_.available()) {
     throw Error(PH_ERROR_OUT_OF_MEMORY,
                 "Cannot fork sequence %u: that takes %u pages of the pool, and %u are free", sequence, copies,
@@ -367,12 +519,15 @@ uint32_t ph_kv_cache::fork(uint32_t sequence) {
   const uint64_t used = (static_cast<uint64_t>(parent.packed) * view_.heads + 1) * sizeof(uint32_t);
   for (uint32_t layer = 0; layer < config_.layers; ++layer) {
     const Stream& from = sequences_[sequence].streams[layer];
-    for (const uint32_t page : from.pages) {
-      pages_.share(page);
-      grant(layer, slot, page);
+    Stream& to = sequences_[slot].streams[layer];
+    to = {{}, from.bound, from.begin, from.first_block};
+    // Each page is granted once: grants that are sent together are in no order.
+    const size_t shared = from.pages.size() - writes_last_page(from);
+    for (size_t i = 0; i < shared; ++i) {
+      pages_.share(from.pages[i]);
+      grant(layer, slot, from.pages[i]);
     }
-    sequences_[slot].streams[layer].bound = from.bound;
-    own_last_page(layer, slot);
+    if (shared < from.pages.size()) grant(layer, slot, copied(from.pages.back()));
     const uint64_t recent = recent_part_bytes(view_) * kParts;
     copy(device_, reinterpret_cast<uint8_t*>(index_of(view_, layer, slot)),
          reinterpret_cast<const uint8_t*>(index_of(view_, layer, sequence)), used);
@@ -390,6 +545,16 @@ void ph_kv_cache::truncate(uint32_t sequence, uint64_t tokens) {
     throw Error(PH_ERROR_INVALID_ARGUMENT, "Cannot truncate sequence %u to %llu tokens: it has %llu",
                 sequence, static_cast<unsigned_long>(tokens), static_cast<unsigned_long>(cut.tokens));
   }
+  for (uint32_t layer = 0; layer < config_.layers && tokens > config_.sinks; ++layer) {
+    const Stream& stream = cut.streams[layer];
+    if (stream.first_block == 0 || tokens + 1 >= first_held(stream) + windows_[layer]) continue;
+    throw Error(
+        PH_ERROR_INVALID_ARGUMENT,
+        "Cannot truncate sequence %u to %llu tokens: of layer %u it holds those from %llu on, the rest "
+        "was given back, and with a window of %u the next token needs %llu tokens or more",
+        sequence, static_cast<unsigned_long>(tokens), layer, static_cast<unsigned_long>(first_held(stream)),
+        windows_[layer], static_cast<unsigned_long>(first_held(stream) + windows_[layer] - 1));
+  }
   const uint64_t after_sinks = tokens > config_.sinks ? tokens - config_.sinks : 0;
   const uint32_t packed = static_cast<uint32_t>(std::min<uint64_t>(cut.packed, after_sinks / kBlockTokens));
   if (packed < cut.packed) {
@@ -399,8 +564,9 @@ void ph_kv_cache::truncate(uint32_t sequence, uint64_t tokens) {
     uint32_t copies = 0;
     for (uint32_t layer = 0; layer < config_.layers; ++layer) {
       const uint32_t end = ends[stream_of(view_, layer, sequence)];
-      copies +=
-          packed > 0 && end % kPageUnits != 0 && pages_.shared(cut.streams[layer].pages[end / kPageUnits]);
+      const Stream& stream = cut.streams[layer];
+      copies += packed > 0 && end % kPageUnits != 0 &&
+                pages_.shared(stream.pages[end / kPageUnits - stream.first_page()]);
     }
     if (copies > pages_.available()) {
       cut.packed = before;
@@ -415,23 +581,14 @@ void ph_kv_cache::truncate(uint32_t sequence, uint64_t tokens) {
     for (uint32_t layer = 0; layer < config_.layers; ++layer) {
       Stream& stream = cut.streams[layer];
       stream.bound = ends[stream_of(view_, layer, sequence)];
-      const uint64_t needed = packed == 0 ? 0 : divide_up(stream.bound, kPageUnits);
-      while (stream.pages.size() > needed) {
-        pages_.drop(stream.pages.back());
-        stream.pages.pop_back();
-      }
+      drop_after(pages_, stream, packed == 0 ? 0 : divide_up(stream.bound, kPageUnits));
+      if (packed == 0) stream.begin = kStreamStart, stream.first_block = 0;
       own_last_page(layer, sequence);
     }
     send_grants();
   }
   cut.tokens = tokens;
   planned_ = false;
-}
-
-uint32_t ph_kv_cache::packed_pieces(uint32_t packed) const {
-  const uint64_t even =
-      resident_pieces_ * divide_up(packed, kPieceSpan) - 1;  // and one for the tokens in 16 bits
-  return static_cast<uint32_t>(std::min(even, divide_up(packed, kLeastPieceBlocks)));
 }
 
 void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint32_t count) {
@@ -478,7 +635,7 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
         const Stream& stream = sequences_[entry.sequence].streams[layer];
         const uint64_t bound = stream.bound + entry.blocks * largest_block_units(shapes_[layer]);
         needed += divide_up(bound, kPageUnits) -
-                  std::min<uint64_t>(divide_up(bound, kPageUnits), stream.pages.size());
+                  std::min<uint64_t>(divide_up(bound, kPageUnits), stream.end_page());
       }
     }
     return needed;
@@ -487,6 +644,7 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
   if (needed > pages_.available()) {
     tighten();
     needed = pages_needed();
+    if (needed > pages_.available()) give_back(needed);
     if (needed > pages_.available()) {
       throw Error(
           PH_ERROR_OUT_OF_MEMORY,
@@ -498,15 +656,25 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
 
   std::vector<StepPiece> pieces;
   uint32_t most_pieces = 0;
-  for (uint32_t i = 0; i < count; ++i) {
-    const uint32_t packed = entries[i].packed, cuts = packed_pieces(packed);
-    pieces.push_back({i, 0, 0, 0, cuts + 1});  // the tokens in 16 bits
-    for (uint32_t place = 0; place < cuts; ++place) {
-      const uint32_t first = static_cast<uint32_t>(static_cast<uint64_t>(packed) * place / cuts);
-      const uint32_t end = static_cast<uint32_t>(static_cast<uint64_t>(packed) * (place + 1) / cuts);
-      pieces.push_back({i, first, end - first, place + 1, cuts + 1});
+  most_packed_ = 0;
+  // The longest first, so that short ones fill the gaps at the end.
+  std::vector<uint32_t> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](uint32_t a, uint32_t b) { return entries[a].packed > entries[b].packed; });
+  for (const uint32_t i : order) {
+    const uint64_t tokens_now = entries[i].before + entries[i].tokens;
+    const uint64_t packed_tokens = static_cast<uint64_t>(entries[i].packed) * kBlockTokens;
+    const uint32_t runs = static_cast<uint32_t>(divide_up(tokens_now - packed_tokens, kBlockTokens));
+    const uint64_t cuts = piece_count(static_cast<uint64_t>(runs) * kRunBlocks + entries[i].packed);
+    for (uint64_t place = 0; place < cuts; ++place) {
+      const PieceBegin begin = piece_begin(runs, entries[i].packed, place, cuts);
+      const PieceBegin end = piece_begin(runs, entries[i].packed, place + 1, cuts);
+      pieces.push_back({i, begin.run, end.run - begin.run, begin.block, end.block - begin.block,
+                        static_cast<uint32_t>(place), static_cast<uint32_t>(cuts)});
     }
-    most_pieces = std::max(most_pieces, cuts + 1);
+    most_pieces = std::max(most_pieces, static_cast<uint32_t>(cuts));
+    most_packed_ = std::max(most_packed_, entries[i].first_block);
   }
 
   for (const StepSequence& entry : entries) {
@@ -514,12 +682,14 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
     for (uint32_t layer = 0; layer < config_.layers && entry.blocks > 0; ++layer) {
       Stream& stream = sequence.streams[layer];
       stream.bound += entry.blocks * largest_block_units(shapes_[layer]);
-      while (stream.pages.size() < divide_up(stream.bound, kPageUnits))
+      while (stream.end_page() < divide_up(stream.bound, kPageUnits))
         grant(layer, entry.sequence, pages_.take());
     }
     sequence.tokens += entry.tokens;
     sequence.packed = entry.packed;
+    sequence.step = steps_ + 1;
   }
+  ++steps_;
   send_grants();
 
   const PlanLayout layout = plan_layout(count, blocks.size(), pieces.size());
@@ -545,10 +715,7 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
 }
 
 void ph_kv_cache::append(uint32_t layer, StepTensors tensors) {
-  require_layer(layer);
-  if (appended_[layer])
-    throw Error(PH_ERROR_INVALID_ARGUMENT, "Layer %u has the tokens of this step already: begin the next one",
-                layer);
+  require_missing(layer);
   kv::append(device_, view_, shapes_[layer], layer, step_, tensors, workspace_.data(),
              reinterpret_cast<uint64_t*>(non_finite_.data()));
   appended_[layer] = true;
@@ -559,21 +726,36 @@ void ph_kv_cache::attend(uint32_t layer, const uint8_t* queries, uint8_t* out, f
   if (!appended_[layer])
     throw Error(PH_ERROR_INVALID_ARGUMENT, "Layer %u lacks the tokens of this step: append them first",
                 layer);
-  if (!planned_) {
-    throw Error(PH_ERROR_INVALID_ARGUMENT,
-                "Cannot attend before a step begins; truncating or removing a sequence ends it");
-  }
+  require_step("attend");
   if (step_.most_queries > kMostQueries) {
-    throw Error(PH_ERROR_UNSUPPORTED, "Cannot attend with %u tokens of a sequence in a step: the most is %u",
-                step_.most_queries, kMostQueries);
+    throw Error(
+        PH_ERROR_UNSUPPORTED,
+        "Cannot attend with %u tokens of a sequence in a step: the most is %u; use prefill instead of "
+        "append for more",
+        step_.most_queries, kMostQueries);
   }
-  if (!(scale > 0.0f && std::isfinite(scale))) {
-    throw Error(PH_ERROR_INVALID_ARGUMENT,
-                "The scale of attention must be positive and finite: current value is %g",
-                static_cast<double>(scale));
-  }
+  require_scale(scale);
+  if (capture_) capture_->attended[layer] = true;
   if (step_.sequence_count == 0) return;
-  attention::decode(device_, view_, shapes_[layer], layer, step_, queries, out, scale, attention_.data());
+  attention::decode(device_, view_, shapes_[layer], layer, step_, queries, out, scale, attention_.data(),
+                    windows_[layer]);
+}
+
+void ph_kv_cache::prefill(uint32_t layer, StepTensors tensors, const uint8_t* queries, uint8_t* out,
+                          float scale) {
+  require_missing(layer);
+  require_scale(scale);
+  // A captured step may be replayed once there are packed tokens.
+  if ((most_packed_ > 0 || capturing()) && !attention::prefills_packed(shapes_[layer])) {
+    throw Error(PH_ERROR_UNSUPPORTED,
+                "Cannot prefill layer %u, which has kivi or raw16, on a GPU where sequences have packed "
+                "tokens or the step is "
+                "captured: append at most %u tokens of a sequence at a time, and attend",
+                layer, kMostQueries);
+  }
+  attention::prefill(device_, view_, shapes_[layer], layer, step_, tensors, queries, out, scale,
+                     windows_[layer]);
+  append(layer, tensors);
 }
 
 void ph_kv_cache::read(uint32_t layer, uint32_t sequence, uint64_t first, uint64_t count, uint8_t* keys,
@@ -589,6 +771,16 @@ void ph_kv_cache::read(uint32_t layer, uint32_t sequence, uint64_t first, uint64
                 static_cast<unsigned_long>(from.tokens));
   }
   if (count == 0) return;
+  const Stream& stream = from.streams[layer];
+  const uint64_t held = first_held(stream);
+  if (stream.first_block > 0 && first < held && first + count > config_.sinks) {
+    throw Error(
+        PH_ERROR_INVALID_ARGUMENT,
+        "Cannot read tokens %llu to %llu of sequence %u: beside the %u sinks, layer %u holds those from "
+        "%llu on; its window left the others",
+        static_cast<unsigned_long>(first), static_cast<unsigned_long>(first + count), sequence, config_.sinks,
+        layer, static_cast<unsigned_long>(held));
+  }
   read_tokens(device_, view_, shapes_[layer], layer, sequence, from.packed, first, count, keys, values);
 }
 
@@ -605,13 +797,10 @@ void ph_kv_cache::check() {
 ph_kv_cache_statistics ph_kv_cache::statistics() {
   require_idle("count the bytes");
   tighten();
-  ph_kv_cache_statistics found{};
-  found.pool_bytes = pool_.bytes();
-  found.recent_bytes = recent_.bytes();
-  found.index_bytes = index_.bytes();
-  found.page_table_bytes = page_tables_.bytes();
-  found.step_bytes = plan_.bytes() + words_.bytes() + non_finite_.bytes();
-  found.workspace_bytes = workspace_.bytes() + attention_.bytes();
+  // What was allocated, not what was planned.
+  ph_kv_cache_statistics found =
+      empty_statistics({pool_.bytes(), recent_.bytes(), index_.bytes(), page_tables_.bytes(), plan_.bytes(),
+                        workspace_.bytes(), attention_.bytes(), words_.bytes(), non_finite_.bytes()});
   found.free_bytes = pages_.available() * kPageBytes;
   for (const Sequence& sequence : sequences_) {
     if (!sequence.alive) continue;
@@ -619,7 +808,7 @@ ph_kv_cache_statistics ph_kv_cache::statistics() {
     found.tokens += sequence.tokens;
     found.packed_tokens += static_cast<uint64_t>(sequence.packed) * kBlockTokens;
     for (const Stream& stream : sequence.streams)
-      found.packed_bytes += (stream.bound - kStreamStart) * kUnitBytes;
+      found.packed_bytes += (stream.bound - stream.begin) * kUnitBytes;
   }
   return found;
 }

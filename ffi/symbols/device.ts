@@ -48,6 +48,25 @@ export const DEVICE_SYMBOLS = {
     ],
     result: "pointer", // ph_device*
   },
+  ph_device_open_on_stream: {
+    parameters: [
+      "u32", // uint32_t ordinal
+      "u64", // uint64_t stream
+      "buffer", // int32_t* status
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "pointer", // ph_device*
+  },
+  ph_device_stream: {
+    parameters: [
+      "pointer", // ph_device* device
+      "buffer", // uint64_t* stream
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
   ph_device_close: {
     parameters: [
       "pointer", // ph_device* device
@@ -76,6 +95,27 @@ export const DEVICE_SYMBOLS = {
       "u32", // uint32_t error_bytes
     ],
     result: "pointer", // ph_buffer*
+  },
+  ph_buffer_wrap: {
+    parameters: [
+      "pointer", // ph_device* device
+      "u64", // uint64_t address
+      "u64", // uint64_t bytes
+      "buffer", // int32_t* status
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "pointer", // ph_buffer*
+  },
+  ph_buffer_address: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // const ph_buffer* buffer
+      "buffer", // uint64_t* address
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
   },
   ph_buffer_destroy: {
     parameters: [
@@ -109,6 +149,17 @@ export const DEVICE_SYMBOLS = {
       "pointer", // ph_buffer* buffer
       "u64", // uint64_t offset
       "u32", // uint32_t value
+      "u64", // uint64_t bytes
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
+  ph_buffer_read: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // const ph_buffer* buffer
+      "u64", // uint64_t offset
       "u64", // uint64_t bytes
       "buffer", // char* error
       "u32", // uint32_t error_bytes

@@ -1,8 +1,8 @@
 import { countDevices, NativeDevice } from "../../ffi/device.ts";
-import { BYTES_PER_ELEMENT, type DType, elementCount } from "../dtype.ts";
+import type { DType } from "../dtype.ts";
 import { PackhorseError } from "../error.ts";
 import { type Backend, chooseBackend } from "./backend.ts";
-import { adoptBuffer, type DeviceBuffer } from "./device_buffer.ts";
+import { adoptBuffer, checkedByteLength, type DeviceBuffer, isAddress } from "./device_buffer.ts";
 
 /** Options of {@linkcode Device.open}. */
 export interface DeviceOptions {
@@ -14,6 +14,13 @@ export interface DeviceOptions {
   readonly backend?: Backend | "auto" | undefined;
   /** Which of the backend's devices. Default: 0. */
   readonly ordinal?: number | undefined;
+  /**
+   * A CUDA stream of one's own that work is enqueued on: a `cudaStream_t` (or `CUstream`) of that GPU, or 0n for CUDA's
+   * legacy default stream; not the per-thread one. It must live as long as the device, and stays open when the device
+   * is disposed. Nothing tells whether it is a stream at all: any other number may crash the process. Default: the
+   * device makes its own.
+   */
+  readonly stream?: bigint | undefined;
 }
 
 /** What a device says of itself. */
@@ -84,10 +91,11 @@ export class Device implements Disposable {
    *
    * Throws `library-missing` if there is no library (or no permission to load it),
    * `abi-mismatch` if it belongs to another version of Packhorse, `no-gpu` if there
-   * is no GPU, `invalid-argument` for a backend or an ordinal that does not exist.
+   * is no GPU, `invalid-argument` for a backend or an ordinal that does not exist, and for a stream of another GPU or
+   * of every thread, `unsupported` for a stream on the CPU.
    */
   static open(options: DeviceOptions = {}): Device {
-    const { ordinal = 0 } = options;
+    const { ordinal = 0, stream } = options;
     const backend = chooseBackend(options.backend);
     if (!(Number.isInteger(ordinal) && ordinal >= 0)) {
       const message = `Cannot open device ${ordinal}: ordinal must be an integer of 0 or more`;
@@ -102,7 +110,11 @@ export class Device implements Disposable {
       const message = `Cannot open device ${ordinal} of ${backend}: it has ${count}`;
       throw new PackhorseError("invalid-argument", message);
     }
-    return new Device(new NativeDevice(backend, ordinal));
+    if (stream !== undefined && !isAddress(stream)) {
+      const message = `Cannot open a device on stream ${stream}: it must be a bigint of 64 bits`;
+      throw new PackhorseError("invalid-argument", message);
+    }
+    return new Device(new NativeDevice(backend, ordinal, stream));
   }
 
   /** What the device is, and how much of its memory is free. Throws `disposed` after disposal. */
@@ -119,6 +131,11 @@ export class Device implements Disposable {
     };
   }
 
+  /** The CUDA stream that work is enqueued on, a `cudaStream_t`; 0n on the CPU. Throws `disposed` after disposal. */
+  get stream(): bigint {
+    return this.#native.stream;
+  }
+
   /** Whether it was disposed. */
   get isDisposed(): boolean {
     return this.#native.isClosed;
@@ -131,16 +148,7 @@ export class Device implements Disposable {
    * `disposed` after disposal.
    */
   createBuffer<T extends DType>(dtype: T, length: number): DeviceBuffer<T> {
-    if (!Object.hasOwn(BYTES_PER_ELEMENT, dtype)) {
-      const dtypes = Object.keys(BYTES_PER_ELEMENT).join(", ");
-      const message = `Cannot create a buffer of ${dtype}: dtype must be one of ${dtypes}`;
-      throw new PackhorseError("invalid-argument", message);
-    }
-    if (!(Number.isSafeInteger(length) && length > 0)) {
-      const message = `Cannot create a buffer of ${length} elements: it needs at least 1`;
-      throw new PackhorseError("invalid-argument", message);
-    }
-    const byteLength = elementCount([length, BYTES_PER_ELEMENT[dtype]]);
+    const byteLength = checkedByteLength({ dtype, length }, "Cannot create a buffer");
     return adoptBuffer(this, this.#native.createBuffer(byteLength), { dtype, length });
   }
 

@@ -1,11 +1,33 @@
 import type { NativeBuffer } from "../../ffi/device.ts";
-import { BYTES_PER_ELEMENT, type DType } from "../dtype.ts";
+import { BYTES_PER_ELEMENT, type DType, elementCount } from "../dtype.ts";
 import { PackhorseError } from "../error.ts";
-import type { Device } from "./device.ts";
+import { type Device, nativeOf } from "./device.ts";
 import { bytesOf, createHostArray, type HostArray } from "./host_array.ts";
 
 /** Frees the memory of buffers that were dropped without being disposed. */
 const dropped = new FinalizationRegistry<NativeBuffer>((native) => native.close());
+
+/** The bytes of some elements. Throws `invalid-argument` for a dtype or a length that is none. */
+export function checkedByteLength(
+  { dtype, length }: { dtype: DType; length: number },
+  action: string,
+): number {
+  if (!Object.hasOwn(BYTES_PER_ELEMENT, dtype)) {
+    const dtypes = Object.keys(BYTES_PER_ELEMENT).join(", ");
+    const message = `${action} of ${dtype}: dtype must be one of ${dtypes}`;
+    throw new PackhorseError("invalid-argument", message);
+  }
+  if (!(Number.isSafeInteger(length) && length > 0)) {
+    const message = `${action} of ${length} elements: it needs at least 1`;
+    throw new PackhorseError("invalid-argument", message);
+  }
+  return elementCount([length, BYTES_PER_ELEMENT[dtype]]);
+}
+
+/** Whether `value` is a bigint that 64 bits hold. */
+export function isAddress(value: unknown): value is bigint {
+  return typeof value === "bigint" && value === BigInt.asUintN(64, value);
+}
 
 /** What a buffer is made of; for this folder and the operations on buffers. */
 export interface BufferRegion {
@@ -25,7 +47,8 @@ export let adoptBuffer: <T extends DType>(
 
 /**
  * Elements of one type in the memory of a {@linkcode Device}, made by
- * {@linkcode Device.createBuffer}.
+ * {@linkcode Device.createBuffer}, or over memory that is there already by
+ * {@linkcode DeviceBuffer.fromAddress}.
  *
  * Copies to and from host memory are bit by bit. Work on a device happens in the
  * order of the calls, so a buffer may be reused, or disposed, without waiting.
@@ -82,6 +105,52 @@ export class DeviceBuffer<T extends DType = DType> implements Disposable {
     };
     adoptBuffer = (device, buffer, type) =>
       new DeviceBuffer(device, type, { buffer, byteOffset: 0 });
+  }
+
+  /**
+   * A buffer over memory that belongs to someone else, such as a tensor of the engine that Packhorse works beside: at
+   * `address`, `length` elements of a `dtype`. Nothing is copied, and disposing the buffer frees nothing; the memory
+   * must stay until the buffer, and the work enqueued with it, are done.
+   *
+   * On a GPU the address is one of that GPU's memory (as `cudaMalloc` gives; not managed memory); on the CPU it is one
+   * of this process, and nothing tells whether it is: a wrong one crashes the process or reads what it should not. It
+   * must be a multiple of 16. Work on other streams has to be over before: see {@linkcode DeviceOptions.stream}.
+   *
+   * Throws `invalid-argument` for a dtype, a length or an address that is none, and on a GPU if the first or the last
+   * byte is not in its memory; `disposed`.
+   *
+   * @example
+   * ```ts
+   * import { Device, DeviceBuffer } from "@packhorse/packhorse/device";
+   * import { assertEquals } from "@std/assert";
+   *
+   * using device = Device.open();
+   * using tensor = device.createBuffer("f32", 4); // stands for another library's
+   * using buffer = DeviceBuffer.fromAddress(device, tensor.address, { dtype: "f32", length: 4 });
+   * buffer.upload(Float32Array.of(1, 2, 3, 4));
+   * assertEquals(tensor.download(), Float32Array.of(1, 2, 3, 4));
+   * ```
+   */
+  static fromAddress<T extends DType>(
+    device: Device,
+    address: bigint,
+    { dtype, length }: { readonly dtype: T; readonly length: number },
+  ): DeviceBuffer<T> {
+    const byteLength = checkedByteLength({ dtype, length }, "Cannot wrap a buffer");
+    if (!isAddress(address)) {
+      const message = `Cannot wrap memory at ${address}: the address must be a bigint of 64 bits`;
+      throw new PackhorseError("invalid-argument", message);
+    }
+    return adoptBuffer(device, nativeOf(device).wrapBuffer(address, byteLength), { dtype, length });
+  }
+
+  /**
+   * Where the elements are: a device pointer of the GPU, or on the CPU one of this process, for others to use until
+   * the buffer is disposed. Work on other streams must wait for the device's ({@linkcode Device.stream}). Throws
+   * `disposed`.
+   */
+  get address(): bigint {
+    return this.#native.address + BigInt(this.#byteOffset);
   }
 
   /** Bytes of the elements. */
@@ -173,6 +242,14 @@ export class DeviceBuffer<T extends DType = DType> implements Disposable {
       );
     }
     this.#native.fill(byte, this.#byteOffset, this.byteLength);
+  }
+
+  /**
+   * Enqueues reading every byte and doing nothing with it, as fast as the device can: what work that is bound by
+   * memory is measured against. A view must start at a multiple of 16 bytes.
+   */
+  read(): void {
+    this.#native.read(this.#byteOffset, this.byteLength);
   }
 
   /**

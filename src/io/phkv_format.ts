@@ -21,13 +21,18 @@
  *      "codec": object, the parameters that decode the records
  *      "blockTokens": 64
  *      "layers": [{"layer", "keyName", "valueName": strings, "dtype": "f16" | "bf16" | "f32",
- *                  "heads", "tokens", "headDim", "blocks": numbers}]
+ *                  "heads", "tokens", "headDim", "blocks": numbers, "sinks": number}]
  *      "metadata": {string: string}
  *
  *   entries, without gaps, layer by layer: one record a block, then the layer's tail
  *      record: opaque here; in "packs" a multiple of 16 bytes, of which the first u32 is its length
- *      tail:   the tokens after the blocks in their own type: keys [heads, tokens - 64 * blocks, headDim],
+ *      tail:   the tokens outside the blocks in their own type: keys [heads, tokens - 64 * blocks, headDim],
  *              then values likewise; an entry of 0 bytes if there are none
+ *
+ *   In "packs" the blocks begin with token 0. "tiles" is one sequence of a growing cache: its blocks begin with
+ *   token "sinks" (0 if missing), so that the tail is the tokens before and after them, in order. A record is the
+ *   block's parameters and a record per kv head, as cuda/kv/tile.h defines them; the codec is {"residual": number,
+ *   "layers": [{"keys": codec, "values": codec}]} as KvCache.create takes them.
  *
  * Every byte is checked: the header by its checksum, its copy against it, each entry by its own checksum, and
  * header, entries and copy must fill the file exactly. Either header and any intact entry can be read without
@@ -60,8 +65,10 @@ export interface PhkvLayer {
   readonly tokens: number;
   /** Channels of a head: a multiple of 16, up to 256. */
   readonly headDim: number;
-  /** Blocks of 64 tokens, from the first token on; the tokens after them are the tail. */
+  /** Blocks of 64 tokens, from the first token (or those of `sinks`) on; all other tokens are the tail. */
   readonly blocks: number;
+  /** Layout `tiles` only: tokens before the first block, as far as there are so many. 0 if missing. */
+  readonly sinks?: number;
 }
 
 /** What a header's JSON says. */
@@ -104,18 +111,31 @@ export function tailByteLength(layer: PhkvLayer): number {
   return elementCount([2, layer.heads, tokens, layer.headDim, BYTES_PER_ELEMENT[layer.dtype]]);
 }
 
+/** The first token of a block; of the block after the last one, the first token after the blocks. */
+export function blockStart({ sinks = 0 }: PhkvLayer, block: number): number {
+  return sinks + block * BLOCK_TOKENS;
+}
+
+/** Tokens of the tail that come before the blocks. */
+export function leadingTokens({ sinks = 0, tokens }: PhkvLayer): number {
+  return Math.min(sinks, tokens);
+}
+
 /** How messages call a block: "layers.2 block 5 (tokens 320-383)". */
 export function blockLabel(layer: PhkvLayer, block: number): string {
-  const token = block * BLOCK_TOKENS;
+  const token = blockStart(layer, block);
   return `${layer.layer} block ${block} (tokens ${token}-${token + BLOCK_TOKENS - 1})`;
 }
 
 /** How messages call a tail: "layers.2 tail (tokens 384-400)". */
 export function tailLabel(layer: PhkvLayer): string {
-  const token = layer.blocks * BLOCK_TOKENS;
-  return token === layer.tokens
+  const ranges = [
+    [0, leadingTokens(layer)],
+    [Math.min(blockStart(layer, layer.blocks), layer.tokens), layer.tokens],
+  ].filter(([first, end]) => first! < end!).map(([first, end]) => `${first}-${end! - 1}`);
+  return ranges.length === 0
     ? `${layer.layer} tail (no tokens)`
-    : `${layer.layer} tail (tokens ${token}-${layer.tokens - 1})`;
+    : `${layer.layer} tail (tokens ${ranges.join(" and ")})`;
 }
 
 /** Why a record cannot have `bytes` bytes, or undefined if it can. */
@@ -157,7 +177,11 @@ export function decodeDescription(json: Uint8Array, what: string): PhkvDescripti
   const layerNames = new Set<string>();
   const tensorNames = new Set<string>();
   const checkedLayers = layers.map((value, i) => {
-    const layer = checkLayer(value, (reason) => fail(`describes layer ${i} wrongly: ${reason}`));
+    const layer = checkLayer(
+      value,
+      layout,
+      (reason) => fail(`describes layer ${i} wrongly: ${reason}`),
+    );
     if (layerNames.has(layer.layer)) return fail(`names the layer ${layer.layer} twice`);
     layerNames.add(layer.layer);
     for (const name of [layer.keyName, layer.valueName]) {
@@ -171,7 +195,7 @@ export function decodeDescription(json: Uint8Array, what: string): PhkvDescripti
 
 type Fail = (reason: string) => never;
 
-function checkLayer(value: unknown, fail: Fail): PhkvLayer {
+function checkLayer(value: unknown, layout: PhkvLayout, fail: Fail): PhkvLayer {
   if (!isObject(value)) return fail("it is not an object");
   const { layer, keyName, valueName, dtype, heads, tokens, headDim, blocks } = value;
   // Layer names go to terminals as they are.
@@ -201,7 +225,14 @@ function checkLayer(value: unknown, fail: Fail): PhkvLayer {
       `blocks must be a count of 64 of its ${tokens} tokens, is ${JSON.stringify(blocks)}`,
     );
   }
-  return { layer, keyName, valueName, dtype, heads, tokens, headDim, blocks };
+  const checked: PhkvLayer = { layer, keyName, valueName, dtype, heads, tokens, headDim, blocks };
+  const { sinks } = value;
+  if (sinks === undefined) return checked;
+  if (layout !== "tiles") return fail(`layers of layout ${layout} have no sinks`);
+  if (!isCount(sinks) || (blocks > 0 && sinks > tokens - blocks * BLOCK_TOKENS)) {
+    return fail(`sinks must be a count of tokens before the blocks, is ${JSON.stringify(sinks)}`);
+  }
+  return { ...checked, sinks };
 }
 
 /** Bytes of the header with this much JSON and this many entries; throws `invalid-argument` beyond the limit. */

@@ -206,9 +206,12 @@ export class ResidentRecords implements Disposable {
 /** A block whose record no encoder writes. */
 export class MalformedBlock {
   readonly block: number;
+  /** What is wrong with it, where that is known. */
+  readonly reason: string | undefined;
 
-  constructor(block: number) {
+  constructor(block: number, reason?: string) {
     this.block = block;
+    this.reason = reason;
   }
 }
 

@@ -16,6 +16,7 @@ import {
   startStep,
   type StepOwner,
 } from "./cache_step.ts";
+import { type KvSequenceFileOptions, loadSequence, saveSequence } from "./sequence_file.ts";
 import type { KvPair } from "./tensor.ts";
 
 /** A sequence of a {@linkcode KvCache}, made by {@linkcode KvCache.add} or {@linkcode KvCache.fork}. */
@@ -58,13 +59,13 @@ export interface KvCacheStatistics {
   readonly workspaceBytes: number;
   /** Pages of the pool that no sequence holds. */
   readonly freeBytes: number;
-  /** Records of all sequences; shared ones count once for each. */
+  /** Records of all sequences; shared ones count once for each, those given back not. */
   readonly packedBytes: number;
   /** Sequences that there are. */
   readonly sequences: number;
   /** Tokens of all sequences. */
   readonly tokens: number;
-  /** Of these, packed. */
+  /** Of these, packed, whether the windows of all layers have left them or not. */
   readonly packedTokens: number;
 }
 
@@ -79,7 +80,10 @@ const dropped = new FinalizationRegistry<NativeKvCache>((native) => native.close
  * would remain after it, a block of 64 tokens is packed (see {@linkcode KvCacheOptions}); results do not depend on how
  * many tokens come at a time. Tokens come in steps, for attention is planned once for all sequences and layers of a
  * step: {@linkcode begin} says which sequences get how many tokens, then every layer calls
- * {@linkcode KvCacheStep.append} and {@linkcode KvCacheStep.attend}.
+ * {@linkcode KvCacheStep.append} and {@linkcode KvCacheStep.attend}, or, for prompts, {@linkcode KvCacheStep.prefill}.
+ *
+ * Layers may have a sliding window, beyond which tokens attend to the sinks only. Packed tokens outside are not read,
+ * and {@linkcode begin} gives back their pages when the pool would not do otherwise.
  *
  * A cache allocates all its memory when it is created. {@linkcode begin} and the calls of a step enqueue work and wait
  * for nothing, except that `begin` may wait for the device when the pool is nearly full. One thread at a time may use
@@ -138,6 +142,8 @@ export class KvCache implements Disposable {
   /** What steps know of the cache. */
   readonly #owner: StepOwner;
   readonly #sequences = new Set<KvSequence>();
+  /** Those that are being saved, once for each time. */
+  readonly #saving: KvSequence[] = [];
 
   private constructor(device: Device, config: KvCacheConfig) {
     const bytes = nativeCacheConfig(config);
@@ -182,10 +188,11 @@ export class KvCache implements Disposable {
    * Keeps the first `tokens` tokens of a sequence. Tokens of a packed block that is cut go back to 16 bits, with the
    * values that they were packed to. Waits for the device. Ends the current step.
    *
-   * Throws as {@linkcode fork}, and `invalid-argument` if the sequence has fewer tokens.
+   * Throws as {@linkcode fork}, and `invalid-argument` if the sequence has fewer tokens, or its next token would attend
+   * to tokens that were given back because a window had left them.
    */
   truncate(sequence: KvSequence, tokens: number): void {
-    const number = this.#numberOf(sequence, "truncate");
+    const number = this.#changing(sequence, "truncate");
     if (!isCount(tokens)) {
       refuse(`Cannot truncate sequence ${number}: tokens must be a count, got ${tokens}`);
     }
@@ -200,7 +207,7 @@ export class KvCache implements Disposable {
    * begun.
    */
   remove(sequence: KvSequence): void {
-    this.#native.remove(this.#numberOf(sequence, "remove"));
+    this.#native.remove(this.#changing(sequence, "remove"));
     this.#sequences.delete(sequence);
     this.#owner.step = undefined;
   }
@@ -216,13 +223,14 @@ export class KvCache implements Disposable {
    *
    * Throws `invalid-argument` if there is no such sequence, if one is named twice or would get longer than the cache
    * was created for, if the step has more tokens than the cache was created for, or if a layer lacks the tokens of the
-   * step before; `out-of-memory` if the pool might be exhausted. Then nothing has changed, and the step before goes on.
+   * step before; `out-of-memory` if the pool might be exhausted, even without what windows have left. Then nothing has
+   * changed, and the step before goes on.
    */
   begin(parts: readonly KvStepPart[]): KvCacheStep {
     if (parts.length === 0) refuse("Cannot begin a step without sequences");
     const sequences = Uint32Array.from(
       parts,
-      ({ sequence }) => this.#numberOf(sequence, "begin a step with"),
+      ({ sequence }) => this.#changing(sequence, "begin a step with"),
     );
     const tokens = Uint32Array.from(parts, ({ tokens = 1, sequence: { number } }) => {
       if (Number.isInteger(tokens) && tokens >= 1 && tokens < 2 ** 32) return tokens;
@@ -239,8 +247,8 @@ export class KvCache implements Disposable {
    * `[count, kvHeads, headDim]` in new buffers, which disposing the result frees. Enqueues the work; download the
    * buffers to look at the values.
    *
-   * Throws `invalid-argument` for a layer, a sequence or tokens that do not exist, and if the layer lacks the tokens
-   * of the current step; `out-of-memory`.
+   * Throws `invalid-argument` for a layer, a sequence or tokens that do not exist, or no longer as the layer's window
+   * has left them, and if the layer lacks the tokens of the current step; `out-of-memory`.
    */
   read(
     layer: number,
@@ -272,6 +280,80 @@ export class KvCache implements Disposable {
     });
     const owner = stack.move();
     return { ...buffers, [Symbol.dispose]: () => owner.dispose() };
+  }
+
+  /**
+   * Saves a sequence to a `.phkv` file, from which {@linkcode load} restores it, bit for bit. Its records are written as
+   * they are, layer by layer, so that little more than a layer's is in host memory at once; each wait for the device is
+   * for one layer. The file appears complete or not at all, in place of one that may be there.
+   *
+   * Meanwhile the sequence can be read and forked, but begins no step, and is neither truncated nor removed; other
+   * sequences go on.
+   *
+   * Throws `invalid-argument` if there is no such sequence, or a layer still lacks its tokens of the step that has
+   * begun; `io` if the file cannot be written; the signal's reason.
+   *
+   * @example
+   * ```ts
+   * import { Device, KvCache } from "@packhorse/packhorse";
+   * import { assertEquals } from "@std/assert";
+   *
+   * const path = `${await Deno.makeTempDir()}/prompt.phkv`;
+   * using device = Device.open({ backend: "cpu" });
+   * const shape = { layers: 1, queryHeads: 2, kvHeads: 1, headDim: 64, dtype: "f16" } as const;
+   * const limits = { sequences: 2, tokens: 1024, stepTokens: 512, poolBytes: 2 ** 20 };
+   * {
+   *   using cache = KvCache.create(device, { ...shape, ...limits });
+   *   const sequence = cache.add();
+   *   using keys = device.createBuffer("f16", 300 * 64);
+   *   keys.upload(Float16Array.from({ length: keys.length }, (_, i) => Math.sin(i)));
+   *   cache.begin([{ sequence, tokens: 300 }]).append(0, keys, keys);
+   *   await cache.save(sequence, path);
+   * }
+   *
+   * // Later, in a cache of the same shape and codec, the prompt need not be computed again.
+   * using cache = KvCache.create(device, { ...shape, ...limits, tokens: 4096 });
+   * const sequence = await cache.load(path);
+   * assertEquals(cache.length(sequence), 300);
+   * assertEquals(cache.statistics().packedTokens, 128);
+   * ```
+   */
+  async save(
+    sequence: KvSequence,
+    path: string,
+    options: KvSequenceFileOptions = {},
+  ): Promise<void> {
+    const number = this.#numberOf(sequence, "save");
+    this.#saving.push(sequence);
+    try {
+      const { config } = this;
+      await saveSequence({ native: this.#native, config }, number, path, options);
+    } finally {
+      this.#saving.splice(this.#saving.indexOf(sequence), 1);
+    }
+  }
+
+  /**
+   * Starts a sequence with what {@linkcode save} wrote: the same tokens, packed where they were packed, so that reading
+   * and attention give the same bits. The cache must have the same layers, kvHeads, headDim, dtype, codecs and sinks,
+   * on any backend. Its residual may differ: with a larger one, packing pauses until that many tokens are there; a
+   * smaller one must leave room for the newest tokens that the file has in 16 bits, fewer than `residual + 64`, for
+   * packing them would change them.
+   *
+   * The file is untrusted, and checked to the last byte before the sequence is there. Whatever is thrown, the cache is
+   * as it was. Pages are taken from the pool at the beginning; steps can go on meanwhile.
+   *
+   * Throws `not-found`, `io`, `newer-version`, `truncated` or `corrupt` if the file fails; `unsupported` for a file that
+   * {@linkcode packKvFile} wrote; `invalid-argument` naming what differs if the sequence does not fit the cache, or is
+   * longer than the cache was created for; `out-of-memory` if the pool, or the number of sequences, is exhausted; the
+   * signal's reason.
+   *
+   * Example: {@linkcode save}.
+   */
+  async load(path: string, options: KvSequenceFileOptions = {}): Promise<KvSequence> {
+    const { config } = this;
+    void this.#native.handle; // throws once disposed
+    return this.#adopt(await loadSequence({ native: this.#native, config }, path, options));
   }
 
   /**
@@ -318,6 +400,15 @@ export class KvCache implements Disposable {
     const sequence = Object.freeze({ number });
     this.#sequences.add(sequence);
     return sequence;
+  }
+
+  /** The number of a sequence that is to change. */
+  #changing(sequence: KvSequence, action: string): number {
+    const number = this.#numberOf(sequence, action);
+    if (!this.#saving.includes(sequence)) return number;
+    return refuse(
+      `Cannot ${action} sequence ${number}: it is being saved; wait until save is done, or fork it`,
+    );
   }
 
   /** The number of a sequence, if it is one of this cache. */

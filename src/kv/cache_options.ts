@@ -93,16 +93,23 @@ export interface KvCacheOptions {
    * and 0.2 for the values.
    */
   readonly codec?: KvCacheCodec | readonly KvCacheCodec[] | undefined;
+  /**
+   * Sliding windows: how many tokens a token attends to, itself included, beside the sinks; 0 for all before it. One for
+   * all layers, or one per layer. Tokens that a window has left make room in the pool when it runs short. Default: 0.
+   */
+  readonly window?: number | readonly number[] | undefined;
 }
 
 /** {@linkcode KvCacheOptions} with every default filled in. */
-export interface KvCacheConfig extends Required<Omit<KvCacheOptions, "codec">> {
+export interface KvCacheConfig extends Required<Omit<KvCacheOptions, "codec" | "window">> {
   /** How many of the newest tokens at least stay in 16 bits. */
   readonly residual: number;
   /** How many of the first tokens stay in 16 bits. */
   readonly sinks: number;
   /** How tokens are packed, per layer. */
   readonly codecs: readonly KvCacheCodec[];
+  /** How many tokens a token attends to beside the sinks, per layer; 0 for all. */
+  readonly windows: readonly number[];
 }
 
 const DEFAULT_CODEC: KvCacheCodec = {
@@ -119,7 +126,7 @@ const DTYPES: readonly unknown[] = ["f16", "bf16"];
 export function resolveCacheOptions(options: KvCacheOptions): KvCacheConfig {
   const { layers, queryHeads, kvHeads, headDim, dtype, sequences, tokens, stepTokens, poolBytes } =
     options;
-  const { residual = 128, sinks = 4, codec = DEFAULT_CODEC } = options;
+  const { residual = 128, sinks = 4, codec = DEFAULT_CODEC, window = 0 } = options;
   const within = (name: string, value: number, least: number, most: number) => {
     if (Number.isSafeInteger(value) && value >= least && value <= most) return;
     refuse(`${name} must be an integer from ${least} to ${most}, got ${value}`);
@@ -142,9 +149,14 @@ export function resolveCacheOptions(options: KvCacheOptions): KvCacheConfig {
   if (codecs.length !== layers) {
     refuse(`codec must be one for all layers or a list of ${layers}, got ${codecs.length}`);
   }
+  const windows = isList(window) ? [...window] : Array.from({ length: layers }, () => window);
+  if (windows.length !== layers) {
+    refuse(`window must be one for all layers or a list of ${layers}, got ${windows.length}`);
+  }
+  windows.forEach((each, layer) => within(`window of layer ${layer}`, each, 0, 2 ** 31 - 1));
   codecs.forEach((each, layer) => PARTS.forEach((part) => checkPart(each[part], layer, part)));
   const shape = { layers, queryHeads, kvHeads, headDim, dtype };
-  return { ...shape, sequences, tokens, stepTokens, poolBytes, residual, sinks, codecs };
+  return { ...shape, sequences, tokens, stepTokens, poolBytes, residual, sinks, codecs, windows };
 }
 
 /** The configuration and the codecs as the native library takes them. */
@@ -154,7 +166,7 @@ export function nativeCacheConfig(config: KvCacheConfig): {
 } {
   const codecs = new Uint8Array(config.codecs.length * KV_CACHE_CODEC.byteLength);
   config.codecs.forEach((codec, layer) =>
-    codecs.set(nativeCodec(codec), layer * KV_CACHE_CODEC.byteLength)
+    codecs.set(nativeCodec(codec, config.windows[layer]!), layer * KV_CACHE_CODEC.byteLength)
   );
   const bytes = KV_CACHE_CONFIG.write({
     layers: config.layers,
@@ -172,7 +184,7 @@ export function nativeCacheConfig(config: KvCacheConfig): {
   return { config: bytes, codecs };
 }
 
-function nativeCodec({ keys, values }: KvCacheCodec): Uint8Array {
+function nativeCodec({ keys, values }: KvCacheCodec, window: number): Uint8Array {
   const bits = (part: KvCachePartCodec) =>
     part.quantizer === "fixed" || part.quantizer === "kivi" ? part.bits : 0;
   const rel = (part: KvCachePartCodec) => part.quantizer === "packkv" ? part.rel : 0;
@@ -183,6 +195,7 @@ function nativeCodec({ keys, values }: KvCacheCodec): Uint8Array {
     value_bits: bits(values),
     key_rel: rel(keys),
     value_rel: rel(values),
+    window,
   });
 }
 

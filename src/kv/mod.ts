@@ -4,6 +4,7 @@
  *
  * @module
  */
+export { benchKvCache, type BenchKvCacheOptions, type KvCacheBench } from "./bench_cache.ts";
 export {
   KvCache,
   type KvCacheStatistics,
@@ -11,6 +12,7 @@ export {
   type KvSequence,
   type KvStepPart,
 } from "./cache.ts";
+export { parseCacheCodec } from "./cache_codec.ts";
 export type {
   KvCacheCodec,
   KvCacheConfig,
@@ -18,7 +20,8 @@ export type {
   KvCacheOptions,
   KvCachePartCodec,
 } from "./cache_options.ts";
-export type { KvAttendOptions, KvCacheStep } from "./cache_step.ts";
+export type { KvAttendOptions, KvCacheStep, KvPrefillTensors } from "./cache_step.ts";
+export type { KvStepGraph } from "./step_graph.ts";
 export {
   type KvBits,
   type KvCodec,
@@ -45,8 +48,26 @@ export type {
   PackKvFileOptions,
   UnpackKvFileOptions,
 } from "./file_options.ts";
-export type { KvFileReport, KvLayerReport } from "./file_report.ts";
+export type {
+  KvFileReport,
+  KvLayerReport,
+  KvSequenceFileReport,
+  KvSequenceLayerReport,
+} from "./file_report.ts";
 export { inspectKvFile } from "./inspect_file.ts";
+export {
+  type KvCacheWidths,
+  measureKvCacheWidths,
+  type MeasureKvCacheWidthsOptions,
+} from "./measure_widths.ts";
+export { type KvModel, type KvModelWeights, readModelConfig } from "./model_config.ts";
+export {
+  type KvCachePlan,
+  type KvCachePlanBytes,
+  type KvCachePlanOptions,
+  type KvCachePlanTime,
+  planKvCache,
+} from "./plan_cache.ts";
 export { type KvMeasurement, type KvPartMeasurement, measureKv } from "./measure.ts";
 export { packKv, unpackKv } from "./pack.ts";
 export { packKvFile } from "./pack_file.ts";
@@ -60,6 +81,7 @@ export {
   repackKv,
   unpackCodes,
 } from "./steps.ts";
+export type { KvSequenceFileOptions } from "./sequence_file.ts";
 export { type KvSweepRow, sweepKvFile, type SweepKvFileOptions } from "./sweep_file.ts";
 export type { KvDType, KvLayout, KvPair, KvPart, KvShape, KvTensor } from "./tensor.ts";
 export { unpackKvFile, type UnpackKvFileReport } from "./unpack_file.ts";

@@ -1,14 +1,16 @@
 import type { Device } from "../device/device.ts";
-import { blockLabel, tailLabel } from "../io/phkv_format.ts";
-import type { PhkvReader, PhkvStoredLayer } from "../io/phkv_reader.ts";
+import { blockLabel, blockStart, leadingTokens, tailLabel } from "../io/phkv_format.ts";
+import type { PhkvStoredLayer } from "../io/phkv_reader.ts";
 import { SafetensorsWriter } from "../io/safetensors_writer.ts";
-import { type KvRecords, MalformedBlock, malformedError, ResidentRecords } from "./blocks.ts";
+import { type KvRecords, MalformedBlock, ResidentRecords } from "./blocks.ts";
 import { type Chunk, chunksOf } from "./chunks.ts";
-import { BLOCK_TOKENS, type KvCodec } from "./codec.ts";
+import { BLOCK_TOKENS } from "./codec.ts";
 import type { UnpackKvFileOptions } from "./file_options.ts";
-import { layoutOf, openPacked } from "./packed_file.ts";
+import { layoutOf, malformedBlockError, openPacked, type PackedFile } from "./packed_file.ts";
 import { ProgressCount } from "./progress.ts";
+import { ResidentTiles } from "./tile_blocks.ts";
 import {
+  type KvLayout,
   type KvPair,
   placeTokens,
   rowByteLength,
@@ -35,7 +37,9 @@ export interface UnpackKvFileReport {
 
 /**
  * Restores the `.safetensors` file from a `.phkv` file, chunk by chunk: tensors,
- * their names and the metadata. The output appears complete or not at all.
+ * their names and the metadata. The output appears complete or not at all. Of a
+ * sequence that {@linkcode KvCache.save} wrote, the tensors are `layers.<n>.key`
+ * and `layers.<n>.value`, with the values that attention sees, rounded to 16 bits.
  *
  * Throws `not-found` or `io` if a file fails, `newer-version`, `truncated` or
  * `corrupt` if the input is not whole. With `recover`, one intact header suffices:
@@ -69,7 +73,6 @@ export async function unpackKvFile(
   const start = performance.now();
   const { input, output, recover = false, signal } = options;
   const opened = await openPacked(input, { recover });
-  const { codec } = opened;
   using reader = opened.reader;
   const { layers, metadata } = reader;
   using writer = await SafetensorsWriter.create(output, {
@@ -85,17 +88,28 @@ export async function unpackKvFile(
   for (const [index, layer] of layers.entries()) {
     const layout = layoutOf(layer);
     for (const chunk of chunksOf(layout, layer.blocks, options.chunkBytes)) {
-      const unpacked = await unpackChunk(device, { reader, codec, index, recover }, chunk);
+      const unpacked = await unpackChunk(device, { opened, index, recover }, chunk);
       lost.push(...unpacked.lost.map((block) => blockLabel(layer, block)));
-      await writeTokens(writer, layer, chunk.firstBlock * BLOCK_TOKENS, unpacked);
+      await writeTokens(writer, layer, blockStart(layer, chunk.firstBlock), unpacked);
       progress.advance(unpacked.keys.byteLength + unpacked.values.byteLength);
     }
     const stored = await reader.readTail(index);
     if (!stored) lost.push(tailLabel(layer));
     const tail = stored ?? new Uint8Array(layer.tailByteLength);
     const half = tail.byteLength / 2;
-    const parts = { keys: tail.subarray(0, half), values: tail.subarray(half) };
-    await writeTokens(writer, layer, layer.blocks * BLOCK_TOKENS, parts);
+    const [leading, tokens] = [leadingTokens(layer), layer.tokens - layer.blocks * BLOCK_TOKENS];
+    for (
+      const [first, end, at] of [[0, leading, 0], [
+        leading,
+        tokens,
+        blockStart(layer, layer.blocks),
+      ]] as const
+    ) {
+      const slice = (part: Uint8Array<ArrayBuffer>) =>
+        sliceTokens(part, withTokens(layout, tokens), first, end);
+      const parts = { keys: slice(tail.subarray(0, half)), values: slice(tail.subarray(half)) };
+      await writeTokens(writer, layer, at, parts);
+    }
     progress.advance(tail.byteLength);
   }
   await writer.commit();
@@ -111,14 +125,14 @@ export async function unpackKvFile(
 
 async function unpackChunk(
   device: Device,
-  { reader, codec, index, recover }: {
-    reader: PhkvReader;
-    codec: KvCodec;
+  { opened, index, recover }: {
+    opened: PackedFile;
     index: number;
     recover: boolean;
   },
   { firstBlock, blocks }: Chunk,
 ): Promise<KvPair<Uint8Array<ArrayBuffer>> & { lost: number[] }> {
+  const { reader } = opened;
   const layer = reader.layers[index]!;
   const stored = await reader.readBlocks(index, firstBlock, blocks);
   const lost = new Set(stored.lost);
@@ -128,11 +142,11 @@ async function unpackChunk(
     const layout = withTokens(layoutOf(layer), kept.length * BLOCK_TOKENS);
     const decoded = kept.length === 0
       ? { keys: new Uint8Array(), values: new Uint8Array() }
-      : await decode(device, { codec, layout }, selectBlocks(stored, kept));
+      : await decode(device, { opened, index, layout }, selectBlocks(stored, kept));
     if (decoded instanceof MalformedBlock) {
       // Its checksum is right: whoever made the file wrote what no encoder writes.
       const block = firstBlock + kept[decoded.block]!;
-      if (!recover) throw malformedError(block, ` of ${layer.layer} of ${reader.path}`);
+      if (!recover) throw malformedBlockError(reader, layer, { ...decoded, block });
       lost.add(block);
       continue;
     }
@@ -147,10 +161,18 @@ async function unpackChunk(
 
 async function decode(
   device: Device,
-  description: { codec: KvCodec; layout: ReturnType<typeof layoutOf> },
+  { opened, index, layout }: { opened: PackedFile; index: number; layout: KvLayout },
   records: KvRecords,
-) {
-  using resident = await ResidentRecords.upload(device, description, records);
+): Promise<KvPair<Uint8Array<ArrayBuffer>> | MalformedBlock> {
+  if (opened.layout === "tiles") {
+    const { config } = opened;
+    const tiles = ResidentTiles.upload(device, config, config.codecs[index]!, records);
+    if (tiles instanceof MalformedBlock) return tiles;
+    using resident = tiles;
+    return await resident.decode();
+  }
+  const { codec } = opened;
+  using resident = await ResidentRecords.upload(device, { codec, layout }, records);
   return await resident.decode();
 }
 

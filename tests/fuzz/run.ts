@@ -1,5 +1,5 @@
 /**
- * Fuzzes the file readers: `deno run -P=test tests/fuzz/run.ts --seconds 60 --seed 1`.
+ * Fuzzes the file readers, and loading a sequence into a kv cache: `deno run -P=test tests/fuzz/run.ts --seconds 60 --seed 1`.
  *
  * Feeds them mutants of valid files and random bytes. A read must succeed with
  * results that agree, or throw a PackhorseError, in little time and without asking
@@ -8,6 +8,7 @@
  * @module
  */
 import { parseArgs } from "node:util";
+import { Device } from "../../src/device/mod.ts";
 import { PackhorseError } from "../../src/error.ts";
 import { TemporaryFolder } from "../temporary_folder.ts";
 import { AllocationWatch } from "./allocations.ts";
@@ -33,7 +34,8 @@ export async function fuzz(
   { seconds, seed }: { readonly seconds: number; readonly seed: number },
 ): Promise<Map<string, FuzzCounts>> {
   using folder = new TemporaryFolder();
-  const targets = await makeTargets(folder);
+  using device = Device.open();
+  const targets = await makeTargets(folder, device);
   const counts = new Map(targets.map(({ fileName }) => [fileName, { read: 0, refused: 0 }]));
   using watch = new AllocationWatch();
   const end = performance.now() + 1000 * seconds;

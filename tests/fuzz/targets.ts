@@ -7,7 +7,22 @@ import {
   SafetensorsReader,
   SafetensorsWriter,
 } from "../../src/io/mod.ts";
-import { phkvJson, withPhkvHeader, withPhkvJson } from "../forge_phkv.ts";
+import type { Device } from "../../src/device/mod.ts";
+import {
+  inspectKvFile,
+  KvCache,
+  type KvCacheOptions,
+  type KvCacheStep,
+  type KvSequence,
+  readModelConfig,
+} from "../../src/kv/mod.ts";
+import {
+  phkvEntries,
+  phkvJson,
+  withPhkvEntry,
+  withPhkvHeader,
+  withPhkvJson,
+} from "../forge_phkv.ts";
 import { TemporaryFolder } from "../temporary_folder.ts";
 import { mutateBytes, mutateJson, mutateNumber } from "./mutate.ts";
 import type { Random } from "./random.ts";
@@ -25,7 +40,7 @@ export interface Target {
 }
 
 /** The readers, and seeds for them; an index's shard is written to `folder`. */
-export async function makeTargets(folder: TemporaryFolder): Promise<Target[]> {
+export async function makeTargets(folder: TemporaryFolder, device: Device): Promise<Target[]> {
   const shard = await safetensorsSeed();
   await folder.write("shard.safetensors", shard);
   const index = { metadata: { total_size: 44 }, weight_map: { a: "shard.safetensors" } };
@@ -47,13 +62,14 @@ export async function makeTargets(folder: TemporaryFolder): Promise<Target[]> {
     {
       fileName: "fuzz.phkv",
       seeds: [await phkvSeed("packs", 3), await phkvSeed("tiles", 0)],
-      mutate: (random, seed) =>
-        random.below(2) === 0
-          ? withPhkvJson(seed, mutateJson(random, phkvJson(seed)))
-          : withPhkvHeader(seed, ({ buffer, byteLength }) => {
-            mutateNumber(random, new Uint8Array(buffer, 0, byteLength));
-          }),
+      mutate: mutateHeader,
       read: readPhkv,
+    },
+    {
+      fileName: "fuzz.sequence.phkv",
+      seeds: [await sequenceSeed(device, 150), await sequenceSeed(device, 5)],
+      mutate: mutateSequence,
+      read: (path) => readSequence(device, path),
     },
     {
       fileName: "fuzz.npy",
@@ -65,7 +81,23 @@ export async function makeTargets(folder: TemporaryFolder): Promise<Target[]> {
       mutate: (random, seed) => mutateBytes(random, seed, encode("(),:'<i4|u1>f8' 0123456789{}")),
       read: readArray,
     },
+    {
+      fileName: "fuzz.config.json",
+      seeds: [
+        await Deno.readFile(new URL("../fixtures/configs/llama-3.1-8b.json", import.meta.url)),
+      ],
+      mutate: (random, seed) => encode(mutateJson(random, decode(seed))),
+      read: readConfig,
+    },
   ];
+}
+
+async function readConfig(path: string): Promise<void> {
+  const { layers, queryHeads, kvHeads, headDim, weights } = await readModelConfig(path);
+  for (const size of [layers, queryHeads, kvHeads, headDim, queryHeads / kvHeads]) {
+    assert(Number.isSafeInteger(size) && size >= 1, `${size}`);
+  }
+  if ("bytes" in weights) assert(Number.isSafeInteger(weights.bytes) && weights.bytes > 0);
 }
 
 async function safetensorsSeed(): Promise<Uint8Array> {
@@ -110,6 +142,85 @@ async function phkvSeed(layout: "packs" | "tiles", blocks: number): Promise<Uint
   }
   await writer.commit();
   return await Deno.readFile(path);
+}
+
+function mutateHeader(random: Random, seed: Uint8Array): Uint8Array {
+  if (random.below(2) === 0) return withPhkvJson(seed, mutateJson(random, phkvJson(seed)));
+  return withPhkvHeader(seed, ({ buffer, byteLength }) => {
+    mutateNumber(random, new Uint8Array(buffer, 0, byteLength));
+  });
+}
+
+const SEQUENCE_CACHE: KvCacheOptions = {
+  layers: 2,
+  queryHeads: 2,
+  kvHeads: 2,
+  headDim: 64,
+  dtype: "f16",
+  sequences: 2,
+  tokens: 256,
+  stepTokens: 256,
+  poolBytes: 2 ** 18,
+  residual: 8,
+  codec: [
+    { keys: { quantizer: "packkv", rel: 0.1 }, values: { quantizer: "packkv", rel: 1 / 254 } },
+    { keys: { quantizer: "fixed", bits: 3 }, values: { quantizer: "packkv", rel: 0.2 } },
+  ],
+};
+
+/** Appends tokens of every layer; the step may attend. */
+function appendTokens(cache: KvCache, sequence: KvSequence, tokens: number): KvCacheStep {
+  const step = cache.begin([{ sequence, tokens }]);
+  using keys = cache.device.createBuffer("f16", tokens * 2 * 64);
+  keys.upload(Float16Array.from({ length: keys.length }, (_, i) => Math.sin(i * i)));
+  for (let layer = 0; layer < cache.config.layers; layer++) step.append(layer, keys, keys);
+  return step;
+}
+
+async function sequenceSeed(device: Device, tokens: number): Promise<Uint8Array> {
+  using folder = new TemporaryFolder();
+  using cache = KvCache.create(device, SEQUENCE_CACHE);
+  const sequence = cache.add();
+  appendTokens(cache, sequence, tokens);
+  await cache.save(sequence, folder.file("seed.phkv"));
+  return await Deno.readFile(folder.file("seed.phkv"));
+}
+
+function mutateSequence(random: Random, seed: Uint8Array): Uint8Array {
+  if (random.below(4) === 0) return mutateHeader(random, seed);
+  return withPhkvEntry(seed, random.below(phkvEntries(seed)), ({ buffer }) => {
+    const content = new Uint8Array(buffer);
+    return random.below(3) === 0
+      ? mutateBytes(random, content, seed)
+      : mutateNumber(random, content);
+  });
+}
+
+/** Loads, and then uses what was loaded; a file that is refused must leave the cache as it was. */
+async function readSequence(device: Device, path: string): Promise<void> {
+  using cache = KvCache.create(device, SEQUENCE_CACHE);
+  const before = cache.statistics();
+  try {
+    const sequence = await cache.load(path);
+    const tokens = cache.length(sequence);
+    assertEquals(cache.statistics().tokens, tokens);
+    for (let layer = 0; layer < cache.config.layers && tokens > 0; layer++) {
+      using read = cache.read(layer, sequence);
+      assertEquals(read.keys.length, tokens * 2 * 64);
+    }
+    if (tokens < cache.config.tokens) {
+      const step = appendTokens(cache, sequence, 1);
+      using queries = device.createBuffer("f16", 2 * 64);
+      using out = device.createBuffer("f16", 2 * 64);
+      queries.fill();
+      for (let layer = 0; layer < cache.config.layers; layer++) step.attend(layer, queries, out);
+    }
+    cache.remove(sequence);
+    const { layout } = await inspectKvFile(device, { input: path });
+    assertEquals(layout, "tiles");
+  } finally {
+    assertEquals(cache.statistics(), before);
+  }
 }
 
 function withSafetensorsJson(file: Uint8Array, change: (json: string) => string): Uint8Array {
