@@ -412,6 +412,7 @@ for (const backend of backends()) {
         residual: 8,
         sinks: 4,
         codecs: [codec, codec],
+        windows: [0],
       });
       const sequence = reference.add();
       reference.append(sequence, layers.map((layer) => splitTokens(model, layer)));

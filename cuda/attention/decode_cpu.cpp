@@ -8,6 +8,9 @@
 namespace ph::attention {
 
 #if defined(__x86_64__)
+namespace avx512vnni {
+extern const DecodeKernels kDecodeKernels;
+}
 namespace avx512 {
 extern const DecodeKernels kDecodeKernels;
 }
@@ -25,7 +28,8 @@ const DecodeKernels& decode_kernels() {
 #if defined(__x86_64__)
   // block_kernels does not ask for fused multiply-adds, which the wider kernels here use.
   if (__builtin_cpu_supports("fma")) {
-    for (const DecodeKernels* table : {&avx512::kDecodeKernels, &avx2::kDecodeKernels}) {
+    for (const DecodeKernels* table :
+         {&avx512vnni::kDecodeKernels, &avx512::kDecodeKernels, &avx2::kDecodeKernels}) {
       if (strcmp(table->instruction_set, kv::block_kernels().instruction_set) == 0) return *table;
     }
   }

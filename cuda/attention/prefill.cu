@@ -311,18 +311,11 @@ __device__ __forceinline__ void fetch_block(const uint8_t* pool, const BlockRuns
 
 // Nibble words N (tile.h) of a lane of a group of `width` 0 to 4.
 __device__ __forceinline__ void load_nibbles(const uint8_t* group, uint32_t width, uint32_t (&nibbles)[8]) {
-  with_width(
-      width,
-      [&](auto constant) {
-        constexpr int kWidth = decltype(constant)::value;
-        uint32_t words[2 * kWidth];
-        load_group<kWidth>(group, words);
-        kv::unpack_words(kWidth, words, nibbles);
-      },
-      [&] {
+  Nibbles loaded;
+  load_group<0>(group, threadIdx.x % kWarpThreads, width, loaded);
+  ph::attention::unpack_group(width, loaded);
 #pragma unroll
-        for (int x = 0; x < 8; ++x) nibbles[x] = 0;
-      });
+  for (int x = 0; x < 8; ++x) nibbles[x] = loaded.words[x] & loaded.mask * 0x11u;
 }
 
 // Eight zero points, cut to what codes can be added to, minus 1024, in float16.
@@ -375,8 +368,8 @@ __device__ __forceinline__ void unpack_group(const kv::TileShape& shape, const T
     __half2 zeros[4];  // of tokens 8g + 0..7
     load_zero_pairs(tile.params + kv::zero_position(part, 8 * g), zeros);
     const uint32_t bases[2] = {
-        key_bases<kDim>(tile.record + kv::kTileHeaderBytes, layout.narrow_bases[0], 2 * group),
-        key_bases<kDim>(tile.record + kv::kTileHeaderBytes, layout.narrow_bases[0], 2 * group + 1)};
+        base_word(tile.record + kv::kTileHeaderBytes, layout.narrow_bases[0], kDim / 16, i, 2 * group),
+        base_word(tile.record + kv::kTileHeaderBytes, layout.narrow_bases[0], kDim / 16, i, 2 * group + 1)};
 #pragma unroll
     for (int m = 0; m < 8; ++m) {
       const __half2 zero = m % 2 == 0 ? __low2half2(zeros[m / 2]) : __high2half2(zeros[m / 2]);
@@ -390,7 +383,8 @@ __device__ __forceinline__ void unpack_group(const kv::TileShape& shape, const T
     __half2 zeros[2][4];  // of tokens 16i + 0..15
     load_zero_pairs(tile.params + kv::zero_position(part, 16 * i), zeros[0]);
     load_zero_pairs(tile.params + kv::zero_position(part, 16 * i + 8), zeros[1]);
-    const uint32_t bases = value_bases<kDim>(tile.record + layout.value_bases, layout.narrow_bases[1], group);
+    const uint32_t bases =
+        base_word(tile.record + layout.value_bases, layout.narrow_bases[1], kDim / 32, g, group);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const uint32_t base = __byte_perm(bases, 0, 0x1111 * j);

@@ -245,6 +245,14 @@ __device__ __forceinline__ void load_bases(const uint8_t* bases, bool narrow, ui
   load_words<kWords>(bases + row * (kWords * 4), words);
 }
 
+// Word `at` of such a row of `row_words`.
+__device__ __forceinline__ uint32_t base_word(const uint8_t* bases, bool narrow, uint32_t row_words,
+                                              uint32_t row, uint32_t at) {
+  const uint32_t place = row * row_words + at;
+  if (!narrow) return reinterpret_cast<const uint32_t*>(bases)[place];
+  return reinterpret_cast<const uint32_t*>(bases)[place / 2] >> 4 * (place % 2) & 0x0f0f0f0fu;
+}
+
 // A tile in shared memory, both parts 16-aligned.
 struct Tile {
   const uint8_t* params;

@@ -1,5 +1,6 @@
 // The CPU as a device: memory is the host's and work is done when a call returns.
 #include <omp.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -72,9 +73,14 @@ void synchronize(ph_device&) {}
 void require_memory(const ph_device&, uint64_t, uint64_t) {}
 
 uint8_t* allocate(ph_device&, uint64_t bytes) {
-  constexpr uint64_t kAlignment = 256;
-  if (bytes > UINT64_MAX - kAlignment) throw std::bad_alloc();
-  void* data = aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  // Of much memory, pages of 2 MiB: a record of a cache would cost a miss of the page tables for every 4 KiB else.
+  constexpr uint64_t kHugePage = 2u << 20;
+  const uint64_t alignment = bytes >= 4 * kHugePage ? kHugePage : 256;
+  if (bytes > UINT64_MAX - alignment) throw std::bad_alloc();
+  const uint64_t size = (bytes + alignment - 1) / alignment * alignment;
+  void* data = aligned_alloc(alignment, size);
+  if (data != nullptr && alignment == kHugePage)
+    madvise(data, size, MADV_HUGEPAGE);  // or not, as the system likes
   if (data == nullptr) {
     throw Error(PH_ERROR_OUT_OF_MEMORY, "Cannot allocate %llu bytes of host memory",
                 static_cast<unsigned long long>(bytes));

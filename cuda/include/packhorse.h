@@ -71,7 +71,7 @@ typedef struct ph_buffer ph_buffer;
 
 typedef struct ph_device_info {
   char name[128];           /* "NVIDIA H200", or the CPU's model name */
-  char instruction_set[32]; /* "sm_90", or "avx512", "avx2", "baseline" */
+  char instruction_set[32]; /* "sm_90", or "avx512vnni", "avx512", "avx2", "baseline" */
   uint64_t total_bytes;     /* memory of the device */
   uint64_t free_bytes;      /* memory free now */
   uint32_t processors;      /* streaming multiprocessors, or threads used */

@@ -10,6 +10,9 @@
 namespace ph::kv {
 
 #if defined(__x86_64__)
+namespace avx512vnni {
+extern const TileKernels kTileKernels;
+}
 namespace avx512 {
 extern const TileKernels kTileKernels;
 }
@@ -23,7 +26,7 @@ extern const TileKernels kTileKernels;
 
 const TileKernels& tile_kernels() {
 #if defined(__x86_64__)
-  for (const TileKernels* table : {&avx512::kTileKernels, &avx2::kTileKernels}) {
+  for (const TileKernels* table : {&avx512vnni::kTileKernels, &avx512::kTileKernels, &avx2::kTileKernels}) {
     if (strcmp(table->instruction_set, block_kernels().instruction_set) == 0) return *table;
   }
 #endif
@@ -83,6 +86,19 @@ void TileReader::unpack(const TileKernels& kernels, const TileShape& shape, uint
   uint32_t groups = bases_position(shape, kParts);
   if (part == PH_KV_VALUES) groups += kGroupBytes * width_sum(widths[PH_KV_KEYS]);
   kernels.unpack(shape, part, widths[part], record + bases_position(shape, part), record + groups, quads);
+}
+
+void TilePrefetch::start(const CacheView& cache, uint32_t layer, uint32_t sequence, uint32_t block,
+                         uint32_t head) {
+  const RecordSpan span = record_span(cache, index_of(cache, layer, sequence), block, head);
+  const uint32_t* pages = page_table_of(cache, layer, sequence);
+  count_ = at_ = lines_ = 0;
+  const auto add = [&](const uint8_t* stretch, uint64_t, uint64_t bytes) {
+    stretches_[count_++] = {stretch, stretch + bytes};
+    lines_ += static_cast<uint32_t>(bytes / kLine) + 1;
+  };
+  for_each_stretch(cache, pages, bytes_of(span.params), kParamsBytes, add);
+  for_each_stretch(cache, pages, bytes_of(span.begin), bytes_of(span.end - span.begin), add);
 }
 
 namespace {

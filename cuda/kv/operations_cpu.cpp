@@ -14,6 +14,9 @@
 namespace ph::kv {
 
 #if defined(__x86_64__)
+namespace avx512vnni {
+extern const BlockKernels kBlockKernels;
+}
 namespace avx512 {
 extern const BlockKernels kBlockKernels;
 }
@@ -34,6 +37,7 @@ std::vector<const BlockKernels*> supported_kernels() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512vnni")) tables.push_back(&avx512vnni::kBlockKernels);
     tables.push_back(&avx512::kBlockKernels);
   }
   if (avx2) tables.push_back(&avx2::kBlockKernels);

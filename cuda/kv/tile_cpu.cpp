@@ -208,6 +208,223 @@ __attribute__((flatten)) uint32_t pack(const TileShape& shape, uint32_t part, ui
 
 // ---- unpack
 
+// Four bases from word `word` of a part's.
+uint32_t base_word(const TileShape& shape, uint32_t part, const uint8_t* bases, uint32_t word) {
+  if (shape.parts[part].base_bits == 8) return load<uint32_t>(bases + 4 * word);
+  return load<uint32_t>(bases + 4 * (word / 2)) >> 4 * (word % 2) & 0x0f0f0f0fu;
+}
+
+#if defined(__AVX512F__)
+
+constexpr uint32_t kColumnLanes = 8;  // all g at once
+
+// A vector holds the words of register pairs (s, j % 2) of the lanes 4 * g + i, [j % 2][g]: its low nibbles are those of
+// 16 codes in a row, of j = 0 and 1, its high ones of j = 2 and 3. Permutations take a source's words there in steps.
+struct Index {
+  alignas(64) uint32_t lanes[16];
+};
+template <typename Source>
+constexpr Index make_index(Source source) {
+  Index index{};
+  for (uint32_t lane = 0; lane < 16; ++lane) index.lanes[lane] = source(lane);
+  return index;
+}
+Words select(Words a, Words b, const Index& index) {
+  return (Words)_mm512_permutex2var_epi32((__m512i)a, _mm512_load_si512(index.lanes), (__m512i)b);
+}
+
+// [i][x] of two g, to [i % 2][x][g % 2]. Here as below, the words of the second operand count from 16.
+constexpr Index kTwo[2] = {make_index([](uint32_t lane) { return lane % 2 * 16 + lane / 2; }),
+                           make_index([](uint32_t lane) { return lane % 2 * 16 + 8 + lane / 2; })};
+// Two of those, to [x][g % 4] of one i % 2.
+constexpr Index kFour[2] = {
+    make_index([](uint32_t lane) { return lane % 4 / 2 * 16 + lane / 4 * 2 + lane % 2; }),
+    make_index([](uint32_t lane) { return lane % 4 / 2 * 16 + 8 + lane / 4 * 2 + lane % 2; })};
+// Two of those, to [x % 2][g] of one x / 2, or to [twice][g] of one x.
+constexpr Index make_eight(uint32_t first, uint32_t second) {
+  return make_index(
+      [=](uint32_t lane) { return lane % 8 / 4 * 16 + (lane < 8 ? first : second) * 4 + lane % 4; });
+}
+constexpr Index kEight[2] = {make_eight(0, 1), make_eight(2, 3)};
+constexpr Index kEightTwice[4] = {make_eight(0, 0), make_eight(1, 1), make_eight(2, 2), make_eight(3, 3)};
+
+// Of lanes with two words each, [g % 2][i][x] of four g, to [i % 2][x][g % 4].
+constexpr Index make_narrow(uint32_t pair) {
+  return make_index([=](uint32_t lane) {
+    return lane % 4 / 2 * 16 + lane % 2 * 8 + (2 * pair + lane / 8) * 2 + lane / 4 % 2;
+  });
+}
+constexpr Index kNarrowFour[2] = {make_narrow(0), make_narrow(1)};
+// Two of those, to [x][g] of one i % 2, or to [twice][g] of one x.
+constexpr Index kNarrowEight[2] = {make_eight(0, 1), make_eight(2, 3)};
+constexpr Index kNarrowTwice[2][2] = {{make_eight(0, 0), make_eight(1, 1)},
+                                      {make_eight(2, 2), make_eight(3, 3)}};
+
+// Words 0 to 3 of a chunk, of all lanes: words[i][n] by indices[n].
+template <uint32_t kCount>
+void load_chunk(const uint8_t* source, const Index (&indices)[kCount], Words words[4][kCount]) {
+  Words two[4][2], four[2][4];
+#pragma GCC unroll 4
+  for (uint32_t k = 0; k < 4; ++k) {
+    const Words even = load<Words>(source + 128 * k), odd = load<Words>(source + 128 * k + 64);
+    for (uint32_t pair = 0; pair < 2; ++pair) two[k][pair] = select(even, odd, kTwo[pair]);
+  }
+#pragma GCC unroll 2
+  for (uint32_t m = 0; m < 2; ++m) {
+#pragma GCC unroll 4
+    for (uint32_t i = 0; i < 4; ++i)
+      four[m][i] = select(two[2 * m][i / 2], two[2 * m + 1][i / 2], kFour[i % 2]);
+  }
+#pragma GCC unroll 4
+  for (uint32_t i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+    for (uint32_t n = 0; n < kCount; ++n) words[i][n] = select(four[0][i], four[1][i], indices[n]);
+  }
+}
+
+// The two words of the lanes' last chunk, of odd widths.
+template <uint32_t kCount>
+void load_narrow_chunk(const uint8_t* source, const Index (&indices)[2][kCount], Words words[4][kCount]) {
+  Words four[2][2];
+  for (uint32_t m = 0; m < 2; ++m) {
+    const Words low = load<Words>(source + 128 * m), high = load<Words>(source + 128 * m + 64);
+    for (uint32_t pair = 0; pair < 2; ++pair) four[m][pair] = select(low, high, kNarrowFour[pair]);
+  }
+#pragma GCC unroll 4
+  for (uint32_t i = 0; i < 4; ++i) {
+#pragma GCC unroll 2
+    for (uint32_t n = 0; n < kCount; ++n)
+      words[i][n] = select(four[0][i / 2], four[1][i / 2], indices[i % 2][n]);
+  }
+}
+
+// Shifts right by `first` where j % 2 is 0, else by `second`.
+Words shift_halves(Words words, uint32_t first, uint32_t second) {
+  const Words shifts = {first,  first,  first,  first,  first,  first,  first,  first,
+                        second, second, second, second, second, second, second, second};
+  return words >> shifts;
+}
+
+// The nibble words N[2 * s + j % 2] of a group of width 1 to 4, or half of a wide one: nibbles[i][s].
+template <uint32_t kWidth>
+void load_nibbles(const uint8_t* source, Words nibbles[4][4]) {
+  if constexpr (kWidth == 4) {
+    for (uint32_t chunk = 0; chunk < 2; ++chunk) {
+      Words words[4][2];
+      load_chunk(source + 512 * chunk, kEight, words);
+      for (uint32_t i = 0; i < 4; ++i) {
+        for (uint32_t n = 0; n < 2; ++n) nibbles[i][2 * chunk + n] = words[i][n];
+      }
+    }
+  } else if constexpr (kWidth == 3) {
+    Words words[4][2], last[4][1];
+    constexpr Index kLast[2][1] = {{kNarrowEight[0]}, {kNarrowEight[1]}};
+    load_chunk(source, kEight, words);
+    load_narrow_chunk(source + 512, kLast, last);
+    constexpr Index kEnds = make_index([](uint32_t lane) { return lane < 8 ? lane : lane + 16; }),
+                    kInner = make_index([](uint32_t lane) { return lane + 8; });
+    for (uint32_t i = 0; i < 4; ++i) {
+      const Words w01 = words[i][0], w23 = words[i][1], w45 = last[i][0];
+      nibbles[i][0] = w01 & 0x77777777u;
+      nibbles[i][1] = w23 & 0x77777777u;
+      nibbles[i][2] = w45 & 0x77777777u;
+      nibbles[i][3] = (select(w01, w23, kEnds) >> 3 & 0x11111111u) |
+                      (select(w01, w45, kInner) >> 2 & 0x22222222u) |
+                      (select(w23, w45, kEnds) >> 1 & 0x44444444u);
+    }
+  } else if constexpr (kWidth == 2) {
+    Words words[4][4];
+    load_chunk(source, kEightTwice, words);
+    for (uint32_t i = 0; i < 4; ++i) {
+      for (uint32_t s = 0; s < 4; ++s) nibbles[i][s] = shift_halves(words[i][s], 0, 2) & 0x33333333u;
+    }
+  } else {
+    Words words[4][2];
+    load_narrow_chunk(source, kNarrowTwice, words);
+    for (uint32_t i = 0; i < 4; ++i) {
+      for (uint32_t s = 0; s < 4; ++s)
+        nibbles[i][s] = shift_halves(words[i][s / 2], s % 2 * 2, s % 2 * 2 + 1) & 0x11111111u;
+    }
+  }
+}
+
+// Where the codes of registers (s, j) and (s, j + 1) of the lanes 4 * g + i go, and the bases that turn residuals into
+// codes.
+struct KeyTarget {
+  uint8_t* const quads;
+  const uint32_t group;
+  uint32_t bases[4][2];  // [i][s % 2]: of four channels
+
+  KeyTarget(uint8_t* quads, const TileShape& shape, const uint8_t* packed_bases, uint32_t group, uint32_t)
+      : quads(quads), group(group) {
+    for (uint32_t i = 0; i < 4; ++i) {
+      for (uint32_t half = 0; half < 2; ++half) {
+        bases[i][half] =
+            base_word(shape, PH_KV_KEYS, packed_bases, i * (shape.head_dim / 16) + 2 * group + half);
+      }
+    }
+  }
+
+  void put(uint32_t i, uint32_t s, uint32_t j, Words residuals) const {
+    const uint32_t quad = 8 * group + 4 * (s % 2) + i, column = 8 * (4 * (s / 2) + j);
+    store(quads + (quad * kBlockTokens + column) * 4, residuals + bases[i][s % 2]);
+  }
+};
+
+struct ValueTarget {
+  uint8_t* const quads;
+  const uint32_t group, head_dim;
+  Words bases[2];  // [j / 2]: of a channel, in every byte
+
+  ValueTarget(uint8_t* quads, const TileShape& shape, const uint8_t* packed_bases, uint32_t group, uint32_t)
+      : quads(quads), group(group), head_dim(shape.head_dim) {
+    const bool halves = shape.parts[PH_KV_VALUES].base_bits == 4;
+    const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    // As base_word, of words g * groups + group: groups are even where bases have 4 bits.
+    const uint32_t groups = tile_groups(shape), shift = halves ? 1 : 0;
+    const __m256i indices =
+        _mm256_add_epi32(_mm256_mullo_epi32(place, _mm256_set1_epi32(static_cast<int32_t>(groups >> shift))),
+                         _mm256_set1_epi32(static_cast<int32_t>(group >> shift)));
+    const __m256i of_g = _mm256_i32gather_epi32(reinterpret_cast<const int*>(packed_bases), indices, 4);
+    Words words = (Words)_mm512_broadcast_i64x4(of_g);
+    if (halves) words = words >> 4 * (group % 2) & 0x0f0f0f0fu;
+    for (uint32_t half = 0; half < 2; ++half) {
+      const Words one = shift_halves(words, 16 * half, 16 * half + 8) & 0xff, two = one | one << 8;
+      bases[half] = two | two << 16;
+    }
+  }
+
+  void put(uint32_t i, uint32_t s, uint32_t j, Words residuals) const {
+    const uint32_t quad = 4 * i + s, column = kTileChannels * group + 8 * j;
+    store(quads + (quad * head_dim + column) * 4, residuals + bases[j / 2]);
+  }
+};
+
+// Widths above 4 are two groups, of 4 bits and of the rest.
+template <uint32_t kWidth, typename Target>
+void unpack_group(const uint8_t* source, uint32_t, const Target& target) {
+  constexpr uint32_t kLow = kWidth > 4 ? 4 : kWidth;
+  Words low[4][4], high[4][4];
+  if constexpr (kLow > 0) load_nibbles<kLow>(source, low);
+  if constexpr (kWidth > 4) load_nibbles<kWidth - kLow>(source + kGroupBytes * 4, high);
+#pragma GCC unroll 4
+  for (uint32_t i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+    for (uint32_t s = 0; s < 4; ++s) {
+      Words even = {}, odd = {};
+      if constexpr (kLow > 0) even = low[i][s] & 0x0f0f0f0fu, odd = low[i][s] >> 4 & 0x0f0f0f0fu;
+      if constexpr (kWidth > 4) {
+        even |= (high[i][s] & 0x0f0f0f0fu) << 4;
+        odd |= high[i][s] & 0xf0f0f0f0u;
+      }
+      target.put(i, s, 0, even);
+      target.put(i, s, 2, odd);
+    }
+  }
+}
+
+#else
+
 // Words of the lanes 4 * g + i for consecutive g, half of the eight where registers are narrow.
 constexpr uint32_t kColumnLanes = kVectorBytes == 16 ? 4 : 8;
 using Column = uint32_t __attribute__((vector_size(4 * kColumnLanes)));
@@ -270,13 +487,6 @@ void load_nibbles(const uint8_t* source, uint32_t first, uint32_t pair, Column n
     load_columns<kWidth>(source, first, pair, words);
     for (uint32_t i = 0; i < 2; ++i) unpack_words(kWidth, words[i], nibbles[i]);
   }
-}
-
-// Four bases from word `word` of a part's.
-uint32_t base_word(const TileShape& shape, uint32_t part, const uint8_t* bases, uint32_t word) {
-  if (is_kivi(shape.parts[part])) return 0;
-  if (shape.parts[part].base_bits == 8) return load<uint32_t>(bases + 4 * word);
-  return load<uint32_t>(bases + 4 * (word / 2)) >> 4 * (word % 2) & 0x0f0f0f0fu;
 }
 
 // Where the codes of register (s, j) of lanes 4 * g + i go, and the bases that turn residuals into codes.
@@ -349,6 +559,8 @@ void unpack_group(const uint8_t* source, uint32_t first, const Target& target) {
   }
 }
 
+#endif
+
 template <typename Target>
 void unpack_part(const TileShape& shape, uint32_t widths, const uint8_t* bases, const uint8_t* source,
                  uint8_t* quads) {
@@ -362,8 +574,11 @@ void unpack_part(const TileShape& shape, uint32_t widths, const uint8_t* bases, 
   }
 }
 
+alignas(64) constexpr uint8_t kNoBases[kMostHeadDim] = {};
+
 __attribute__((flatten)) void unpack(const TileShape& shape, uint32_t part, uint32_t widths,
                                      const uint8_t* bases, const uint8_t* groups, uint8_t* quads) {
+  if (is_kivi(shape.parts[part])) bases = kNoBases;
   if (part == PH_KV_KEYS) unpack_part<KeyTarget>(shape, widths, bases, groups, quads);
   else unpack_part<ValueTarget>(shape, widths, bases, groups, quads);
 }

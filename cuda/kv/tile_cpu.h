@@ -92,6 +92,30 @@ struct TileReader {
   void unpack(const TileKernels& kernels, const TileShape& shape, uint32_t part, uint8_t* quads) const;
 };
 
+// Fetches a head's record and its block's params into the cache, some lines at a time, before they are read.
+class TilePrefetch {
+ public:
+  // Of nothing, until it is told of what.
+  void start(const CacheView& cache, uint32_t layer, uint32_t sequence, uint32_t block, uint32_t head);
+
+  // The next sixth of the lines.
+  void fetch() {
+    for (uint32_t left = (lines_ + 5) / 6; left > 0 && at_ < count_; --left) {
+      __builtin_prefetch(stretches_[at_].first);
+      stretches_[at_].first += kLine;
+      if (stretches_[at_].first >= stretches_[at_].end) ++at_;
+    }
+  }
+
+ private:
+  static constexpr uint32_t kLine = 64;
+  struct Stretch {
+    const uint8_t *first, *end;
+  };
+  Stretch stretches_[4];  // params and record, each of which may straddle pages
+  uint32_t count_ = 0, at_ = 0, lines_ = 0;
+};
+
 // The 16-bit values of a recent token, [heads][head_dim].
 inline uint8_t* recent_row(const CacheView& cache, uint32_t layer, uint32_t sequence, uint32_t part,
                            uint64_t token) {

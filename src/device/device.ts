@@ -27,7 +27,7 @@ export interface DeviceOptions {
 export interface DeviceInfo {
   /** "NVIDIA H200", or the CPU's model name. */
   readonly name: string;
-  /** "sm_90", or "avx512", "avx2", "baseline". */
+  /** "sm_90", or "avx512vnni", "avx512", "avx2", "baseline". */
   readonly instructionSet: string;
   /** Bytes of its memory. */
   readonly totalBytes: number;

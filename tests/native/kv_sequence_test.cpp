@@ -195,8 +195,8 @@ int main(int count, char** words) {
     config.step_tokens = 1024;
     config.pool_bytes = 64 * 65536;
     ph_kv_cache_codec codecs[kLayers] = {};
-    codecs[0] = {PH_KV_CACHE_PACKKV, PH_KV_CACHE_FIXED, 0, 5, 0.1f, 0.0f};
-    codecs[1] = {PH_KV_CACHE_FIXED, PH_KV_CACHE_PACKKV, 4, 0, 0.0f, 1.0f / 254};
+    codecs[0] = {PH_KV_CACHE_PACKKV, PH_KV_CACHE_FIXED, 0, 5, 0.1f, 0.0f, 0};
+    codecs[1] = {PH_KV_CACHE_FIXED, PH_KV_CACHE_PACKKV, 4, 0, 0.0f, 1.0f / 254, 0};
     Cache cache(config, codecs);
     config.residual = 100;
     Cache other(config, codecs);
