@@ -11,4 +11,4 @@ export const KV_REPACK = { none: 0, median: 1, greedy: 2, auto: 3 } as const;
 /** `ph_kv_part` */
 export const KV_PART = { keys: 0, values: 1 } as const;
 /** `ph_kv_cache_quantizer` */
-export const KV_CACHE_QUANTIZER = { packkv: 0, fixed: 1 } as const;
+export const KV_CACHE_QUANTIZER = { packkv: 0, fixed: 1, raw16: 2, kivi: 3 } as const;

@@ -14,6 +14,8 @@ const GROUP = 32;
 const PARAMS_BYTES = 528;
 const HEADER_BYTES = 16;
 const LARGEST_ZERO = 32_767;
+/** Channels of a value that share a scale of kivi. */
+const KIVI_CHANNELS = 64;
 
 /** 16-bit floats, bit by bit. */
 export type Bits = Uint16Array<ArrayBuffer>;
@@ -75,7 +77,7 @@ export class ReferenceCache {
         const first = sinks + layer.blocks.length * BLOCK;
         const block = layer.tokens.slice(first, first + BLOCK);
         block.forEach((token, j) => {
-          if (isFinite(this.config, token)) return;
+          if (isFinite(this.config, codecs[i]!, token)) return;
           this.nonFinite.push({ sequence, token: first + j });
         });
         const packed = packBlock(this.config, codecs[i]!, block);
@@ -108,8 +110,18 @@ export class ReferenceCache {
   }
 }
 
-function isFinite({ dtype }: Layout, { keys, values }: Token): boolean {
-  return [keys, values].every((bits) => decodeBits(dtype, bits).every(Number.isFinite));
+/** Whether all values to be quantised are finite. */
+function isFinite({ dtype }: Layout, codec: KvCacheCodec, token: Token): boolean {
+  return PARTS.every((part) =>
+    codec[part].quantizer === "raw16" || decodeBits(dtype, token[part]).every(Number.isFinite)
+  );
+}
+
+/** What a block's tokens are packed to in one part: bits, the values before rounding, and bytes of all head records. */
+interface PackedPart {
+  readonly bits: readonly Bits[];
+  readonly exact: readonly Float32Array<ArrayBuffer>[];
+  readonly bytes: number;
 }
 
 /** A block's tokens with the values that they are packed to, and the bytes of its records. */
@@ -118,26 +130,89 @@ function packBlock(
   codec: KvCacheCodec,
   block: readonly Token[],
 ): { tokens: Token[]; bytes: number } {
-  const packed = PARTS.map((part) => {
-    const tokens = block.map((token) => quantize(layout, codec[part], token[part]));
-    return { tokens, bytes: partBytes(layout, codec[part], tokens.map(({ codes }) => codes)) };
-  });
-  const [keys, values] = packed;
-  const bytes = keys!.bytes + values!.bytes + layout.kvHeads * HEADER_BYTES + PARAMS_BYTES;
-  const tokens = block.map((_, i) => {
-    const exact = { keys: keys!.tokens[i]!.restored, values: values!.tokens[i]!.restored };
-    return {
-      keys: encodeBits(layout.dtype, exact.keys),
-      values: encodeBits(layout.dtype, exact.values),
-      exact,
-    };
-  });
+  const [keys, values] = PARTS.map((part) =>
+    packPart(layout, codec[part], part, block.map((token) => token[part]))
+  ) as [PackedPart, PackedPart];
+  const isPerToken = PARTS.some((part) => ["packkv", "fixed"].includes(codec[part].quantizer));
+  const bytes = keys.bytes + values.bytes + layout.kvHeads * HEADER_BYTES +
+    (isPerToken ? PARAMS_BYTES : 0);
+  const tokens = block.map((_, i) => ({
+    keys: keys.bits[i]!,
+    values: values.bits[i]!,
+    exact: { keys: keys.exact[i]!, values: values.exact[i]! },
+  }));
   return { tokens, bytes };
+}
+
+function packPart(
+  layout: Layout,
+  codec: KvCachePartCodec,
+  part: "keys" | "values",
+  bits: readonly Bits[],
+): PackedPart {
+  const { dtype, kvHeads, headDim } = layout;
+  const channels = kvHeads * headDim;
+  if (codec.quantizer === "raw16") {
+    return {
+      bits,
+      exact: bits.map((each) => decodeBits(dtype, each)),
+      bytes: channels * BLOCK * 2,
+    };
+  }
+  const x = bits.map((each) =>
+    decodeBits(dtype, each).map((value) => Number.isFinite(value) ? value : 0)
+  );
+  const codes = x.map(() => new Uint8Array(channels));
+  const exact = x.map(() => new Float32Array(channels));
+  const groups = groupsOf(layout, codec, part);
+  for (const { tokens, first, end } of groups) {
+    quantize(layout, codec, { x, codes, exact }, { tokens, first, end });
+  }
+  const scaleBytes = codec.quantizer === "kivi" ? groups.length * 4 : 0;
+  return {
+    bits: exact.map((values) => encodeBits(dtype, values)),
+    exact,
+    bytes: scaleBytes + codeBytes(layout, codec, codes),
+  };
+}
+
+/** Values of a block that share a scale: of these tokens, channels [first, end). */
+interface Group {
+  readonly tokens: readonly number[];
+  readonly first: number;
+  readonly end: number;
+}
+
+function groupsOf(
+  { kvHeads, headDim }: Layout,
+  { quantizer }: KvCachePartCodec,
+  part: "keys" | "values",
+): Group[] {
+  const all = Array.from({ length: BLOCK }, (_, token) => token);
+  const channels = kvHeads * headDim;
+  if (quantizer !== "kivi") {
+    return all.map((token) => ({ tokens: [token], first: 0, end: channels }));
+  }
+  if (part === "keys") {
+    return Array.from({ length: channels }, (_, first) => ({ tokens: all, first, end: first + 1 }));
+  }
+  const groups: Group[] = [];
+  for (const token of all) {
+    for (let head = 0; head < kvHeads; head++) {
+      for (let at = 0; at < headDim; at += KIVI_CHANNELS) {
+        const first = head * headDim + at;
+        const end = first + Math.min(KIVI_CHANNELS, headDim - at);
+        groups.push({ tokens: [token], first, end });
+      }
+    }
+  }
+  return groups;
 }
 
 /** Largest code. */
 function codeLimit(codec: KvCachePartCodec): number {
-  if (codec.quantizer === "fixed") return 2 ** codec.bits - 1;
+  if (codec.quantizer === "raw16") throw new TypeError("raw16 has no codes");
+  if (codec.quantizer !== "packkv") return 2 ** codec.bits - 1;
   return Math.min(255, Math.ceil(fround(1 / fround(codec.rel))) + 1);
 }
 
@@ -147,8 +222,13 @@ function scaleAndZero(
   codec: KvCachePartCodec,
   { min, max }: { min: number; max: number },
 ): { scale: number; zero: number } {
-  if (min === max) return { scale: min === 0 ? 1 : Math.abs(min), zero: Math.sign(min) };
   const { smallest, largest } = FORMATS[dtype];
+  if (min === max) {
+    if (min === 0) return { scale: smallest, zero: 0 };
+    const parts = Array.from({ length: 15 }, (_, k) => 2 ** k);
+    const part = parts.findLast((each) => Math.abs(min) / each % smallest === 0)!;
+    return { scale: Math.abs(min) / part, zero: Math.sign(min) * part };
+  }
   const clamped = (scale: number) => Math.min(Math.max(scale, smallest), largest);
   const limit = codeLimit(codec);
   const range = fround(max - min);
@@ -163,35 +243,48 @@ function scaleAndZero(
   return { scale, zero: roundHalfEven(fround(min / scale)) };
 }
 
-/** One part of a token: its codes, and the values that they stand for. */
+/** Codes of a group, and the values that they stand for. Both and `x` are of the block's tokens, [channels]. */
 function quantize(
   layout: Layout,
   codec: KvCachePartCodec,
-  bits: Bits,
-): { codes: Uint8Array; restored: Float32Array<ArrayBuffer> } {
-  const { dtype } = layout;
-  const x = decodeBits(dtype, bits).map((value) => Number.isFinite(value) ? value : 0);
-  const [min, max] = [x.reduce((a, b) => Math.min(a, b)), x.reduce((a, b) => Math.max(a, b))];
+  { x, codes, exact }: {
+    readonly x: readonly Float32Array[];
+    readonly codes: readonly Uint8Array[];
+    readonly exact: readonly Float32Array[];
+  },
+  { tokens, first, end }: Group,
+): void {
+  let [min, max] = [Infinity, -Infinity];
+  for (const token of tokens) {
+    for (let channel = first; channel < end; channel++) {
+      min = Math.min(min, x[token]![channel]!);
+      max = Math.max(max, x[token]![channel]!);
+    }
+  }
   const { scale, zero } = scaleAndZero(layout, codec, { min, max });
   const limit = codeLimit(codec);
-  const codes = new Uint8Array(
-    x.map((value) => Math.min(Math.max(roundHalfEven(fround(value / scale)) - zero, 0), limit)),
-  );
-  const { largest } = FORMATS[dtype];
-  const restored = new Float32Array(codes)
-    .map((code) => Math.min(Math.max(fround((code + zero) * scale), -largest), largest));
-  return { codes, restored };
+  const { largest } = FORMATS[layout.dtype];
+  for (const token of tokens) {
+    for (let channel = first; channel < end; channel++) {
+      const quotient = roundHalfEven(fround(x[token]![channel]! / scale));
+      const code = Math.min(Math.max(quotient - zero, 0), limit);
+      codes[token]![channel] = code;
+      exact[token]![channel] = Math.min(Math.max(fround((code + zero) * scale), -largest), largest);
+    }
+  }
 }
 
-/** Bytes of one part of a block's head records. */
-function partBytes(
+/** Bytes of one part's codes in a block's head records, with their bases. */
+function codeBytes(
   { kvHeads, headDim }: Layout,
   codec: KvCachePartCodec,
   codes: readonly Uint8Array[],
 ): number {
+  const channels = kvHeads * headDim;
+  if (codec.quantizer === "kivi") return channels * BLOCK * codec.bits / 8;
   const baseBits = codeLimit(codec) <= 15 && headDim % 64 === 0 ? 4 : 8;
-  let bytes = kvHeads * headDim * baseBits / 8;
-  for (let first = 0; first < kvHeads * headDim; first += GROUP) {
+  let bytes = channels * baseBits / 8;
+  for (let first = 0; first < channels; first += GROUP) {
     let range = 0;
     for (let channel = first; channel < first + GROUP; channel++) {
       let [least, most] = [255, 0];

@@ -91,6 +91,8 @@ function optionsOf(options: Partial<KvCacheOptions> = {}): KvCacheOptions {
 
 const packkv = (rel: number): KvCachePartCodec => ({ quantizer: "packkv", rel });
 const fixed = (bits: number): KvCachePartCodec => ({ quantizer: "fixed", bits });
+const kivi = (bits: number): KvCachePartCodec => ({ quantizer: "kivi", bits });
+const raw16: KvCachePartCodec = { quantizer: "raw16" };
 const bothParts = (codec: KvCachePartCodec): KvCacheCodec => ({ keys: codec, values: codec });
 
 // ---- data ------------------------------------------------------------------------------------------
@@ -229,6 +231,8 @@ const partCodecs = fc.oneof(
   fc.constantFrom(0.1, 0.2, 1, 1 / 254).map(packkv),
   fc.double({ min: 1 / 254, max: 1, noNaN: true }).map(packkv),
   fc.integer({ min: 1, max: 8 }).map(fixed),
+  fc.integer({ min: 1, max: 8 }).map(kivi),
+  fc.constant(raw16),
 );
 
 /** Small caches of every shape. */
@@ -374,10 +378,19 @@ test("it holds the same however the tokens came", (device) => {
     bothParts(packkv(0.1)),
     { keys: fixed(3), values: packkv(0.2) },
     { keys: packkv(1 / 254), values: fixed(5) },
+    { keys: kivi(2), values: raw16 },
+    { keys: raw16, values: kivi(4) },
   ];
   for (const [headDim, dtype] of [[64, "f16"], [96, "bf16"], [256, "f16"]] as const) {
     const length = 340;
-    const options = optionsOf({ layers: 3, kvHeads: 2, headDim, dtype, codec, residual: 77 });
+    const options = optionsOf({
+      layers: codec.length,
+      kvHeads: 2,
+      headDim,
+      dtype,
+      codec,
+      residual: 77,
+    });
     const random = randomOf(headDim);
     using cache = KvCache.create(device, options);
     const { config } = cache;
@@ -777,8 +790,15 @@ test("options outside their range are named", (device) => {
     const codec = [bothParts(fixed(4)), { keys: fixed(4), values: fixed(bits) }];
     refuse({ codec, layers: 2 }, "bits of the values of layer 1", `got ${bits}`);
   }
-  for (const codec of [{}, { keys: fixed(4) }, bothParts({ quantizer: "kivi" } as never)]) {
-    refuse({ codec }, "quantizer", "packkv or fixed");
+  for (const bits of [undefined, 0, 9, "4"]) {
+    refuse(
+      { codec: bothParts(kivi(bits as number)) },
+      "bits of the keys of layer 0",
+      `got ${bits}`,
+    );
+  }
+  for (const codec of [{}, { keys: fixed(4) }, bothParts({ quantizer: "raw" } as never)]) {
+    refuse({ codec }, "quantizer", "packkv, fixed, kivi or raw16");
   }
   throwsWith(
     () => KvCache.create(device, optionsOf({ layers: 4096, sequences: 65_536, residual: 65_536 })),

@@ -7,6 +7,10 @@
 // results go through the workspace and the last thread block of a sequence and head merges them, in the order of the
 // pieces: deterministic, and independent of the rest of the batch, as pieces depend on the sequence's own length alone.
 //
+// Layers whose parts are both packkv or fixed, the common case, have kernels of their own, and so have those that are
+// raw16 throughout: their warps take values from device memory into registers as tile_raw16.cuh says. A third flavour
+// serves every other mixture.
+//
 // Reads every record once (its params once per kv head, from the cache), writes 4 * head_dim + 8 bytes per piece and
 // column. Records and params are 16-byte aligned, and may straddle two pages of the pool.
 #include <algorithm>
@@ -14,6 +18,8 @@
 #include "attention/decode.h"
 #include "attention/recent.cuh"
 #include "attention/tile.cuh"
+#include "attention/tile_kivi.cuh"
+#include "attention/tile_raw16.cuh"
 #include "device/device_cuda.h"
 
 namespace ph::attention {
@@ -53,6 +59,16 @@ struct Span {
 
 struct TileSpans {
   Span params, record;
+};
+
+// What kernels are for: layers of packkv and fixed, with residuals of up to 4 bits or of more; of raw16; of any mixture.
+enum class Flavour { kNarrow, kWide, kRaw16, kMixed };
+
+// Where the packed blocks of the warps are.
+template <Flavour kFlavour, int kWarps, uint32_t kBlocks>
+struct Places {
+  TileSpans spans[kFlavour == Flavour::kRaw16 ? 1 : kWarps][kFlavour == Flavour::kRaw16 ? 1 : kBlocks];
+  RawValues raw[kFlavour < Flavour::kRaw16 ? 1 : kWarps][kFlavour < Flavour::kRaw16 ? 1 : kBlocks];
 };
 
 __device__ __forceinline__ Span make_span(const uint32_t* page_table, uint32_t begin, uint32_t end) {
@@ -97,7 +113,7 @@ struct Ring {
       const uint32_t barrier = shared_address(barriers + stage);
       if (lane == 0) {
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                     "r"((kv::kParamsUnits + span.units) * kUnitBytes)
+                     "r"((spans->params.units + span.units) * kUnitBytes)
                      : "memory");
       }
       __syncwarp();
@@ -213,6 +229,19 @@ __device__ __forceinline__ void quantize_queries(const Columns& columns, float s
   }
 }
 
+// All threads put queries into shared memory as they are; columns past the last are 0.
+template <int kDim, int kTiles>
+__device__ __forceinline__ void share_queries(const Columns& columns, SharedQueries<kDim, kTiles>& queries) {
+  constexpr uint32_t kPairs = kDim / 2;
+  for (uint32_t at = threadIdx.x; at < SharedQueries<kDim, kTiles>::kColumns * kPairs; at += blockDim.x) {
+    const uint32_t column = at / kPairs, channel = 2 * (at % kPairs);
+    const bool present = column < columns.count;
+    const uint8_t* source = columns.queries + 2 * (columns.position(present ? column : 0, kDim) + channel);
+    *reinterpret_cast<uint32_t*>(&queries.values[column][channel]) =
+        present ? *reinterpret_cast<const uint32_t*>(source) : 0;
+  }
+}
+
 template <int kDim, int kTiles>
 __device__ __forceinline__ void begin_state(const Queries<kDim, kTiles>& queries,
                                             WarpState<kDim, kTiles>& state) {
@@ -288,6 +317,7 @@ struct Partials {
 
 struct DecodeParameters {
   CacheView cache;
+  kv::TileShape shape;
   StepView step;
   TileLayout layout;
   Partials partials;
@@ -327,14 +357,128 @@ struct Work {
   uint64_t row;  // of the first column in queries and out, in values
 };
 
+// The queries of a thread block in shared memory, in all forms that a flavour needs.
+template <int kDim, int kTiles>
+struct BothQueries : Queries<kDim, kTiles> {
+  SharedQueries<kDim, kTiles> plain;
+};
+template <int kDim, int kTiles, Flavour kFlavour>
+using QueriesOf =
+    std::conditional_t<(kFlavour < Flavour::kRaw16), Queries<kDim, kTiles>, BothQueries<kDim, kTiles>>;
+template <int kDim, int kTiles, Flavour kFlavour>
+using PlacesOf = Places<kFlavour, kWarps<kDim, kTiles>, kWarpBlocks<kDim, kTiles>>;
+
+// A warp's packed blocks where both parts are raw16. Fragments of the next block are under way before one is done; more
+// of them where there are fewer warps. Calls hide(block, scores).
+template <int kDim, int kTiles, bool kBfloat, typename Hide>
+__device__ __forceinline__ void attend_raw(const uint8_t* pool, const RawValues* blocks, uint32_t count,
+                                           const SharedQueries<kDim, kTiles>& queries,
+                                           WarpState<kDim, kTiles>& state, Hide hide) {
+  constexpr int kAhead = kWarps < kDim, kTiles >> 4 ? 8 : 16;
+  if (count == 0) return;
+  uint4 held[kAhead];
+  RawValues raw = blocks[0];
+#pragma unroll
+  for (int f = 0; f < kAhead; ++f) held[f] = raw.load(pool, f);
+#pragma unroll 1
+  for (uint32_t at = 0; at < count; ++at) {
+    float scores[kTiles][8], factors[kTiles];
+    uint32_t weights[kTiles][8];
+    // The fragments of the values follow those of the keys.
+    raw_scores<kDim, kTiles, kBfloat>(held, queries, scores, [&](int f) { return raw.load(pool, f); });
+    hide(at, scores);
+    softmax_step(state, scores, factors, [](int, float) {});
+    raw_weights<kTiles, kBfloat>(scores, weights);
+    const bool is_last = at + 1 == count;
+    const RawValues next = blocks[is_last ? at : at + 1];
+    raw_values<kDim, kTiles, kBfloat>(held, state, weights, factors, [&](int f) {
+      if (f < kPartFragments<kDim>) return raw.load(pool, kPartFragments<kDim> + f);
+      return is_last ? make_uint4(0, 0, 0, 0) : next.load(pool, f - kPartFragments<kDim>);
+    });
+    raw = next;
+  }
+}
+
+constexpr int kMixedAhead = 8;
+
+__device__ __forceinline__ void begin_raw(const kv::TileShape& shape, const uint8_t* pool,
+                                          const RawValues& raw, uint4 (&held)[kMixedAhead]) {
+  if (kv::raw_bytes(shape) == 0) return;
+#pragma unroll
+  for (int f = 0; f < kMixedAhead; ++f) held[f] = raw.load(pool, f);
+}
+
+// A packed block of any mixture. `held` has the first fragments of the part in 16 bits, if there is one; all else is in
+// the tile. `zeros` are of kivi's value groups. Calls hide(scores).
+template <int kDim, int kTiles, bool kBfloat, typename Hide>
+__device__ __forceinline__ void attend_mixed(const Tile& tile, const kv::TileShape& shape,
+                                             const TileLayout& layout, uint2 widths,
+                                             const BothQueries<kDim, kTiles>& queries, const uint8_t* pool,
+                                             const RawValues& raw, uint4 (&held)[kMixedAhead],
+                                             WarpState<kDim, kTiles>& state,
+                                             float (&zeros)[kTiles][kValueGroups<kDim>], Hide hide) {
+  const kv::TilePart &keys = shape.parts[PH_KV_KEYS], &values = shape.parts[PH_KV_VALUES];
+  const uint32_t value_groups = layout.groups + kv::kGroupBytes * kv::width_sum(widths.x);
+  const auto load = [&](int f) {
+    return f < kPartFragments<kDim> ? raw.load(pool, f) : make_uint4(0, 0, 0, 0);
+  };
+  float scores[kTiles][8], factors[kTiles];
+  if (kv::is_raw16(keys)) {
+    raw_scores<kDim, kTiles, kBfloat>(held, queries.plain, scores, load);
+  } else if (kv::is_kivi(keys)) {
+    kivi_scores<kDim, kTiles, kBfloat>(tile.record + kv::kTileHeaderBytes, tile.record + layout.groups,
+                                       keys.width, queries.plain, scores);
+  } else {
+    tile_scores<kDim, kTiles, kBfloat, true, 0>(tile, layout, widths.x, queries, state, scores);
+  }
+  hide(scores);
+  if (kv::is_per_token(values)) {
+    uint32_t weights[kTiles][4];
+    tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, weights, factors);
+    tile_values<kDim, kTiles, true, 0>(tile, layout, value_groups, widths.y, state, weights, factors);
+    return;
+  }
+  softmax_step(state, scores, factors, [&](int n, float factor) {
+#pragma unroll
+    for (int group = 0; group < kValueGroups<kDim>; ++group) zeros[n][group] *= factor;
+  });
+  if (kv::is_raw16(values)) {
+    uint32_t weights[kTiles][8];
+    raw_weights<kTiles, kBfloat>(scores, weights);
+    raw_values<kDim, kTiles, kBfloat>(held, state, weights, factors, load);
+  } else {
+    kivi_values<kDim, kTiles, kBfloat>(tile.record + layout.value_bases, tile.record + value_groups,
+                                       values.width, scores, factors, state, zeros);
+  }
+}
+
+// Adds the zero points' share to the outputs.
+template <int kDim, int kTiles>
+__device__ __forceinline__ void add_group_zeros(float (&zeros)[kTiles][kValueGroups<kDim>],
+                                                WarpState<kDim, kTiles>& state) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int group = 0; group < kValueGroups<kDim>; ++group) {
+      for (int distance = 4; distance < kWarpThreads; distance *= 2)
+        zeros[n][group] += __shfl_xor_sync(kEveryLane, zeros[n][group], distance);
+    }
+#pragma unroll
+    for (int o = 0; o < kDim / 8; ++o)
+      state.out[n][o] += zeros[n][o / static_cast<int>(kv::kGroupChannels / 8)];
+  }
+}
+
 // Leaves each warp's result in `dynamic`, as PieceShared.
-template <int kDim, int kTiles, bool kBfloat, bool kWide>
+template <int kDim, int kTiles, bool kBfloat, Flavour kFlavour>
 __device__ __forceinline__ void attend_piece(const CacheView& cache, const DecodeParameters& parameters,
                                              const Work& work, uint8_t* dynamic,
-                                             Queries<kDim, kTiles>& queries,
-                                             TileSpans (*spans)[kWarpBlocks<kDim, kTiles>],
+                                             QueriesOf<kDim, kTiles, kFlavour>& queries,
+                                             PlacesOf<kDim, kTiles, kFlavour>& places,
                                              uint64_t (*barriers)[kStages]) {
   constexpr int kGroups = kDim / 32;
+  constexpr bool kWide = kFlavour == Flavour::kWide, kRaw = kFlavour == Flavour::kRaw16,
+                 kMixed = kFlavour == Flavour::kMixed;
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
                  i = lane % 4;
   const uint32_t head = blockIdx.y, stages = parameters.stages, slot_bytes = parameters.slot_bytes;
@@ -348,25 +492,44 @@ __device__ __forceinline__ void attend_piece(const CacheView& cache, const Decod
   // Blocks that some column does not see all of come first.
   const uint32_t hidden = window.begin(kMostQueries - 1);
   for (uint32_t at = lane; at < share.blocks; at += kWarpThreads) {
-    const kv::RecordSpan span = kv::record_span(
-        cache, kv::index_of(cache, parameters.layer, work.entry.sequence), share.first_block + at, head);
+    const uint32_t* index = kv::index_of(cache, parameters.layer, work.entry.sequence);
     const uint32_t* pages = kv::page_table_of(cache, parameters.layer, work.entry.sequence);
-    spans[warp][at] = {make_span(pages, span.params, span.params + kv::kParamsUnits),
-                       make_span(pages, span.begin, span.end)};
+    if constexpr (!kRaw && !kMixed) {
+      const kv::RecordSpan span = kv::record_span(cache, index, share.first_block + at, head);
+      places.spans[warp][at] = {make_span(pages, span.params, span.params + kv::kParamsUnits),
+                                make_span(pages, span.begin, span.end)};
+    } else {
+      const uint32_t params_units = kv::params_bytes(parameters.shape) / kUnitBytes,
+                     raw_units = kv::raw_bytes(parameters.shape) / kUnitBytes;
+      const kv::RecordSpan span = kv::record_span(cache, index, share.first_block + at, head, params_units);
+      if (raw_units > 0) places.raw[warp][at] = find_raw_values(pages, span.end, raw_units);
+      if constexpr (kMixed) {
+        places.spans[warp][at] = {make_span(pages, span.params, span.params + params_units),
+                                  make_span(pages, span.begin, span.end - raw_units)};
+      }
+    }
   }
   const Ring ring = {dynamic + warp * stages * slot_bytes, slot_bytes, stages, barriers[warp]};
   ring.begin();
   __syncwarp();
   // The last slot serves as scratch for the runs first.
   const auto fetch = [&](uint32_t at, uint32_t stage) {
-    ring.fetch(cache.pool, at < share.blocks ? &spans[warp][at] : nullptr, stage);
+    if constexpr (!kRaw) ring.fetch(cache.pool, at < share.blocks ? &places.spans[warp][at] : nullptr, stage);
   };
   for (uint32_t stage = 0; stage + 1 < stages; ++stage) fetch(stage, stage);
 
   WarpState<kDim, kTiles> state;
   quantize_queries<kDim, kTiles, kBfloat>(work.columns, parameters.scale, queries);
+  if constexpr (kRaw || kMixed) share_queries(work.columns, queries.plain);
   __syncthreads();
   begin_state(queries, state);
+  if constexpr (kRaw || kMixed) {
+    // Of scores of queries as they are.
+    if (!kv::is_per_token(parameters.shape.parts[PH_KV_KEYS])) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) state.query_scale[n] = parameters.scale * kLog2E;
+    }
+  }
   if (share.runs > 0) {
     const StepSequence& entry = work.entry;
     const uint64_t row_bytes = static_cast<uint64_t>(cache.heads) * kDim * 2;
@@ -397,36 +560,53 @@ __device__ __forceinline__ void attend_piece(const CacheView& cache, const Decod
   }
   fetch(stages - 1, stages - 1);
 
-  uint32_t stage = 0, phase = 0;
-#pragma unroll 1
-  for (uint32_t at = 0; at < share.blocks; ++at) {
-    ring.wait(stage, phase);
-    const uint8_t* slot = ring.slots + stage * slot_bytes;
-    // Opaque, lest the compiler keeps every address that follows from it in a register of its own.
-    uint32_t own_lane = lane;
-    asm volatile("" : "+r"(own_lane));
-    const Tile tile = {slot, slot + kParamsBytes, own_lane};
-    uint2 widths = *reinterpret_cast<const uint2*>(tile.record);
-    // The same in every lane: a reduction tells the compiler, which then branches on scalars.
-    widths.x = __reduce_or_sync(kEveryLane, widths.x);
-    widths.y = __reduce_or_sync(kEveryLane, widths.y);
-    float scores[kTiles][8], units[kTiles];
-    uint32_t weights[kTiles][4];
-    with_width<kGroups, kWide>(widths.x, [&](auto width) {
-      tile_scores<kDim, kTiles, kBfloat, kWide, decltype(width)::value>(tile, layout, widths.x, queries,
-                                                                        state, scores);
-    });
+  const auto hide = [&](uint32_t at, float(&scores)[kTiles][8]) {
     const uint32_t start = cache.sinks + (share.first_block + at) * kBlockTokens;
     if (start < hidden) hide_tokens(window, work.columns, start, scores);
-    tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, weights, units);
-    with_width<kGroups, kWide>(widths.y, [&](auto width) {
-      tile_values<kDim, kTiles, kWide, decltype(width)::value>(
-          tile, layout, layout.groups + kv::kGroupBytes * kv::width_sum(widths.x), widths.y, state, weights,
-          units);
-    });
-    __syncwarp();
-    fetch(at + stages, stage);
-    if (++stage == stages) stage = 0, phase ^= 1;
+  };
+  if constexpr (kRaw) {
+    attend_raw<kDim, kTiles, kBfloat>(cache.pool, places.raw[warp], share.blocks, queries.plain, state, hide);
+  } else {
+    [[maybe_unused]] float group_zeros[kTiles][kValueGroups<kDim>] = {};
+    uint32_t stage = 0, phase = 0;
+#pragma unroll 1
+    for (uint32_t at = 0; at < share.blocks; ++at) {
+      [[maybe_unused]] uint4 held[kMixedAhead];
+      if constexpr (kMixed) begin_raw(parameters.shape, cache.pool, places.raw[warp][at], held);
+      ring.wait(stage, phase);
+      const uint8_t* slot = ring.slots + stage * slot_bytes;
+      // Opaque, lest the compiler keeps every address that follows from it in a register of its own.
+      uint32_t own_lane = lane;
+      asm volatile("" : "+r"(own_lane));
+      const Tile tile = {slot, slot + kParamsBytes, own_lane};
+      uint2 widths = *reinterpret_cast<const uint2*>(tile.record);
+      // The same in every lane: a reduction tells the compiler, which then branches on scalars.
+      widths.x = __reduce_or_sync(kEveryLane, widths.x);
+      widths.y = __reduce_or_sync(kEveryLane, widths.y);
+      if constexpr (kMixed) {
+        attend_mixed<kDim, kTiles, kBfloat>(tile, parameters.shape, layout, widths, queries, cache.pool,
+                                            places.raw[warp][at], held, state, group_zeros,
+                                            [&](float(&scores)[kTiles][8]) { hide(at, scores); });
+      } else {
+        float scores[kTiles][8], units[kTiles];
+        uint32_t weights[kTiles][4];
+        with_width<kGroups, kWide>(widths.x, [&](auto width) {
+          tile_scores<kDim, kTiles, kBfloat, kWide, decltype(width)::value>(tile, layout, widths.x, queries,
+                                                                            state, scores);
+        });
+        hide(at, scores);
+        tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, weights, units);
+        with_width<kGroups, kWide>(widths.y, [&](auto width) {
+          tile_values<kDim, kTiles, kWide, decltype(width)::value>(
+              tile, layout, layout.groups + kv::kGroupBytes * kv::width_sum(widths.x), widths.y, state,
+              weights, units);
+        });
+      }
+      __syncwarp();
+      fetch(at + stages, stage);
+      if (++stage == stages) stage = 0, phase ^= 1;
+    }
+    if constexpr (kMixed) add_group_zeros(group_zeros, state);
   }
 
   __syncthreads();  // the slots are free: results take their place
@@ -522,13 +702,13 @@ __device__ __forceinline__ void merge_pieces(const Partials& partials, uint64_t 
   }
 }
 
-template <int kDim, int kTiles, bool kBfloat, bool kWide>
+template <int kDim, int kTiles, bool kBfloat, Flavour kFlavour>
 __global__ void __launch_bounds__(kThreads<kDim, kTiles>, 2)
     DecodeKernel(const __grid_constant__ DecodeParameters parameters) {
   constexpr int kColumns = 4 * kTiles;
   extern __shared__ __align__(128) uint8_t dynamic[];
-  __shared__ Queries<kDim, kTiles> queries;
-  __shared__ TileSpans spans[kWarps<kDim, kTiles>][kWarpBlocks<kDim, kTiles>];
+  __shared__ QueriesOf<kDim, kTiles, kFlavour> queries;
+  __shared__ PlacesOf<kDim, kTiles, kFlavour> places;
   __shared__ uint64_t barriers[kWarps<kDim, kTiles>][kStages];
   __shared__ uint32_t is_last;
   __shared__ Work work;  // here rather than in registers, of which the loop over blocks needs all
@@ -547,7 +727,7 @@ __global__ void __launch_bounds__(kThreads<kDim, kTiles>, 2)
   }
   __syncthreads();
   if (work.columns.count == 0) return;
-  attend_piece<kDim, kTiles, kBfloat, kWide>(cache, parameters, work, dynamic, queries, spans, barriers);
+  attend_piece<kDim, kTiles, kBfloat, kFlavour>(cache, parameters, work, dynamic, queries, places, barriers);
 
   const StepPiece piece = work.piece;
   const Columns columns = work.columns;
@@ -625,19 +805,27 @@ void dispatch_dim(uint32_t head_dim, Run run) {
   else run(std::integral_constant<int, 256>{});
 }
 
+bool is_raw16(const kv::TileShape& shape) {
+  return kv::is_raw16(shape.parts[0]) && kv::is_raw16(shape.parts[1]);
+}
+
+// Of params and a record up to its 16-bit values, and of what runs need.
 uint32_t slot_bytes(const kv::TileShape& shape) {
-  const uint32_t bytes =
-      std::max(kParamsBytes + kv::largest_record_bytes(shape), run_scratch_bytes(shape.head_dim));
+  const uint32_t of_tile =
+      is_raw16(shape) ? 0 : kParamsBytes + kv::largest_record_bytes(shape) - kv::raw_bytes(shape);
+  const uint32_t bytes = std::max(of_tile, run_scratch_bytes(shape.head_dim));
   return (bytes + 127) / 128 * 128;
 }
 
 // Tiles ahead that fit the shared memory of a thread block; throws if not even one does.
 uint32_t stages_of(const ph_device& device, const kv::TileShape& shape) {
-  constexpr uint32_t kFixedBytes = 8192;  // static shared memory of the kernels, at most
-  const uint32_t limit = static_cast<uint32_t>(device.shared_bytes) - kFixedBytes;
-  for (uint32_t stages = kStages; stages > 0; --stages) {
+  // Static shared memory of the kernels, at most.
+  const bool plain = kv::is_per_token(shape.parts[0]) && kv::is_per_token(shape.parts[1]);
+  const uint32_t fixed_bytes = plain ? 8192 : 16384;
+  const uint32_t limit = static_cast<uint32_t>(device.shared_bytes) - fixed_bytes;
+  for (uint32_t stages = is_raw16(shape) ? 1 : kStages; stages > 0; --stages) {
     // More than two only where two thread blocks share a multiprocessor all the same.
-    const uint32_t most = stages > 2 ? limit / 2 - kFixedBytes : limit;
+    const uint32_t most = stages > 2 ? limit / 2 - fixed_bytes : limit;
     if (kMostWarps * stages * slot_bytes(shape) <= most) return stages;
   }
   throw Error(
@@ -657,30 +845,37 @@ template <typename Use>
 void with_kernel(const ph_device& device, const CacheView& cache, const kv::TileShape& shape, Use use) {
   dispatch_dim(cache.head_dim, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
-    const auto with = [&](auto tiles, auto bfloat, auto wide) {
+    const auto with = [&](auto tiles, auto bfloat, auto flavour) {
       constexpr int kTiles = decltype(tiles)::value;
       constexpr bool kBfloat = decltype(bfloat)::value;
       const uint32_t stages = stages_of(device, shape);
       const uint32_t shared_bytes = std::max<uint32_t>(kWarps<kDim, kTiles> * stages * slot_bytes(shape),
                                                        sizeof(PieceShared<kDim, kTiles>));
-      use(DecodeKernel<kDim, kTiles, kBfloat, decltype(wide)::value>,
+      use(DecodeKernel<kDim, kTiles, kBfloat, decltype(flavour)::value>,
           Launch{4u * kTiles, kThreads<kDim, kTiles>, stages, shared_bytes});
     };
-    const auto with_type = [&](auto tiles, auto wide) {
-      if (cache.dtype == PH_BF16) with(tiles, std::true_type{}, wide);
-      else with(tiles, std::false_type{}, wide);
+    const auto with_type = [&](auto tiles, auto flavour) {
+      if (cache.dtype == PH_BF16) with(tiles, std::true_type{}, flavour);
+      else with(tiles, std::false_type{}, flavour);
     };
-    const auto with_width = [&](auto tiles) {
-      if (std::max(kv::largest_width(shape.parts[0]), kv::largest_width(shape.parts[1])) > 4)
-        with_type(tiles, std::true_type{});
-      else with_type(tiles, std::false_type{});
+    const auto with_flavour = [&](auto tiles) {
+      const kv::TilePart &keys = shape.parts[0], &values = shape.parts[1];
+      if (is_raw16(shape)) {
+        with_type(tiles, std::integral_constant<Flavour, Flavour::kRaw16>{});
+      } else if (!kv::is_per_token(keys) || !kv::is_per_token(values)) {
+        with_type(tiles, std::integral_constant<Flavour, Flavour::kMixed>{});
+      } else if (std::max(kv::largest_width(keys), kv::largest_width(values)) > 4) {
+        with_type(tiles, std::integral_constant<Flavour, Flavour::kWide>{});
+      } else {
+        with_type(tiles, std::integral_constant<Flavour, Flavour::kNarrow>{});
+      }
     };
     // By the group alone, not by the step's tokens: a sequence's results must not depend on the rest of the batch. One
     // tile of four columns leaves more registers to wide heads.
     if constexpr (kDim < 256) {
-      if (cache.query_heads / cache.heads > 4) return with_width(std::integral_constant<int, 2>{});
+      if (cache.query_heads / cache.heads > 4) return with_flavour(std::integral_constant<int, 2>{});
     }
-    with_width(std::integral_constant<int, 1>{});
+    with_flavour(std::integral_constant<int, 1>{});
   });
 }
 
@@ -698,6 +893,7 @@ void decode(ph_device& device, const CacheView& cache, const kv::TileShape& shap
   const uint32_t columns = cache.query_heads / cache.heads * step.most_queries;
   DecodeParameters parameters{};
   parameters.cache = cache;
+  parameters.shape = shape;
   parameters.step = step;
   parameters.layout = {kv::bases_position(shape, PH_KV_VALUES),
                        kv::bases_position(shape, kv::kParts),

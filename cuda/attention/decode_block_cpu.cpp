@@ -71,6 +71,21 @@ struct Codes {
 struct Values {
   const float* rows;
   uint32_t columns;
+
+  Floats read(uint32_t row, uint32_t column) const {
+    return ph::PH_INSTRUCTION_SET::load<Floats>(rows + row * columns + column);
+  }
+};
+
+// In 16 bits.
+template <typename Element>
+struct HalfValues {
+  const uint8_t* rows;
+  uint32_t columns;
+
+  Floats read(uint32_t row, uint32_t column) const {
+    return Element::read(rows + 2 * (row * columns + column));
+  }
 };
 
 // Where the factors of a right-hand side's rows stand, and which quads pair i of a run of pairs is for. Keys: by channel.
@@ -85,17 +100,16 @@ struct ByToken {
 };
 
 // Adds to sums[row] the products of kRows rows of factors, `stride` apart, with columns of a right-hand side.
-template <uint32_t kRows, uint32_t kVectors, typename Place>
-void multiply(const Values& right, uint32_t quads, uint32_t column, const float* factors, uint32_t stride,
+template <uint32_t kRows, uint32_t kVectors, typename Right, typename Place>
+void multiply(const Right& right, uint32_t quads, uint32_t column, const float* factors, uint32_t stride,
               Place place, Floats (&sums)[kRows][kVectors]) {
   for (uint32_t quad = 0; quad < quads; ++quad) {
-    const float* source = right.rows + quad * 4 * right.columns + column;
 #pragma GCC unroll 4
     for (uint32_t b = 0; b < 4; ++b) {
       const float* factor = factors + place(quad, b);
 #pragma GCC unroll 4
       for (uint32_t v = 0; v < kVectors; ++v) {
-        const Floats x = load<Floats>(source + b * right.columns + v * kVectorLanes);
+        const Floats x = right.read(4 * quad + b, column + v * kVectorLanes);
 #pragma GCC unroll 4
         for (uint32_t row = 0; row < kRows; ++row) sums[row][v] += x * factor[row * stride];
       }
@@ -247,7 +261,8 @@ struct Rows {
     }
   }
 
-  void score(const Values& keys, const ChunkTokens& tokens) {
+  template <typename Right>
+  void score(const Right& keys, const ChunkTokens& tokens) {
     for_rows(rows, [&](uint32_t first, auto count) {
       for_columns<count.value>(kBlockTokens, [&](uint32_t column, auto vectors) {
         Floats sums[count.value][vectors.value] = {};
@@ -291,7 +306,7 @@ struct Rows {
   // One step of the online softmax: calls `put(row, weights, vector by vector)` with probabilities times scales. The
   // offsets' share of the outputs is left in shifts.
   template <typename Put>
-  void weigh(const ChunkTokens& tokens, Put put) {
+  void put_weights(const ChunkTokens& tokens, Put put) {
     for (uint32_t row = 0; row < rows; ++row) {
       Floats vectors[kChunkVectors], chunk = splat(-kInfinity);
 #pragma GCC unroll 16
@@ -319,14 +334,15 @@ struct Rows {
     }
   }
 
-  void weigh(const Values&, const ChunkTokens& tokens) {
-    weigh(tokens, [&](uint32_t row, const Floats(&weights)[kChunkVectors]) {
+  template <typename Right>
+  void weigh(const Right&, const ChunkTokens& tokens) {
+    put_weights(tokens, [&](uint32_t row, const Floats(&weights)[kChunkVectors]) {
       for (uint32_t v = 0; v < kChunkVectors; ++v) store(scores[row] + v * kVectorLanes, weights[v]);
     });
   }
 
   void weigh(const Codes&, const ChunkTokens& tokens) {
-    weigh(tokens, [&](uint32_t row, const Floats(&weights)[kChunkVectors]) {
+    put_weights(tokens, [&](uint32_t row, const Floats(&weights)[kChunkVectors]) {
       Floats most = {};
 #pragma GCC unroll 16
       for (uint32_t v = 0; v < kChunkVectors; ++v) most = larger(weights[v], most);
@@ -348,7 +364,8 @@ struct Rows {
     });
   }
 
-  void add_values(const Values& values) {
+  template <typename Right>
+  void add_values(const Right& values) {
     for_rows(rows, [&](uint32_t first, auto count) {
       for_columns<count.value>(head_dim, [&](uint32_t column, auto vectors) {
         Floats sums[count.value][vectors.value];
@@ -484,15 +501,11 @@ void load_value_params(const uint8_t* params, const Codes& values, ChunkTokens& 
   }
 }
 
-template <typename Element>
-void attend_packed(const DecodeCall& call, const kv::StepSequence& sequence, const kv::StepPiece& piece,
-                   uint32_t head, Rows& rows) {
-  const kv::TileKernels& kernels = kv::PH_INSTRUCTION_SET::kTileKernels;
-  kv::TileReader reader;
-  alignas(64) uint8_t keys[kMostTileCodes], values[kMostTileCodes];
-  kv::TilePrefetch next;
-  ChunkTokens tokens;
-  rows.quantize_queries();
+// Calls use(block, whether another follows) for the blocks of a piece that any query sees, with who sees their tokens in
+// `tokens`.
+template <typename Use>
+void for_blocks(const DecodeCall& call, const kv::StepSequence& sequence, const kv::StepPiece& piece,
+                ChunkTokens& tokens, Use use) {
   for (int32_t& until : tokens.visible_until) until = INT32_MAX;
   const uint32_t sinks = call.cache.sinks, seen = call.seen_from(sequence);
   const uint32_t first_seen = seen > sinks ? (seen - sinks) / kBlockTokens : 0;
@@ -503,8 +516,22 @@ void attend_packed(const DecodeCall& call, const kv::StepSequence& sequence, con
       tokens.end_visibility(call, sequence, kv::key_column(token),
                             sinks + static_cast<uint64_t>(block) * kBlockTokens + token);
     }
-    reader.read(call.cache, call.layer, sequence.sequence, block, head);
-    if (block + 1 < end) next.start(call.cache, call.layer, sequence.sequence, block + 1, head);
+    use(block, block + 1 < end);
+  }
+}
+
+template <typename Element>
+void attend_packed(const DecodeCall& call, const kv::StepSequence& sequence, const kv::StepPiece& piece,
+                   uint32_t head, Rows& rows) {
+  const kv::TileKernels& kernels = kv::PH_INSTRUCTION_SET::kTileKernels;
+  kv::TileReader reader;
+  alignas(64) uint8_t keys[kMostTileCodes], values[kMostTileCodes];
+  kv::TilePrefetch next;
+  ChunkTokens tokens;
+  rows.quantize_queries();
+  for_blocks(call, sequence, piece, tokens, [&](uint32_t block, bool another) {
+    reader.read(call.cache, call.shape, call.layer, sequence.sequence, block, head);
+    if (another) next.start(call.cache, call.layer, sequence.sequence, block + 1, head);
     reader.unpack(kernels, call.shape, PH_KV_KEYS, keys);
     next.fetch();
     reader.unpack(kernels, call.shape, PH_KV_VALUES, values);
@@ -514,7 +541,86 @@ void attend_packed(const DecodeCall& call, const kv::StepSequence& sequence, con
     load_value_params<Element>(reader.params, value_codes, tokens);
     next.fetch();
     rows.attend(key_codes, value_codes, tokens, [&] { next.fetch(); });
+  });
+}
+
+// ---- packed blocks of which a part is kivi or raw16
+
+// What kivi codes stand for: (code + zero) * scale, in the form of Values.
+template <typename Element>
+void dequantize_groups(const kv::TileShape& shape, uint32_t part, const uint8_t* bases, const uint8_t* quads,
+                       float* rows) {
+  const bool keys = part == PH_KV_KEYS;
+  const uint32_t columns = keys ? kBlockTokens : shape.head_dim, count = kv::group_scales(shape, part);
+  const uint32_t row_count = keys ? shape.head_dim : kBlockTokens;
+  alignas(64) float scales[kv::kMostScales], zeros[kv::kMostScales];
+  for (uint32_t i = 0; i < count; i += kVectorLanes) {
+    store(scales + i, Element::read(bases + 2 * i));
+    store(zeros + i, floats_of(signed_halves(bases + 2 * (count + i))));
   }
+  for (uint32_t row = 0; row < row_count; row += 4) {
+    for (uint32_t column = 0; column < columns; column += kVectorLanes) {
+      const Words codes = load<Words>(quads + row * columns + 4 * column);
+#pragma GCC unroll 4
+      for (uint32_t b = 0; b < 4; ++b) {
+        const uint32_t group = keys ? row + b : kv::scale_index(shape, part, row + b, column);
+        store(rows + (row + b) * columns + column,
+              (floats_of((Integers)(codes >> 8 * b & 0xff)) + zeros[group]) * scales[group]);
+      }
+    }
+  }
+}
+
+// A part of a block as a right-hand side: codes where scales are its tokens', which then go to `tokens`; what codes stand
+// for where scales are the groups' own; and 16-bit values.
+template <typename Element>
+struct PartReader {
+  const DecodeCall& call;
+  const uint32_t part;
+  alignas(64) uint8_t bytes[kMostTileCodes * sizeof(float)];
+  alignas(64) uint8_t quads[kMostTileCodes];
+
+  PartReader(const DecodeCall& call, uint32_t part) : call(call), part(part) {}
+
+  template <typename Use>
+  void read(const kv::TileReader& reader, ChunkTokens& tokens, Use use) {
+    const kv::TileKernels& kernels = kv::PH_INSTRUCTION_SET::kTileKernels;
+    const kv::TileShape& shape = call.shape;
+    const uint32_t columns = part == PH_KV_KEYS ? kBlockTokens : shape.head_dim;
+    if (kv::is_raw16(shape.parts[part])) {
+      kernels.unpack_raw(shape, part, reader.record + kv::raw_begin(shape, part, reader.record_bytes), bytes);
+      return use(HalfValues<Element>{bytes, columns});
+    }
+    reader.unpack(kernels, shape, part, quads);
+    if (kv::is_kivi(shape.parts[part])) {
+      float* rows = reinterpret_cast<float*>(bytes);
+      dequantize_groups<Element>(shape, part, reader.record + kv::bases_position(shape, part), quads, rows);
+      return use(Values{rows, columns});
+    }
+    const Codes codes = {quads, columns};
+    if (part == PH_KV_KEYS) load_key_params<Element>(reader.params, tokens);
+    else load_value_params<Element>(reader.params, codes, tokens);
+    use(codes);
+  }
+};
+
+template <typename Element>
+void attend_mixed(const DecodeCall& call, const kv::StepSequence& sequence, const kv::StepPiece& piece,
+                  uint32_t head, Rows& rows) {
+  kv::TileReader reader;
+  PartReader<Element> keys(call, PH_KV_KEYS), values(call, PH_KV_VALUES);
+  ChunkTokens tokens = {};
+  for (uint32_t token = 0; token < kBlockTokens; ++token)
+    tokens.key_scales[token] = tokens.value_scales[token] = 1.0f;
+  if (kv::is_per_token(call.shape.parts[PH_KV_KEYS])) rows.quantize_queries();
+  for_blocks(call, sequence, piece, tokens, [&](uint32_t block, bool) {
+    reader.read(call.cache, call.shape, call.layer, sequence.sequence, block, head);
+    keys.read(reader, tokens, [&](const auto& right) { rows.score(right, tokens); });
+    values.read(reader, tokens, [&](const auto& right) {
+      rows.weigh(right, tokens);
+      rows.add_values(right);
+    });
+  });
 }
 
 // ---- tokens in 16 bits: sinks, then those after the packed blocks
@@ -612,7 +718,11 @@ __attribute__((flatten)) void attend(const DecodeCall& call, uint32_t piece_inde
       Rows rows;
       rows.start<Element>(call, sequence, piece_index, head, first, count);
       if (piece.runs > 0) attend_recent<Element>(call, sequence, piece, head, rows);
-      if (piece.blocks > 0) attend_packed<Element>(call, sequence, piece, head, rows);
+      if (piece.blocks > 0) {
+        if (kv::is_per_token(call.shape.parts[0]) && kv::is_per_token(call.shape.parts[1]))
+          attend_packed<Element>(call, sequence, piece, head, rows);
+        else attend_mixed<Element>(call, sequence, piece, head, rows);
+      }
       rows.finish();
     }
   });

@@ -892,6 +892,10 @@ void launch(ph_device& device, const PrefillParameters& parameters) {
 
 }  // namespace
 
+bool prefills_packed(const kv::TileShape& shape) {
+  return kv::is_per_token(shape.parts[0]) && kv::is_per_token(shape.parts[1]);
+}
+
 void prefill(ph_device& device, const CacheView& cache, const kv::TileShape& shape, uint32_t layer,
              const StepView& step, kv::StepTensors tensors, const uint8_t* queries, uint8_t* out, float scale,
              uint32_t window) {

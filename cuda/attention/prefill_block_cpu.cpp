@@ -193,41 +193,58 @@ struct Rows {
 };
 
 // A packed block; its tokens in the order of their key columns.
+template <typename Element>
 void unpack_block(const PrefillCall& call, const kv::StepSequence& entry, uint32_t block, uint32_t head,
                   kv::TileReader& reader, Chunk& chunk) {
   const kv::TileKernels& kernels = kv::PH_INSTRUCTION_SET::kTileKernels;
+  const kv::TileShape& shape = call.shape;
   const uint32_t head_dim = call.cache.head_dim;
-  alignas(64) uint8_t quads[kMostTileCodes];
-  alignas(64) float scales[kv::kParts][kBlockTokens], zeros[kv::kParts][kBlockTokens];
-  reader.read(call.cache, call.layer, entry.sequence, block, head);
+  reader.read(call.cache, shape, call.layer, entry.sequence, block, head);
   for (uint32_t part = 0; part < kv::kParts; ++part) {
-    for (uint32_t token = 0; token < kBlockTokens; ++token) {
-      const kv::Affine affine = kv::stored_affine(call.shape, part, reader.params, token);
-      scales[part][kv::key_column(token)] = affine.scale;
-      zeros[part][kv::key_column(token)] = affine.zero;
-    }
-  }
-  reader.unpack(kernels, call.shape, PH_KV_KEYS, quads);
-  for (uint32_t quad = 0; quad < head_dim / 4; ++quad) {
-    for (uint32_t column = 0; column < kBlockTokens; column += kVectorLanes) {
-      const Words codes = load<Words>(quads + (quad * kBlockTokens + column) * 4);
-      const Floats scale = load<Floats>(scales[PH_KV_KEYS] + column),
-                   zero = load<Floats>(zeros[PH_KV_KEYS] + column);
-      for (uint32_t b = 0; b < 4; ++b) {
-        store(chunk.keys + (4 * quad + b) * kBlockTokens + column,
-              (floats_of(codes >> 8 * b & 0xff) + zero) * scale);
+    const bool of_keys = part == PH_KV_KEYS;
+    const uint32_t rows = of_keys ? head_dim : kBlockTokens, columns = of_keys ? kBlockTokens : head_dim;
+    // Keys are [channel][column], values [token][channel] before their tokens are put in order.
+    const auto target = [&](uint32_t row) {
+      return of_keys ? chunk.keys + row * kBlockTokens : chunk.values + kv::key_column(row) * head_dim;
+    };
+    if (kv::is_raw16(shape.parts[part])) {
+      alignas(64) uint8_t halves[2 * kMostTileCodes];
+      kernels.unpack_raw(shape, part, reader.record + kv::raw_begin(shape, part, reader.record_bytes),
+                         halves);
+      for (uint32_t row = 0; row < rows; ++row) {
+        for (uint32_t column = 0; column < columns; column += kVectorLanes)
+          store(target(row) + column, Element::read(halves + 2 * (row * columns + column)));
       }
+      continue;
     }
-  }
-  reader.unpack(kernels, call.shape, PH_KV_VALUES, quads);
-  for (uint32_t quad = 0; quad < kBlockTokens / 4; ++quad) {
-    for (uint32_t channel = 0; channel < head_dim; channel += kVectorLanes) {
-      const Words codes = load<Words>(quads + (quad * head_dim + channel) * 4);
-      for (uint32_t b = 0; b < 4; ++b) {
-        const uint32_t column = kv::key_column(4 * quad + b);
-        store(
-            chunk.values + column * head_dim + channel,
-            (floats_of(codes >> 8 * b & 0xff) + zeros[PH_KV_VALUES][column]) * scales[PH_KV_VALUES][column]);
+    const bool is_kivi = kv::is_kivi(shape.parts[part]);
+    const uint8_t* bases = reader.record + kv::bases_position(shape, part);
+    alignas(64) float scales[kv::kMostScales], zeros[kv::kMostScales];  // per token: in their columns' order
+    for (uint32_t i = 0; i < kv::group_scales(shape, part); ++i) {
+      const kv::Affine affine = is_kivi ? kv::stored_group_affine(shape, part, bases, i)
+                                        : kv::stored_affine(shape, part, reader.params, i);
+      const uint32_t place = of_keys && !is_kivi ? kv::key_column(i) : i;
+      scales[place] = affine.scale;
+      zeros[place] = affine.zero;
+    }
+    alignas(64) uint8_t quads[kMostTileCodes];
+    reader.unpack(kernels, shape, part, quads);
+    for (uint32_t row = 0; row < rows; row += 4) {
+      for (uint32_t column = 0; column < columns; column += kVectorLanes) {
+        const Words codes = load<Words>(quads + row * columns + 4 * column);
+        for (uint32_t b = 0; b < 4; ++b) {
+          Floats scale, zero;
+          if (of_keys && !is_kivi) {
+            scale = load<Floats>(scales + column);
+            zero = load<Floats>(zeros + column);
+          } else {
+            // A channel of keys, or a token's group of channels.
+            const uint32_t index = of_keys ? row + b : kv::scale_index(shape, part, row + b, column);
+            scale = splat(scales[index]);
+            zero = splat(zeros[index]);
+          }
+          store(target(row + b) + column, (floats_of(codes >> 8 * b & 0xff) + zero) * scale);
+        }
       }
     }
   }
@@ -281,7 +298,7 @@ void attend_rows(const PrefillCall& call, uint32_t number, uint32_t head, uint32
   kv::TileReader reader;
   for (uint32_t block = seen_begin > sinks ? (seen_begin - sinks) / kBlockTokens : 0;
        block < entry.first_block; ++block) {
-    unpack_block(call, entry, block, head, reader, chunk);
+    unpack_block<Element>(call, entry, block, head, reader, chunk);
     chunk.masked = false;
     for (uint32_t token = 0; token < kBlockTokens; ++token) {
       chunk.see(call, entry, kv::key_column(token), sinks + block * kBlockTokens + token, first_token,

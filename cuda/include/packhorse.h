@@ -320,11 +320,16 @@ PH_API int32_t ph_kv_measure(ph_device* device, const ph_kv_codec* codec, const 
  * A cache holds the keys and values of `layers` layers for up to `sequences` sequences. Tokens arrive in steps: a step
  * appends one or more tokens to some of the sequences, in every layer. The first `sinks` tokens of a sequence and its
  * newest stay as they came, in 16 bits; as soon as `residual` tokens or more would remain after it, a block of 64 tokens
- * is packed in the "tiles" layout (cuda/kv/tile.h), which attention unpacks in registers. Packing is that of the codec
- * above, per token over all kv heads and channels, without repacking (a width spans the whole block):
- *   packkv: scale = store((max - min) * rel); codes up to ceil(1 / rel) + 1
- *   fixed:  scale = store_up((max - min) / (2^bits - 1)); every residual takes `bits` bits
+ * is packed in the "tiles" layout (cuda/kv/tile.h), which attention unpacks in registers. Keys and values are packed
+ * independently, as the codec above does it without repacking (a width spans the whole block):
+ *   packkv: per token, over all kv heads and channels: scale = store((max - min) * rel); codes up to ceil(1 / rel) + 1
+ *   fixed:  likewise: scale = store_up((max - min) / (2^bits - 1)); every residual takes `bits` bits
+ *   kivi:   groups as above: of keys, a channel over the block's 64 tokens; of values, 64 channels of a token and head;
+ *           scale and residuals as for fixed
+ *   raw16:  values stay as they are, those that are not finite too
  * Zero points have 16 bits: where one would not fit, the scale is raised until it does, to at most |min| / 32767.
+ * A constant group is exact, as above, but its scale is |x| / 2^k for the largest k up to 14 that makes it a value of T,
+ * and its zero point sign(x) * 2^k; for x = 0 the scale is the smallest positive T.
  * Widths are chosen on the device, per block, head and group of 32 channels; records take the bytes they need, in pages
  * of 65,536 bytes from a pool of fixed size.
  *
@@ -341,7 +346,12 @@ PH_API int32_t ph_kv_measure(ph_device* device, const ph_kv_codec* codec, const 
 
 typedef struct ph_kv_cache ph_kv_cache;
 
-enum ph_kv_cache_quantizer { PH_KV_CACHE_PACKKV = 0, PH_KV_CACHE_FIXED = 1 };
+enum ph_kv_cache_quantizer {
+  PH_KV_CACHE_PACKKV = 0,
+  PH_KV_CACHE_FIXED = 1,
+  PH_KV_CACHE_RAW16 = 2,
+  PH_KV_CACHE_KIVI = 3
+};
 
 typedef struct ph_kv_cache_config {
   uint32_t layers;      /* 1..4096 */
@@ -361,7 +371,7 @@ typedef struct ph_kv_cache_config {
 typedef struct ph_kv_cache_codec {
   uint32_t key_quantizer; /* ph_kv_cache_quantizer */
   uint32_t value_quantizer;
-  uint32_t key_bits; /* fixed: 1..8; else 0 */
+  uint32_t key_bits; /* fixed, kivi: 1..8; else 0 */
   uint32_t value_bits;
   float key_rel; /* packkv: 1/254..1; else 0 */
   float value_rel;
@@ -436,7 +446,9 @@ PH_API int32_t ph_kv_cache_attend(ph_device* device, ph_kv_cache* cache, uint32_
 /* Attention of the step's tokens, any number per sequence, and their append, in one call in place of append and attend:
  * keys and values as append takes them, queries and out as attend does. The tokens attend to what their sequences held
  * before the step and, causally, to each other as they are in `keys` and `values`, in 16 bits; then they are appended,
- * with the very bytes that append writes. `out` must not overlap the other tensors. Error and determinism as attend. */
+ * with the very bytes that append writes. `out` must not overlap the other tensors. Error and determinism as attend.
+ * PH_ERROR_UNSUPPORTED on CUDA for a layer with kivi or raw16 where a sequence of the step has packed tokens, or the step
+ * is captured. */
 PH_API int32_t ph_kv_cache_prefill(ph_device* device, ph_kv_cache* cache, uint32_t layer,
                                    const ph_buffer* queries, uint64_t queries_offset, const ph_buffer* keys,
                                    uint64_t keys_offset, const ph_buffer* values, uint64_t values_offset,
@@ -449,7 +461,7 @@ PH_API int32_t ph_kv_cache_read(ph_device* device, ph_kv_cache* cache, uint32_t 
                                 uint64_t first, uint64_t count, ph_buffer* keys, uint64_t keys_offset,
                                 ph_buffer* values, uint64_t values_offset, char* error, uint32_t error_bytes);
 /* Waits for the device. PH_ERROR_NON_FINITE names the first sequence and token that was packed with a value that
- * is not finite (it counts as 0), if there was one since the last call. */
+ * is not finite (it counts as 0, but raw16 keeps it and is not reported), if there was one since the last call. */
 PH_API int32_t ph_kv_cache_check(ph_device* device, ph_kv_cache* cache, char* error, uint32_t error_bytes);
 /* Waits for the device. */
 PH_API int32_t ph_kv_cache_get_statistics(ph_device* device, ph_kv_cache* cache,

@@ -22,6 +22,9 @@
 // twice, 2 bytes each, and its width in bits (plus 1/64 base) is written once, in 16-byte words, or 8-byte
 // halves of them for the odd bit of a width; a token that stays is read and written once.
 //
+// Kernels with kMixed serve layers of which a part is kivi or raw16. TileKernel then finds kivi's scales itself, reading
+// the head's values once more, and copies raw16's from the tokens to the stream, in 16-byte words too.
+//
 // Deterministic, and the same bytes as on the CPU: thread blocks wait for the sizes of earlier records, and
 // where a record begins does not depend on the order in which they run. Thread blocks take their records in
 // ascending order, by a ticket, and make a size known before they wait, so that every wait ends.
@@ -49,7 +52,8 @@ constexpr uint32_t kMostHeadDim = kMostGroups * kTileChannels;
 constexpr uint32_t kMostBaseWords = kMostHeadDim / 4;
 constexpr uint32_t kRegisters = 16;  // of a lane: four residuals each of a group's 64
 static_assert(kUnitBytes == kVectorBytes);
-static_assert(kTileThreads >= kParts * kBlockTokens && kParamsThreads >= kParts * kBlockTokens);
+static_assert(kTileThreads >= kParts * kBlockTokens && kTileThreads >= kMostScales &&
+              kParamsThreads >= kParts * kBlockTokens);
 
 template <typename Run>
 void dispatch_half(uint32_t dtype, Run run) {
@@ -119,7 +123,7 @@ struct ParamsShared {
   uint32_t non_finite[2];                                   // a bit per token
 };
 
-template <typename Element>
+template <typename Element, bool kMixed>
 __global__ void __launch_bounds__(kParamsThreads, 2)
     ParamsKernel(const __grid_constant__ CacheView cache, const __grid_constant__ TileShape shape,
                  uint32_t layer, const __grid_constant__ StepView step,
@@ -137,6 +141,8 @@ __global__ void __launch_bounds__(kParamsThreads, 2)
   if (blockIdx.x == 0 && threadIdx.x == 0) *workspace.ticket = 0;
   if (threadIdx.x < 2) shared.non_finite[threadIdx.x] = 0;
   __syncthreads();
+  // Raw values may be anything.
+  const bool is_read[kParts] = {!kMixed || !is_raw16(shape.parts[0]), !kMixed || !is_raw16(shape.parts[1])};
 
   for (uint32_t token = warp; token < kBlockTokens; token += kParamsWarps) {
     const uint8_t* rows[kParts];
@@ -153,14 +159,14 @@ __global__ void __launch_bounds__(kParamsThreads, 2)
 #pragma unroll
         for (uint32_t i = 0; i < kHeld; ++i) {
           const uint32_t vector = first + kWarpThreads * i;
-          if (vector < vectors) held[part][i].load(rows[part] + vector * kVectorBytes);
+          if (vector < vectors && is_read[part]) held[part][i].load(rows[part] + vector * kVectorBytes);
         }
       }
 #pragma unroll
       for (uint32_t part = 0; part < kParts; ++part) {
 #pragma unroll
         for (uint32_t i = 0; i < kHeld; ++i) {
-          if (first + kWarpThreads * i < vectors) extremes[part].add(held[part][i]);
+          if (first + kWarpThreads * i < vectors && is_read[part]) extremes[part].add(held[part][i]);
         }
       }
     }
@@ -194,7 +200,10 @@ __global__ void __launch_bounds__(kParamsThreads, 2)
 
   if (threadIdx.x < kParts * kBlockTokens) {
     const uint32_t part = threadIdx.x / kBlockTokens, token = threadIdx.x % kBlockTokens;
-    const Affine affine = tile_affine(shape, part, shared.minima[part][token], shared.maxima[part][token]);
+    const Affine affine =
+        !kMixed || is_per_token(shape.parts[part])
+            ? tile_affine(shape, part, shared.minima[part][token], shared.maxima[part][token])
+            : Affine{0.0f, 0.0f};
     shared.affines[scale_position(part, token) / 2] =
         static_cast<uint16_t>(scale_bits(shape.dtype, affine.scale));
     shared.affines[zero_position(part, token) / 2] = static_cast<uint16_t>(static_cast<int32_t>(affine.zero));
@@ -228,16 +237,20 @@ struct alignas(16) Quantizer {
 // NearRounding (quantize.cuh) is exact for bfloat16 too: quotients of 8-bit significands are no closer than
 // 2^-10 to a midpoint without being on it. It needs a reciprocal that neither over- nor underflows, and
 // quotients below 2^9 where codes are not cut to the limit anyway.
-__device__ __forceinline__ Quantizer make_quantizer(const TileShape& shape, uint32_t part,
-                                                    const uint8_t* params, uint32_t token) {
-  const float scale =
-      scale_from_bits(shape.dtype, *reinterpret_cast<const uint16_t*>(params + scale_position(part, token)));
-  const int32_t zero = *reinterpret_cast<const int16_t*>(params + zero_position(part, token));
-  const int32_t furthest = max(-zero, zero + static_cast<int32_t>(shape.parts[part].code_limit)) + 1;
+__device__ __forceinline__ Quantizer make_quantizer(uint32_t code_limit, float scale, int32_t zero) {
+  const int32_t furthest = max(-zero, zero + static_cast<int32_t>(code_limit)) + 1;
   const bool near =
       furthest < static_cast<int32_t>(NearRounding::kLimit) && scale > 0x1p-100f && scale < 0x1p100f;
   return {scale, static_cast<float>(zero), near ? Reciprocal(scale).high : 0.0f,
           (0u - static_cast<uint32_t>(zero) & 0xffff) * 0x10001u};
+}
+
+// That of a token's values, from its params.
+__device__ __forceinline__ Quantizer token_quantizer(const TileShape& shape, uint32_t part,
+                                                     const uint8_t* params, uint32_t token) {
+  const uint16_t scale = *reinterpret_cast<const uint16_t*>(params + scale_position(part, token));
+  return make_quantizer(shape.parts[part].code_limit, scale_from_bits(shape.dtype, scale),
+                        *reinterpret_cast<const int16_t*>(params + zero_position(part, token)));
 }
 
 // Apart, so that what hardly ever runs neither bloats the kernel nor takes its registers.
@@ -258,6 +271,24 @@ __device__ __forceinline__ uint2 make_codes(const typename Element::Vector& vect
   }
   return divide_codes<Element>(*reinterpret_cast<const uint4*>(vector.pairs), quantizer.scale, quantizer.zero,
                                limit);
+}
+
+// The same where each of the values has a quantizer of its own.
+template <typename Element>
+__device__ __forceinline__ uint2 make_channel_codes(const typename Element::Vector& vector,
+                                                    const Quantizer* quantizers, uint32_t limit) {
+  uint32_t words[2] = {};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const Quantizer quantizer = quantizers[i];
+    const uint32_t code =
+        quantizer.reciprocal > 0.0f
+            ? HalfCodeMaker<NearRounding>{{quantizer.reciprocal}, quantizer.zeros, limit * 0x10001u}.code(
+                  vector.at(i))
+            : CodeMaker<Element>{{quantizer.scale, quantizer.zero}, limit}.code(vector.at(i)) & 0xff;
+    words[i / 4] |= code << 8 * (i % 4);
+  }
+  return make_uint2(words[0], words[1]);
 }
 
 // Where a 16-byte chunk of codes lies in shared memory. Of keys: word `row` (four channels) of tokens 4 *
@@ -297,15 +328,22 @@ struct ByteMinimum {
   }
 };
 
+template <bool kMixed>
 struct TileShared {
-  Quantizer quantizers[kParts][kBlockTokens];
-  alignas(16) const uint8_t* rows[kParts][kBlockTokens];  // the head's values of a token
-  alignas(16) uint32_t bases[kParts][kMostBaseWords];     // a byte each, in the order of base_place
-  uint32_t widths[kParts];                                // the header's words
+  Quantizer quantizers[kParts][kMixed ? kMostScales : kBlockTokens];  // by scale_index
+  alignas(16) const uint8_t* rows[kParts][kBlockTokens];              // the head's values of a token
+  alignas(16) uint32_t bases[kParts][kMostBaseWords];  // a byte each, in the order of base_place
+  uint32_t widths[kParts];                             // the header's words
   uint32_t ticket;
   uint32_t begin;     // of the head's record, in units
-  uint8_t* pages[2];  // the page of its first unit (of the params, for head 0), and of its last
+  uint8_t* pages[3];  // the page of its first unit (of the params, for head 0), and those after it
 };
+
+// Scales and zero points of kivi, as the record has them.
+struct GroupAffines {
+  alignas(16) uint16_t halves[kParts][2 * kMostScales];
+};
+struct NoAffines {};
 
 // A warp reads its group's codes as the registers (s, j) of its lanes, at 4 * s + j.
 __device__ __forceinline__ void load_key_codes(const uint8_t* codes, uint32_t group, uint32_t lane,
@@ -424,13 +462,14 @@ __device__ __forceinline__ uint32_t place_record(uint32_t* index, uint32_t recor
   return begin;
 }
 
-// The stream around one record, which begins in one page and may end in the next.
+// The stream around one record, which begins in one page and may end in the next but one.
 struct RecordTarget {
-  uint8_t* pages[2];
+  uint8_t* pages[3];
   uint32_t first_page;  // of the stream
 
   __device__ __forceinline__ uint8_t* unit(uint32_t unit) const {
-    return (unit / kPageUnits == first_page ? pages[0] : pages[1]) + unit % kPageUnits * kUnitBytes;
+    const uint32_t page = unit / kPageUnits - first_page;
+    return (page == 0 ? pages[0] : page == 1 ? pages[1] : pages[2]) + unit % kPageUnits * kUnitBytes;
   }
 };
 
@@ -480,11 +519,16 @@ __device__ __forceinline__ void store_any_group(uint32_t width, const uint32_t (
   store_narrow_group(width - 4, high, lane, target, begin + 4 * kGroupBytes / kUnitBytes);
 }
 
-// The u-th unit of a record's bases, keys' first.
-__device__ __forceinline__ uint4 base_unit(const TileShape& shape, const TileShared& shared, uint32_t unit) {
+// The u-th unit of a record's bases, or of what stands in their place, keys' first.
+template <bool kMixed, typename Affines>
+__device__ __forceinline__ uint4 base_unit(const TileShape& shape, const TileShared<kMixed>& shared,
+                                           const Affines& affines, uint32_t unit) {
   const uint32_t key_units = base_bytes(shape, PH_KV_KEYS) / kUnitBytes;
   const uint32_t part = unit < key_units ? PH_KV_KEYS : PH_KV_VALUES;
   const uint32_t place = part == PH_KV_KEYS ? unit : unit - key_units;
+  if constexpr (kMixed) {
+    if (is_kivi(shape.parts[part])) return reinterpret_cast<const uint4*>(affines.halves[part])[place];
+  }
   const uint4* bases = reinterpret_cast<const uint4*>(shared.bases[part]);
   if (shape.parts[part].base_bits == 8) return bases[place];
   const uint4 a = bases[2 * place], b = bases[2 * place + 1];
@@ -499,12 +543,48 @@ __device__ __forceinline__ uint32_t group_unit(const TileShape& shape, const uin
   return (bases_position(shape, kParts) + kGroupBytes * before) / kUnitBytes;
 }
 
+// Finds the scales and zero points of a kivi part, a thread for each.
+template <typename Element>
+__device__ __forceinline__ void make_group_quantizers(const TileShape& shape, uint32_t part,
+                                                      TileShared<true>& shared, GroupAffines& affines) {
+  using Vector = typename Element::Vector;
+  const uint32_t index = threadIdx.x, count = group_scales(shape, part);
+  if (index >= count) return;
+  float minimum = INFINITY, maximum = -INFINITY;
+  if (part == PH_KV_KEYS) {
+#pragma unroll 16
+    for (uint32_t token = 0; token < kBlockTokens; ++token) {
+      const float value = value_at<Element>(shared.rows[part][token] + 2 * index);
+      const float finite = value * 0.0f == 0.0f ? value : 0.0f;
+      minimum = fminf(minimum, finite);
+      maximum = fmaxf(maximum, finite);
+    }
+  } else {
+    const uint32_t first = index / kBlockTokens * kGroupChannels;
+    const uint32_t end = min(first + kGroupChannels, shape.head_dim);
+    typename Vector::Extremes extremes;
+    for (uint32_t channel = first; channel < end; channel += kVectorValues) {
+      Vector held;
+      held.load(shared.rows[part][index % kBlockTokens] + 2 * channel);
+      zero_non_finite<Element>(held);
+      extremes.add(held);
+    }
+    extremes.finish(minimum, maximum);
+  }
+  const Affine affine = tile_affine(shape, part, minimum, maximum);
+  const int32_t zero = static_cast<int32_t>(affine.zero);
+  shared.quantizers[part][index] = make_quantizer(shape.parts[part].code_limit, affine.scale, zero);
+  affines.halves[part][index] = static_cast<uint16_t>(scale_bits(shape.dtype, affine.scale));
+  affines.halves[part][count + index] = static_cast<uint16_t>(zero);
+}
+
 // Quantises the block's tokens of one head into shared memory.
-template <typename Element, int kRounds>
-__device__ __forceinline__ void quantize_head(const TileShape& shape, const TileShared& shared,
+template <typename Element, int kRounds, bool kMixed>
+__device__ __forceinline__ void quantize_head(const TileShape& shape, const TileShared<kMixed>& shared,
                                               uint64_t non_finite, uint8_t* key_codes, uint8_t* value_codes) {
   using Vector = typename Element::Vector;
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  const bool is_coded[kParts] = {!kMixed || !is_raw16(shape.parts[0]), !kMixed || !is_raw16(shape.parts[1])};
   // A warp takes 8 vectors (whole 128-byte lines) of 4 x 4 tokens, or 4 of 8 x 4 where the head does not
   // divide by 64.
   const uint32_t vector_bits = shape.head_dim % 64 == 0 ? 3 : 2;
@@ -517,6 +597,7 @@ __device__ __forceinline__ void quantize_head(const TileShape& shape, const Tile
     Vector held[kParts][4];
 #pragma unroll
     for (uint32_t part = 0; part < kParts; ++part) {
+      if (!is_coded[part]) continue;
 #pragma unroll
       for (uint32_t k = 0; k < 4; ++k) {
         held[part][k].load(shared.rows[part][4 * quad + k] + vector * kVectorBytes);
@@ -525,25 +606,34 @@ __device__ __forceinline__ void quantize_head(const TileShape& shape, const Tile
     if ((non_finite >> 4 * quad & 15) != 0) {
 #pragma unroll
       for (uint32_t part = 0; part < kParts; ++part) {
+        if (!is_coded[part]) continue;
 #pragma unroll
         for (uint32_t k = 0; k < 4; ++k) zero_non_finite<Element>(held[part][k]);
       }
     }
+    const auto codes_of = [&](uint32_t part, uint32_t k) {
+      const uint32_t limit = shape.parts[part].code_limit;
+      uint32_t index = 4 * quad + k;
+      if constexpr (kMixed) {
+        index = scale_index(shape, part, index, vector * kVectorValues);
+        if (part == PH_KV_KEYS && is_kivi(shape.parts[part])) {
+          return make_channel_codes<Element>(held[part][k], shared.quantizers[part] + index, limit);
+        }
+      }
+      return make_codes<Element>(held[part][k], shared.quantizers[part][index], limit);
+    };
     uint2 codes[4];
+    if (is_coded[PH_KV_KEYS]) {
 #pragma unroll
-    for (uint32_t k = 0; k < 4; ++k) {
-      codes[k] = make_codes<Element>(held[PH_KV_KEYS][k], shared.quantizers[PH_KV_KEYS][4 * quad + k],
-                                     shape.parts[PH_KV_KEYS].code_limit);
+      for (uint32_t k = 0; k < 4; ++k) codes[k] = codes_of(PH_KV_KEYS, k);
+      *reinterpret_cast<uint4*>(key_codes + key_chunk(2 * vector, quad)) =
+          make_uint4(codes[0].x, codes[1].x, codes[2].x, codes[3].x);
+      *reinterpret_cast<uint4*>(key_codes + key_chunk(2 * vector + 1, quad)) =
+          make_uint4(codes[0].y, codes[1].y, codes[2].y, codes[3].y);
     }
-    *reinterpret_cast<uint4*>(key_codes + key_chunk(2 * vector, quad)) =
-        make_uint4(codes[0].x, codes[1].x, codes[2].x, codes[3].x);
-    *reinterpret_cast<uint4*>(key_codes + key_chunk(2 * vector + 1, quad)) =
-        make_uint4(codes[0].y, codes[1].y, codes[2].y, codes[3].y);
+    if (!is_coded[PH_KV_VALUES]) continue;
 #pragma unroll
-    for (uint32_t k = 0; k < 4; ++k) {
-      codes[k] = make_codes<Element>(held[PH_KV_VALUES][k], shared.quantizers[PH_KV_VALUES][4 * quad + k],
-                                     shape.parts[PH_KV_VALUES].code_limit);
-    }
+    for (uint32_t k = 0; k < 4; ++k) codes[k] = codes_of(PH_KV_VALUES, k);
 #pragma unroll
     for (uint32_t half = 0; half < 2; ++half) {
       uint32_t in[4], out[4];
@@ -559,14 +649,49 @@ __device__ __forceinline__ void quantize_head(const TileShape& shape, const Tile
   }
 }
 
+// A matrix of 8 x 8 16-bit values, two of row lane / 4 in each lane, becomes its transpose.
+__device__ __forceinline__ uint32_t transpose8(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
+// Copies the block's values of one head and part to their fragments, from unit `begin` on; whole warps.
+__device__ __forceinline__ void store_raw(const TileShape& shape, uint32_t part, const uint8_t* const* rows,
+                                          const RecordTarget& target, uint32_t begin) {
+  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
+                 i = lane % 4;
+  for (uint32_t f = warp; f < shape.head_dim / kFragmentChannels * 4; f += kTileWarps) {
+    const uint32_t channel = kFragmentChannels * (f / 4);
+    uint32_t words[4];
+    if (part == PH_KV_KEYS) {
+      const uint32_t token = 8 * g + 2 * (f % 4), position = 2 * (channel + 4 * i);
+      const uint2 even = *reinterpret_cast<const uint2*>(rows[token] + position);
+      const uint2 odd = *reinterpret_cast<const uint2*>(rows[token + 1] + position);
+      words[0] = even.x, words[1] = odd.x, words[2] = even.y, words[3] = odd.y;
+    } else {
+      // Rows of tokens; two of a lane's register are 2i and 2i + 1.
+      const uint32_t token = 16 * (g / 2) + 4 * (f % 4) + g % 2;
+#pragma unroll
+      for (uint32_t r = 0; r < 4; ++r) {
+        words[r] = transpose8(*reinterpret_cast<const uint32_t*>(rows[token + 2 * (r / 2)] +
+                                                                 2 * (channel + 8 * (r % 2) + 2 * i)));
+      }
+    }
+    *reinterpret_cast<uint4*>(target.unit(begin + kLanes * f + lane)) =
+        make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
 // kRounds: groups of a warp, and its shares of the codes; 2 where the head has more than 128 channels.
-template <typename Element, int kRounds>
+template <typename Element, int kRounds, bool kMixed>
 __global__ void __launch_bounds__(kTileThreads, 4)
     TileKernel(const __grid_constant__ CacheView cache, const __grid_constant__ TileShape shape,
                uint32_t layer, const __grid_constant__ StepView step,
                const __grid_constant__ StepTensors tensors, Workspace workspace) {
   extern __shared__ uint4 dynamic_shared[];  // codes of keys, of values: 64 * head_dim bytes each
-  __shared__ TileShared shared;
+  __shared__ TileShared<kMixed> shared;
+  __shared__ std::conditional_t<kMixed, GroupAffines, NoAffines> affines;
   uint8_t* const key_codes = reinterpret_cast<uint8_t*>(dynamic_shared);
   uint8_t* const value_codes = key_codes + kBlockTokens * shape.head_dim;
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
@@ -581,11 +706,18 @@ __global__ void __launch_bounds__(kTileThreads, 4)
     shared.rows[part][token] = token_row(cache, layer, step.sequences[place.entry], tensors, part,
                                          block_start(cache, place.block) + token) +
                                static_cast<uint64_t>(head) * cache.head_dim * 2;
-    shared.quantizers[part][token] = make_quantizer(shape, part, params, token);
+    if (!kMixed || is_per_token(shape.parts[part]))
+      shared.quantizers[part][token] = token_quantizer(shape, part, params, token);
   }
   const uint64_t non_finite = workspace.non_finite[item];
   __syncthreads();
-  quantize_head<Element, kRounds>(shape, shared, non_finite, key_codes, value_codes);
+  if constexpr (kMixed) {
+    for (uint32_t part = 0; part < kParts; ++part) {
+      if (is_kivi(shape.parts[part])) make_group_quantizers<Element>(shape, part, shared, affines);
+    }
+    __syncthreads();
+  }
+  quantize_head<Element, kRounds, kMixed>(shape, shared, non_finite, key_codes, value_codes);
   __syncthreads();
 
   const uint32_t groups = tile_groups(shape);
@@ -596,6 +728,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
     if (task >= kParts * groups) continue;
     const uint32_t part = task < groups ? PH_KV_KEYS : PH_KV_VALUES;
     const uint32_t group = task < groups ? task : task - groups;
+    if (kMixed && is_raw16(shape.parts[part])) continue;
     uint32_t width = shape.parts[part].width;
     if (part == PH_KV_KEYS) {
       load_key_codes(key_codes, group, lane, residuals[round]);
@@ -614,37 +747,46 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   }
   __syncthreads();
 
-  const uint32_t params_units = head == 0 ? kParamsUnits : 0;
+  const uint32_t params_units = head != 0 ? 0 : kMixed ? params_bytes(shape) / kUnitBytes : kParamsUnits;
+  const uint32_t record_bytes =
+      head_record_bytes(shape, shared.widths[PH_KV_KEYS], shared.widths[PH_KV_VALUES]);
   if (warp == 0) {
     const uint32_t sequence = step.sequences[place.entry].sequence;
-    const uint32_t size =
-        params_units +
-        head_record_bytes(shape, shared.widths[PH_KV_KEYS], shared.widths[PH_KV_VALUES]) / kUnitBytes;
+    const uint32_t size = params_units + record_bytes / kUnitBytes;
     const uint32_t first =
         place_record(index_of(cache, layer, sequence), place.block * cache.heads + head, size);
-    if (lane < 2) {
-      const uint32_t unit = lane == 0 ? first : first + size - 1;
-      shared.pages[lane] = cache.pool + page_table_of(cache, layer, sequence)[unit / kPageUnits] * kPageBytes;
+    if (lane < 3) {
+      const uint32_t page = min(first / kPageUnits + lane, (first + size - 1) / kPageUnits);
+      shared.pages[lane] = cache.pool + page_table_of(cache, layer, sequence)[page] * kPageBytes;
     }
     if (lane == 0) shared.begin = first + params_units;
   }
   __syncthreads();
 
   const uint32_t begin = shared.begin;
-  const RecordTarget target = {{shared.pages[0], shared.pages[1]}, (begin - params_units) / kPageUnits};
+  const RecordTarget target = {{shared.pages[0], shared.pages[1], shared.pages[2]},
+                               (begin - params_units) / kPageUnits};
 #pragma unroll
   for (uint32_t round = 0; round < kRounds; ++round) {
     const uint32_t task = warp + kTileWarps * round;
     if (task >= kParts * groups) continue;
     const uint32_t part = task < groups ? PH_KV_KEYS : PH_KV_VALUES;
     const uint32_t group = task < groups ? task : task - groups;
+    if (kMixed && is_raw16(shape.parts[part])) continue;
     store_any_group(shared.widths[part] >> 4 * group & 15, residuals[round], lane, target,
                     begin + group_unit(shape, shared.widths, part, group));
   }
   if (threadIdx.x < bases_position(shape, kParts) / kUnitBytes) {
     *reinterpret_cast<uint4*>(target.unit(begin + threadIdx.x)) =
         threadIdx.x == 0 ? make_uint4(shared.widths[PH_KV_KEYS], shared.widths[PH_KV_VALUES], 0, 0)
-                         : base_unit(shape, shared, threadIdx.x - 1);
+                         : base_unit<kMixed>(shape, shared, affines, threadIdx.x - 1);
+  }
+  if constexpr (kMixed) {
+    for (uint32_t part = 0; part < kParts; ++part) {
+      if (!is_raw16(shape.parts[part])) continue;
+      store_raw(shape, part, shared.rows[part], target,
+                begin + raw_begin(shape, part, record_bytes) / kUnitBytes);
+    }
   }
   if (threadIdx.x < params_units) {
     *reinterpret_cast<uint4*>(target.unit(begin - params_units + threadIdx.x)) =
@@ -699,8 +841,8 @@ PH_HOST_DEVICE uint32_t round_value(uint32_t dtype, float value) {
 }
 
 struct UnpackShared {
-  float scales[kParts][kBlockTokens];
-  int32_t zeros[kParts][kBlockTokens];
+  float scales[kParts][kMostScales];  // by scale_index
+  int32_t zeros[kParts][kMostScales];
   uint32_t widths[kParts];              // the header's words
   uint8_t bases[kParts][kMostHeadDim];  // by channel
 };
@@ -741,23 +883,32 @@ __global__ void __launch_bounds__(kTileThreads)
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   const uint32_t block = first_block + blockIdx.x / cache.heads, head = blockIdx.x % cache.heads;
   const uint32_t* pages = page_table_of(cache, layer, sequence);
-  const RecordSpan span = record_span(cache, index_of(cache, layer, sequence), block, head);
+  const RecordSpan span =
+      record_span(cache, index_of(cache, layer, sequence), block, head, params_bytes(shape) / kUnitBytes);
   const uint64_t params = static_cast<uint64_t>(span.params) * kUnitBytes;
   const uint64_t record = static_cast<uint64_t>(span.begin) * kUnitBytes;
   if (threadIdx.x < kParts) {
     shared.widths[threadIdx.x] =
         *reinterpret_cast<const uint32_t*>(stream_byte(cache, pages, record + 4 * threadIdx.x));
   }
-  if (threadIdx.x < kParts * kBlockTokens) {
-    const uint32_t part = threadIdx.x / kBlockTokens, token = threadIdx.x % kBlockTokens;
-    shared.scales[part][token] = scale_from_bits(
-        shape.dtype,
-        *reinterpret_cast<const uint16_t*>(stream_byte(cache, pages, params + scale_position(part, token))));
-    shared.zeros[part][token] =
-        *reinterpret_cast<const int16_t*>(stream_byte(cache, pages, params + zero_position(part, token)));
+  for (uint32_t i = threadIdx.x; i < kParts * kMostScales; i += kTileThreads) {
+    const uint32_t part = i / kMostScales, index = i % kMostScales, count = group_scales(shape, part);
+    if (index >= count) continue;
+    const bool is_own = is_kivi(shape.parts[part]);
+    const uint64_t bases = record + bases_position(shape, part);
+    const uint8_t* scale =
+        stream_byte(cache, pages, is_own ? bases + 2 * index : params + scale_position(part, index));
+    const uint8_t* zero =
+        stream_byte(cache, pages, is_own ? bases + 2 * (count + index) : params + zero_position(part, index));
+    shared.scales[part][index] = scale_from_bits(shape.dtype, *reinterpret_cast<const uint16_t*>(scale));
+    shared.zeros[part][index] = *reinterpret_cast<const int16_t*>(zero);
   }
   for (uint32_t i = threadIdx.x; i < kParts * shape.head_dim; i += kTileThreads) {
     const uint32_t part = i / shape.head_dim, channel = i % shape.head_dim;
+    if (!is_per_token(shape.parts[part])) {
+      shared.bases[part][channel] = 0;
+      continue;
+    }
     const BasePlace place = base_place(shape, part, channel);
     const uint32_t byte = *stream_byte(cache, pages, record + bases_position(shape, part) + place.byte);
     shared.bases[part][channel] =
@@ -769,6 +920,7 @@ __global__ void __launch_bounds__(kTileThreads)
   for (uint32_t task = warp; task < kParts * groups; task += kTileWarps) {
     const uint32_t part = task < groups ? PH_KV_KEYS : PH_KV_VALUES;
     const uint32_t group = task < groups ? task : task - groups;
+    if (is_raw16(shape.parts[part])) continue;
     const uint32_t width = shared.widths[part] >> 4 * group & 15;
     const uint64_t position =
         record + static_cast<uint64_t>(group_unit(shape, shared.widths, part, group)) * kUnitBytes;
@@ -799,19 +951,26 @@ __global__ void __launch_bounds__(kTileThreads)
     const uint32_t part = row / kBlockTokens, token = row % kBlockTokens;
     const uint64_t place = block_start(cache, block) + token;
     if (place < begin || place >= end) continue;
-    const uint2 eight =
-        *reinterpret_cast<const uint2*>(codes + row * shape.head_dim + vector * kVectorValues);
-    uint32_t words[4];
+    const uint32_t first = vector * kVectorValues;
+    uint32_t words[4] = {};
+    if (is_raw16(shape.parts[part])) {
+      const uint64_t raw = record + raw_begin(shape, part, (span.end - span.begin) * kUnitBytes);
 #pragma unroll
-    for (uint32_t k = 0; k < 4; ++k) {
-      const uint32_t pair = (k < 2 ? eight.x : eight.y) >> 16 * (k % 2);
-      uint32_t bits[2];
-#pragma unroll
-      for (uint32_t n = 0; n < 2; ++n) {
-        const int32_t code = static_cast<int32_t>(pair >> 8 * n & 0xff) + shared.zeros[part][token];
-        bits[n] = round_value(shape.dtype, multiply(static_cast<float>(code), shared.scales[part][token]));
+      for (uint32_t n = 0; n < kVectorValues; ++n) {
+        const uint8_t* value = stream_byte(cache, pages, raw + raw_position(part, token, first + n));
+        words[n / 2] |= static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(value)) << 16 * (n % 2);
       }
-      words[k] = bits[0] | bits[1] << 16;
+    } else {
+      const uint2 eight = *reinterpret_cast<const uint2*>(codes + row * shape.head_dim + first);
+#pragma unroll
+      for (uint32_t n = 0; n < kVectorValues; ++n) {
+        const uint32_t index = scale_index(shape, part, token, first + n);
+        const int32_t code = static_cast<int32_t>((n < 4 ? eight.x : eight.y) >> 8 * (n % 4) & 0xff) +
+                             shared.zeros[part][index];
+        words[n / 2] |=
+            round_value(shape.dtype, multiply(static_cast<float>(code), shared.scales[part][index]))
+            << 16 * (n % 2);
+      }
     }
     uint8_t* head_values = target.row(cache, part, place) + static_cast<uint64_t>(head) * shape.head_dim * 2;
     reinterpret_cast<uint4*>(head_values)[vector] = make_uint4(words[0], words[1], words[2], words[3]);
@@ -860,16 +1019,21 @@ void append(ph_device& device, const CacheView& cache, const TileShape& shape, u
             const StepView& step, StepTensors tensors, uint8_t* workspace, uint64_t* non_finite) {
   if (step.block_count > 0) {
     const Workspace places = workspace_of(workspace, step.block_count);
-    dispatch_half(shape.dtype, [&](auto element) {
+    const auto pack = [&](auto element, auto mixed) {
       using Element = decltype(element);
-      ParamsKernel<Element><<<step.block_count, kParamsThreads, 0, device.stream>>>(
+      constexpr bool kMixed = decltype(mixed)::value;
+      ParamsKernel<Element, kMixed><<<step.block_count, kParamsThreads, 0, device.stream>>>(
           cache, shape, layer, step, tensors, places, reinterpret_cast<unsigned long long*>(non_finite));
       PH_CUDA_TRY(cudaGetLastError());
-      const auto kernel =
-          kParts * tile_groups(shape) <= kTileWarps ? TileKernel<Element, 1> : TileKernel<Element, 2>;
+      const auto kernel = kParts * tile_groups(shape) <= kTileWarps ? TileKernel<Element, 1, kMixed>
+                                                                    : TileKernel<Element, 2, kMixed>;
       kernel<<<step.block_count * cache.heads, kTileThreads, kParts * kBlockTokens * shape.head_dim,
                device.stream>>>(cache, shape, layer, step, tensors, places);
       PH_CUDA_TRY(cudaGetLastError());
+    };
+    dispatch_half(shape.dtype, [&](auto element) {
+      if (is_per_token(shape.parts[0]) && is_per_token(shape.parts[1])) pack(element, std::false_type{});
+      else pack(element, std::true_type{});
     });
   }
   if (step.tokens == 0) return;

@@ -58,7 +58,8 @@ PH_HOST_DEVICE uint32_t recent_slot(const CacheView& cache, uint64_t token) {
                              : cache.sinks + (static_cast<uint32_t>(token) - cache.sinks) % cache.ring;
 }
 
-// A block's params lie at the end of the record before; the head's record follows them (head 0) or the head before.
+// A block's params, of kParamsUnits or none, lie at the end of the record before; the head's record follows them (head 0)
+// or the head before.
 constexpr uint32_t kParamsUnits = kParamsBytes / kUnitBytes;
 static_assert(kParamsBytes % kUnitBytes == 0);
 
@@ -66,9 +67,9 @@ struct RecordSpan {
   uint32_t params, begin, end;  // units in the stream
 };
 PH_HOST_DEVICE RecordSpan record_span(const CacheView& cache, const uint32_t* index, uint32_t block,
-                                      uint32_t head) {
+                                      uint32_t head, uint32_t params_units = kParamsUnits) {
   const uint32_t params = index[block * cache.heads], end = index[block * cache.heads + head + 1];
-  return {params, head == 0 ? params + kParamsUnits : index[block * cache.heads + head], end};
+  return {params, head == 0 ? params + params_units : index[block * cache.heads + head], end};
 }
 
 // A byte of a stream.
@@ -119,7 +120,7 @@ struct StepView {
 };
 
 // A run takes a thread block of attention as long as so many packed blocks, about.
-constexpr uint32_t kRunBlocks = 4;
+constexpr uint32_t kRunBlocks = 2;
 constexpr uint32_t kPieceWork = 128;  // of a piece of attention, in blocks, about
 constexpr uint32_t kMostPieceWork = kPieceWork * 3 / 2;
 constexpr uint32_t kMostQueries = 8;  // tokens of a sequence in one attention call

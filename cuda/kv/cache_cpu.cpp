@@ -67,12 +67,16 @@ const uint8_t* read_stream(const CacheView& cache, const uint32_t* pages, uint64
 
 }  // namespace
 
-void TileReader::read(const CacheView& cache, uint32_t layer, uint32_t sequence, uint32_t block,
-                      uint32_t head) {
-  const RecordSpan span = record_span(cache, index_of(cache, layer, sequence), block, head);
+void TileReader::read(const CacheView& cache, const TileShape& shape, uint32_t layer, uint32_t sequence,
+                      uint32_t block, uint32_t head) {
+  const uint32_t params_size = params_bytes(shape);
+  const RecordSpan span =
+      record_span(cache, index_of(cache, layer, sequence), block, head, params_size / kUnitBytes);
   const uint32_t* pages = page_table_of(cache, layer, sequence);
-  params = read_stream(cache, pages, bytes_of(span.params), kParamsBytes, params_copy);
-  record = read_stream(cache, pages, bytes_of(span.begin), bytes_of(span.end - span.begin), record_copy);
+  params =
+      params_size == 0 ? nullptr : read_stream(cache, pages, bytes_of(span.params), params_size, params_copy);
+  record_bytes = static_cast<uint32_t>(bytes_of(span.end - span.begin));
+  record = read_stream(cache, pages, bytes_of(span.begin), record_bytes, record_copy);
 }
 
 void TileReader::unpack(const TileKernels& kernels, const TileShape& shape, uint32_t part,
@@ -113,9 +117,9 @@ struct StagedBlock {
   uint32_t* units;   // [heads]: sizes of the records
 };
 
-// Of a head record of any codec.
+// Of a head record of any codec: raw16 has the largest.
 uint64_t record_capacity(const CacheView& cache) {
-  return kTileHeaderBytes + kParts * static_cast<uint64_t>(cache.head_dim) * (1 + kBlockTokens);
+  return kTileHeaderBytes + kParts * static_cast<uint64_t>(cache.head_dim) * kRawChannelBytes;
 }
 
 uint64_t staged_bytes(const CacheView& cache) {
@@ -147,19 +151,25 @@ struct Append {
     return cache.sinks + static_cast<uint64_t>(block.block) * kBlockTokens + i;
   }
 
-  // Writes the parameters of token i of a block; false if not all of its values are finite.
+  // Writes the parameters of token i of a block; false if not all of the values to be quantised are finite.
   bool write_params(const StepBlock& block, uint32_t i, uint8_t* params) const {
     bool finite = true;
     for (uint32_t part = 0; part < kParts; ++part) {
-      const TokenExtremes extremes =
-          kernels.extremes(shape.dtype, row(step.sequences[block.entry], part, token_of(block, i)),
-                           cache.heads * cache.head_dim);
-      const Affine affine = tile_affine(shape, part, extremes.minimum, extremes.maximum);
-      const uint16_t scale = static_cast<uint16_t>(scale_bits(shape.dtype, affine.scale));
-      const int16_t zero = static_cast<int16_t>(affine.zero);
+      uint16_t scale = 0;
+      int16_t zero = 0;
+      if (!is_raw16(shape.parts[part])) {
+        const TokenExtremes extremes =
+            kernels.extremes(shape.dtype, row(step.sequences[block.entry], part, token_of(block, i)),
+                             cache.heads * cache.head_dim);
+        finite &= extremes.finite;
+        if (is_per_token(shape.parts[part])) {
+          const Affine affine = tile_affine(shape, part, extremes.minimum, extremes.maximum);
+          scale = static_cast<uint16_t>(scale_bits(shape.dtype, affine.scale));
+          zero = static_cast<int16_t>(affine.zero);
+        }
+      }
       memcpy(params + scale_position(part, i), &scale, sizeof scale);
       memcpy(params + zero_position(part, i), &zero, sizeof zero);
-      finite &= extremes.finite;
     }
     return finite;
   }
@@ -175,30 +185,52 @@ struct Append {
 
   // Writes a head's record and returns its size in units.
   uint32_t write_record(const StepBlock& block, uint32_t head, const uint8_t* params, uint8_t* record) const {
-    uint32_t widths[kParts], position = bases_position(shape, kParts);
+    uint32_t widths[kParts] = {}, position = bases_position(shape, kParts);
+    const uint8_t* rows[kParts][kBlockTokens];
     memset(record, 0, kTileHeaderBytes);
     for (uint32_t part = 0; part < kParts; ++part) {
-      const uint8_t* rows[kBlockTokens];
-      Affine affines[kBlockTokens];
       for (uint32_t i = 0; i < kBlockTokens; ++i) {
-        rows[i] = row(step.sequences[block.entry], part, token_of(block, i)) + head * cache.head_dim * 2;
-        affines[i] = stored_affine(shape, part, params, i);
+        rows[part][i] =
+            row(step.sequences[block.entry], part, token_of(block, i)) + head * cache.head_dim * 2;
+      }
+      if (is_raw16(shape.parts[part])) continue;
+      uint8_t* bases = record + bases_position(shape, part);
+      Affine affines[kMostScales];
+      if (is_kivi(shape.parts[part])) {
+        kernels.group_affines(shape, part, rows[part], affines);
+        write_group_affines(part, affines, bases);
+      } else {
+        for (uint32_t i = 0; i < kBlockTokens; ++i) affines[i] = stored_affine(shape, part, params, i);
       }
       alignas(64) uint8_t codes[kMostTileCodes];
-      kernels.quantize(shape, part, rows, affines, codes);
-      widths[part] =
-          kernels.pack(shape, part, codes, record + bases_position(shape, part), record + position);
+      kernels.quantize(shape, part, rows[part], affines, codes);
+      widths[part] = kernels.pack(shape, part, codes, bases, record + position);
       position += kGroupBytes * width_sum(widths[part]);
+    }
+    for (uint32_t part = 0; part < kParts; ++part) {
+      if (!is_raw16(shape.parts[part])) continue;
+      kernels.pack_raw(shape, part, rows[part], record + position);
+      position += raw_bytes(shape, part);
     }
     memcpy(record, widths, sizeof widths);
     return position / kUnitBytes;
+  }
+
+  void write_group_affines(uint32_t part, const Affine* affines, uint8_t* target) const {
+    const uint32_t count = group_scales(shape, part);
+    for (uint32_t i = 0; i < count; ++i) {
+      const uint16_t scale = static_cast<uint16_t>(scale_bits(shape.dtype, affines[i].scale));
+      const int16_t zero = static_cast<int16_t>(affines[i].zero);
+      memcpy(target + 2 * i, &scale, sizeof scale);
+      memcpy(target + 2 * (count + i), &zero, sizeof zero);
+    }
   }
 
   // Notes in the index where the records of a block end.
   void place(const StepBlock& block, const uint32_t* units) const {
     uint32_t* ends = index_of(cache, layer, step.sequences[block.entry].sequence) + block.block * cache.heads;
     for (uint32_t head = 0; head < cache.heads; ++head) {
-      ends[head + 1] = ends[head] + (head == 0 ? kParamsUnits : 0) + units[head];
+      ends[head + 1] = ends[head] + (head == 0 ? params_bytes(shape) / kUnitBytes : 0) + units[head];
     }
   }
 
@@ -206,8 +238,10 @@ struct Append {
   void publish(const StepBlock& block, uint32_t head, const StagedBlock& staged) const {
     const uint32_t sequence = step.sequences[block.entry].sequence;
     const uint32_t* pages = page_table_of(cache, layer, sequence);
-    const RecordSpan span = record_span(cache, index_of(cache, layer, sequence), block.block, head);
-    if (head == 0) write_stream(cache, pages, bytes_of(span.params), staged.params, kParamsBytes);
+    const uint32_t params_size = params_bytes(shape);
+    const RecordSpan span =
+        record_span(cache, index_of(cache, layer, sequence), block.block, head, params_size / kUnitBytes);
+    if (head == 0) write_stream(cache, pages, bytes_of(span.params), staged.params, params_size);
     write_stream(cache, pages, bytes_of(span.begin), staged.records + head * record_capacity(cache),
                  bytes_of(span.end - span.begin));
   }
@@ -233,15 +267,30 @@ template <typename Target>
 void dequantize(const CacheView& cache, const TileShape& shape, uint32_t layer, uint32_t sequence,
                 uint32_t block, uint32_t head, uint32_t first, uint32_t count, Target target) {
   TileReader reader;
-  reader.read(cache, layer, sequence, block, head);
+  reader.read(cache, shape, layer, sequence, block, head);
   const float most = shape.dtype == PH_F16 ? 65504.0f : 0x1.fep127f;
   for (uint32_t part = 0; part < kParts; ++part) {
+    if (is_raw16(shape.parts[part])) {
+      const uint8_t* raw = reader.record + raw_begin(shape, part, reader.record_bytes);
+      for (uint32_t i = first; i < first + count; ++i) {
+        uint8_t* row = target(part, i);
+        for (uint32_t channel = 0; channel < shape.head_dim; ++channel)
+          memcpy(row + 2 * channel, raw + raw_position(part, i, channel), 2);
+      }
+      continue;
+    }
+    const uint8_t* bases = reader.record + bases_position(shape, part);
+    Affine affines[kMostScales];
+    for (uint32_t i = 0; i < group_scales(shape, part); ++i) {
+      affines[i] = is_kivi(shape.parts[part]) ? stored_group_affine(shape, part, bases, i)
+                                              : stored_affine(shape, part, reader.params, i);
+    }
     alignas(64) uint8_t quads[kMostTileCodes];
     reader.unpack(tile_kernels(), shape, part, quads);
     for (uint32_t i = first; i < first + count; ++i) {
-      const Affine affine = stored_affine(shape, part, reader.params, i);
       uint8_t* row = target(part, i);
       for (uint32_t channel = 0; channel < shape.head_dim; ++channel) {
+        const Affine& affine = affines[scale_index(shape, part, i, channel)];
         const float code = quads[quad_position(shape, part, i, channel)];
         const float x = std::clamp((code + affine.zero) * affine.scale, -most, most);
         const uint16_t bits = shape.dtype == PH_F16 ? float_to_f16(x) : float_to_bf16(x);

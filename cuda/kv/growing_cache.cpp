@@ -72,6 +72,8 @@ const ph_kv_cache_config& checked_config(const ph_kv_cache_config& config) {
 TilePart make_part(const ph_kv_cache_config& config, uint32_t quantizer, uint32_t bits, float rel,
                    const char* part) {
   TilePart made{};
+  made.quantizer = quantizer;
+  if (quantizer == PH_KV_CACHE_RAW16) return made;
   if (quantizer == PH_KV_CACHE_PACKKV) {
     // 1/254 as a float32 may come out of a caller's double a little low.
     if (!(rel >= 1.0f / 254.0f && rel <= 1.0f)) {
@@ -82,7 +84,7 @@ TilePart make_part(const ph_kv_cache_config& config, uint32_t quantizer, uint32_
     // Two roundings and the scale's own may make one code more than the range has steps.
     made.code_limit = std::min(255u, static_cast<uint32_t>(std::ceil(1.0f / rel)) + 1);
     made.rel = rel;
-  } else if (quantizer == PH_KV_CACHE_FIXED) {
+  } else if (quantizer == PH_KV_CACHE_FIXED || quantizer == PH_KV_CACHE_KIVI) {
     if (bits < 1 || bits > 8) {
       throw Error(PH_ERROR_INVALID_ARGUMENT,
                   "Cannot create the kv cache as bits of the %s must be 1 to 8: current value is %u", part,
@@ -93,9 +95,11 @@ TilePart make_part(const ph_kv_cache_config& config, uint32_t quantizer, uint32_
   } else {
     throw Error(
         PH_ERROR_INVALID_ARGUMENT,
-        "Cannot create the kv cache as the quantizer of the %s must be packkv or fixed: current value is %u",
+        "Cannot create the kv cache as the quantizer of the %s must be packkv, fixed, raw16 or kivi: current "
+        "value is %u",
         part, quantizer);
   }
+  if (is_kivi(made)) return made;
   made.base_bits = made.code_limit <= 15 && config.head_dim % 64 == 0 ? 4 : 8;
   return made;
 }
@@ -135,7 +139,8 @@ uint64_t divide_up(uint64_t value, uint64_t divisor) { return (value + divisor -
 }  // namespace
 
 uint64_t largest_block_units(const TileShape& shape) {
-  return (kParamsBytes + static_cast<uint64_t>(shape.heads) * largest_record_bytes(shape)) / kUnitBytes;
+  return (params_bytes(shape) + static_cast<uint64_t>(shape.heads) * largest_record_bytes(shape)) /
+         kUnitBytes;
 }
 
 namespace {
@@ -651,6 +656,7 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
 
   std::vector<StepPiece> pieces;
   uint32_t most_pieces = 0;
+  most_packed_ = 0;
   // The longest first, so that short ones fill the gaps at the end.
   std::vector<uint32_t> order(count);
   std::iota(order.begin(), order.end(), 0);
@@ -668,6 +674,7 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
                         static_cast<uint32_t>(place), static_cast<uint32_t>(cuts)});
     }
     most_pieces = std::max(most_pieces, static_cast<uint32_t>(cuts));
+    most_packed_ = std::max(most_packed_, entries[i].first_block);
   }
 
   for (const StepSequence& entry : entries) {
@@ -738,6 +745,14 @@ void ph_kv_cache::prefill(uint32_t layer, StepTensors tensors, const uint8_t* qu
                           float scale) {
   require_missing(layer);
   require_scale(scale);
+  // A captured step may be replayed once there are packed tokens.
+  if ((most_packed_ > 0 || capturing()) && !attention::prefills_packed(shapes_[layer])) {
+    throw Error(PH_ERROR_UNSUPPORTED,
+                "Cannot prefill layer %u, which has kivi or raw16, on a GPU where sequences have packed "
+                "tokens or the step is "
+                "captured: append at most %u tokens of a sequence at a time, and attend",
+                layer, kMostQueries);
+  }
   attention::prefill(device_, view_, shapes_[layer], layer, step_, tensors, queries, out, scale,
                      windows_[layer]);
   append(layer, tensors);

@@ -80,10 +80,11 @@ void ph_kv_cache::for_each_recent(uint32_t layer, uint32_t sequence, const Seque
 
 void ph_kv_cache::require_whole(const Stream& stream, uint32_t sequence) const {
   if (stream.first_block == 0) return;
-  throw Error(PH_ERROR_INVALID_ARGUMENT,
-              "Cannot export sequence %u: blocks outside of a layer's window were given back, and it holds tokens "
-              "from %llu on",
-              sequence, static_cast<unsigned long long>(first_held(stream)));
+  throw Error(
+      PH_ERROR_INVALID_ARGUMENT,
+      "Cannot export sequence %u: blocks outside of a layer's window were given back, and it holds tokens "
+      "from %llu on",
+      sequence, static_cast<unsigned long long>(first_held(stream)));
 }
 
 void ph_kv_cache::require_settled(uint32_t sequence, const char* what) const {

@@ -1,19 +1,27 @@
 // The "tiles" layout: a block of 64 tokens as the attention kernels read it, unpacked in registers.
 //
-// A block is one params record, shared by the kv heads, and one record per kv head, all multiples of 16 bytes.
+// A block is one params record, shared by the kv heads, and one record per kv head, all multiples of 16 bytes. How its
+// keys and its values are packed are independent of each other: packkv and fixed share a scale among the values of a
+// token, over all kv heads; kivi has scales of its own in every head's record; raw16 keeps the 16-bit values.
 //
-// Params (kParamsBytes): per part, keys then values: scale[64], a value of the cache's dtype, and zero[64], int16. Then
-// the largest value scale of the block as f32, and zeros. x' = (code + zero) * scale, scale and zero of its token.
+// Params (kParamsBytes), unless neither part is packkv or fixed: per part, keys then values: scale[64], a value of the
+// cache's dtype, and zero[64], int16; zeros for a part that is kivi or raw16. Then the largest of the value scales as
+// f32, and zeros. x' = (code + zero) * scale, scale and zero of its token.
 //
 // Head record:
-//      0  u32 key widths     4 bits per group of 32 channels, the first group lowest
+//      0  u32 key widths     4 bits per group of 32 channels, the first group lowest; 0 for raw16
 //      4  u32 value widths
 //      8  u64 zero
-//     16  key bases          per channel the smallest code of the block, base_bits (4 or 8) each, see base_place
+//     16  key bases          packkv, fixed: per channel the smallest code of the block, base_bits (4 or 8) each, see
+//                            base_place. kivi: scale[n] as in params, then zero[n]; n is group_scales: of keys, one per
+//                            channel; of values, [head_dim / 64 rounded up][64 tokens]. raw16: nothing
 //         value bases
-//         key groups         kGroupBytes * width bytes each, in order
+//         key groups         kGroupBytes * width bytes each, in order; nothing for raw16
 //         value groups
-// code = base + residual; the residuals of a group of 32 channels x 64 tokens have the group's width, 0 to 8 bits.
+//         raw keys           raw16: kRawChannelBytes * head_dim, see raw_position
+//         raw values
+// code = base + residual, or kivi: code = residual; the residuals of a group of 32 channels x 64 tokens have the group's
+// width, 0 to 8 bits.
 //
 // A group's residuals are in the order of the A fragments of mma.m16n8k32 (PTX ISA, "Matrix Fragments for mma.m16n8k32"
 // for .u8): a lane holds 64 of them, as sixteen registers of four bytes. Register (s, j), s and j in 0..3, byte b of lane
@@ -31,6 +39,12 @@
 // Widths above 4 are a group of width 4 with the low nibbles, then one of width - 4 with the rest.
 // The words of a lane lie at 512 * (x / 4) + 16 * lane + 4 * (x % 4), the last two of widths 1 and 3 at
 // 512 * (x / 4) + 8 * lane + 4 * (x % 4).
+//
+// Raw values are in the order of the A fragments of mma.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16 with
+// floating point type"), four for every 16 channels, one after another: 16 bytes of each lane, registers r in 0..3 of two
+// values. Value h of register r of fragment f, lane 4 * g + i, is
+//      keys:    token 8g + 2f + r % 2,                 channel 4i + 2(r / 2) + h of the 16
+//      values:  token 16i + 4f + 2(r / 2) + h,         channel 8(r % 2) + g
 #pragma once
 
 #include "kv/codec.h"
@@ -43,19 +57,26 @@ constexpr uint32_t kLanes = 32;
 constexpr uint32_t kParamsBytes = 2 * kBlockTokens * (2 + 2) + 16;
 constexpr uint32_t kTileHeaderBytes = 16;
 constexpr int32_t kLargestZero = 32767;  // zero points are 16-bit here: see tile_affine
+constexpr uint32_t kMostHalvings = 14;   // of the scale of equal values: see tile_affine
 
 // Where a token's parameters lie in a params record.
 PH_HOST_DEVICE uint32_t scale_position(uint32_t part, uint32_t token) { return 256 * part + 2 * token; }
 PH_HOST_DEVICE uint32_t zero_position(uint32_t part, uint32_t token) { return 256 * part + 128 + 2 * token; }
 constexpr uint32_t kLargestScalePosition = 512;
 
-// How a part of a layer is packed.
+// How a part of a layer is packed. Of raw16, all but the quantizer is 0.
 struct TilePart {
   uint32_t code_limit;  // largest code
-  uint32_t base_bits;   // 4 where code_limit <= 15 and head_dim % 64 == 0, else 8
+  uint32_t base_bits;   // packkv, fixed: 4 where code_limit <= 15 and head_dim % 64 == 0, else 8
   uint32_t width;       // of every group; 0: each group's own
   float rel;            // scale = range * rel, or 0: scale = range / code_limit, rounded up
+  uint32_t quantizer;   // ph_kv_cache_quantizer
 };
+
+PH_HOST_DEVICE bool is_raw16(const TilePart& part) { return part.quantizer == PH_KV_CACHE_RAW16; }
+PH_HOST_DEVICE bool is_kivi(const TilePart& part) { return part.quantizer == PH_KV_CACHE_KIVI; }
+// Whether its scales are its tokens', in params.
+PH_HOST_DEVICE bool is_per_token(const TilePart& part) { return !is_raw16(part) && !is_kivi(part); }
 
 // The shape of a layer's records.
 struct TileShape {
@@ -67,7 +88,30 @@ struct TileShape {
 
 PH_HOST_DEVICE uint32_t tile_groups(const TileShape& shape) { return shape.head_dim / kTileChannels; }
 
+// Scales of a part: a block's, or kivi: a head record's.
+PH_HOST_DEVICE uint32_t group_scales(const TileShape& shape, uint32_t part) {
+  if (is_raw16(shape.parts[part])) return 0;
+  if (!is_kivi(shape.parts[part])) return kBlockTokens;
+  return part == PH_KV_KEYS ? shape.head_dim
+                            : round_up(shape.head_dim, kGroupChannels) / kGroupChannels * kBlockTokens;
+}
+
+// Which of them is a value's.
+PH_HOST_DEVICE uint32_t scale_index(const TileShape& shape, uint32_t part, uint32_t token, uint32_t channel) {
+  if (!is_kivi(shape.parts[part])) return token;
+  return part == PH_KV_KEYS ? channel : channel / kGroupChannels * kBlockTokens + token;
+}
+
+constexpr uint32_t kMostScales = 256;  // of a part, whatever its shape
+
+// Bytes of a block's params.
+PH_HOST_DEVICE uint32_t params_bytes(const TileShape& shape) {
+  return is_per_token(shape.parts[0]) || is_per_token(shape.parts[1]) ? kParamsBytes : 0;
+}
+
+// Bytes of a part's bases, or of what stands in their place.
 PH_HOST_DEVICE uint32_t base_bytes(const TileShape& shape, uint32_t part) {
+  if (is_kivi(shape.parts[part])) return 4 * group_scales(shape, part);
   return shape.head_dim * shape.parts[part].base_bits / 8;
 }
 
@@ -84,9 +128,38 @@ PH_HOST_DEVICE uint32_t width_sum(uint32_t widths) {
   return pairs * 0x01010101u >> 24;
 }
 
+// Bytes of a part's 16-bit values.
+constexpr uint32_t kRawChannelBytes = 2 * kBlockTokens;
+PH_HOST_DEVICE uint32_t raw_bytes(const TileShape& shape, uint32_t part) {
+  return is_raw16(shape.parts[part]) ? kRawChannelBytes * shape.head_dim : 0;
+}
+PH_HOST_DEVICE uint32_t raw_bytes(const TileShape& shape) {
+  return raw_bytes(shape, PH_KV_KEYS) + raw_bytes(shape, PH_KV_VALUES);
+}
+
 PH_HOST_DEVICE uint32_t head_record_bytes(const TileShape& shape, uint32_t key_widths,
                                           uint32_t value_widths) {
-  return bases_position(shape, kParts) + kGroupBytes * (width_sum(key_widths) + width_sum(value_widths));
+  return bases_position(shape, kParts) + kGroupBytes * (width_sum(key_widths) + width_sum(value_widths)) +
+         raw_bytes(shape);
+}
+
+// First byte of a part's 16-bit values in a head record of `record_bytes`.
+PH_HOST_DEVICE uint32_t raw_begin(const TileShape& shape, uint32_t part, uint32_t record_bytes) {
+  return record_bytes - raw_bytes(shape, PH_KV_VALUES) -
+         (part == PH_KV_KEYS ? raw_bytes(shape, PH_KV_KEYS) : 0);
+}
+
+// Where a value lies among those of its part. Fragments begin at kFragmentBytes each.
+constexpr uint32_t kFragmentBytes = 16 * kLanes;
+constexpr uint32_t kFragmentChannels = 16;  // of four fragments
+PH_HOST_DEVICE uint32_t raw_position(uint32_t part, uint32_t token, uint32_t channel) {
+  const uint32_t four = channel / kFragmentChannels, c = channel % kFragmentChannels;
+  const bool keys = part == PH_KV_KEYS;
+  const uint32_t fragment = keys ? token % 8 / 2 : token % 16 / 4;
+  const uint32_t lane = keys ? 4 * (token / 8) + c / 4 : 4 * (c % 8) + token / 16;
+  const uint32_t reg = keys ? token % 2 + 2 * (c % 4 / 2) : c / 8 + 2 * (token % 4 / 2);
+  const uint32_t half = keys ? c % 2 : token % 2;
+  return kFragmentBytes * (4 * four + fragment) + 16 * lane + 4 * reg + 2 * half;
 }
 
 // The widest residual that a part can have.
@@ -96,7 +169,8 @@ PH_HOST_DEVICE uint32_t largest_width(const TilePart& part) {
 
 PH_HOST_DEVICE uint32_t largest_record_bytes(const TileShape& shape) {
   return bases_position(shape, kParts) +
-         kGroupBytes * tile_groups(shape) * (largest_width(shape.parts[0]) + largest_width(shape.parts[1]));
+         kGroupBytes * tile_groups(shape) * (largest_width(shape.parts[0]) + largest_width(shape.parts[1])) +
+         raw_bytes(shape);
 }
 
 // Where a channel's base lies among those of its part. Bases form words of four, in the order in which the kernels' lanes
@@ -167,13 +241,22 @@ PH_HOST_DEVICE void unpack_words(uint32_t width, const Word* words, Word* nibble
   }
 }
 
-// Scale and zero point of a token's values of one part, all heads and channels. As group_affine (packhorse.h, step 1),
-// but for the zero point, which has 16 bits here: a scale that is too small for it is raised until it fits. That happens
-// only where the scale is below 2^-15 of the values, far below their own rounding.
+// Scale and zero point of the values that share them: of a token and part, all heads and channels; or kivi's. As
+// group_affine (packhorse.h, step 1), but for two things.
+// Zero points have 16 bits here: a scale that is too small for its own is raised until it fits. That happens only where
+// the scale is below 2^-15 of the values, far below their own rounding.
+// Equal values, whose codes are 0, get the smallest scale that is exact. Attention's fixed-point numbers are relative to
+// the largest product with a scale, which should be one whose codes count.
 PH_HOST_DEVICE Affine tile_affine(const TileShape& shape, uint32_t part, float minimum, float maximum) {
   if (minimum == maximum) {
-    if (minimum == 0.0f) return {1.0f, 0.0f};
-    return {minimum < 0.0f ? -minimum : minimum, minimum < 0.0f ? -1.0f : 1.0f};
+    if (minimum == 0.0f) return {store_scale(shape.dtype, 0.0f, false), 0.0f};
+    Affine equal = {minimum < 0.0f ? -minimum : minimum, minimum < 0.0f ? -1.0f : 1.0f};
+    for (uint32_t halvings = 0; halvings < kMostHalvings; ++halvings) {
+      const float half = multiply(equal.scale, 0.5f);
+      if (scale_from_bits(shape.dtype, scale_bits(shape.dtype, half)) != half) break;
+      equal = {half, multiply(equal.zero, 2.0f)};
+    }
+    return equal;
   }
   const TilePart& codec = shape.parts[part];
   const float range = maximum - minimum;

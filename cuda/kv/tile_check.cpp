@@ -20,17 +20,30 @@ uint32_t read_word(const uint8_t* bytes) {
   return word;
 }
 
+// A scale and its zero point.
+const char* affine_flaw(const TileShape& shape, const uint8_t* scale, const uint8_t* zero, float& value) {
+  uint16_t bits;
+  int16_t point;
+  memcpy(&bits, scale, sizeof bits);
+  memcpy(&point, zero, sizeof point);
+  value = scale_from_bits(shape.dtype, bits);
+  if (!(value > 0.0f && std::isfinite(value))) return "a scale is not positive and finite";
+  return point < -kLargestZero ? "a zero point is out of range" : nullptr;
+}
+
 const char* params_flaw(const TileShape& shape, const uint8_t* params) {
   float largest = 0.0f;
   for (uint32_t part = 0; part < kParts; ++part) {
+    if (!is_per_token(shape.parts[part])) {
+      if (!all_zero(params + scale_position(part, 0), scale_position(1, 0)))
+        return "it has scales of tokens that its codec has not";
+      continue;
+    }
     for (uint32_t token = 0; token < kBlockTokens; ++token) {
-      uint16_t bits;
-      int16_t zero;
-      memcpy(&bits, params + scale_position(part, token), sizeof bits);
-      memcpy(&zero, params + zero_position(part, token), sizeof zero);
-      const float scale = scale_from_bits(shape.dtype, bits);
-      if (!(scale > 0.0f && std::isfinite(scale))) return "a scale is not positive and finite";
-      if (zero < -kLargestZero) return "a zero point is out of range";
+      float scale;
+      const char* flaw = affine_flaw(shape, params + scale_position(part, token),
+                                     params + zero_position(part, token), scale);
+      if (flaw != nullptr) return flaw;
       if (part == PH_KV_VALUES) largest = std::max(largest, scale);
     }
   }
@@ -38,6 +51,17 @@ const char* params_flaw(const TileShape& shape, const uint8_t* params) {
     return "its largest scale is not that of its tokens";
   constexpr uint32_t kEnd = kLargestScalePosition + sizeof(float);
   return all_zero(params + kEnd, kParamsBytes - kEnd) ? nullptr : "the padding of its parameters is not zero";
+}
+
+// The scales and zero points of a kivi part; its codes can be any.
+const char* groups_flaw(const TileShape& shape, uint32_t part, const uint8_t* bases) {
+  const uint32_t count = group_scales(shape, part);
+  for (uint32_t i = 0; i < count; ++i) {
+    float scale;
+    const char* flaw = affine_flaw(shape, bases + 2 * i, bases + 2 * (count + i), scale);
+    if (flaw != nullptr) return flaw;
+  }
+  return nullptr;
 }
 
 // The widths in a header word of a part.
@@ -127,8 +151,11 @@ const char* record_flaw(const TileShape& shape, const uint8_t* record, uint64_t 
   if (available < bytes) return "its record is cut off";
   uint32_t groups = bases_position(shape, kParts);
   for (uint32_t part = 0; part < kParts; ++part) {
-    const char* flaw =
-        codes_flaw(shape, part, widths[part], record + bases_position(shape, part), record + groups);
+    if (is_raw16(shape.parts[part])) continue;  // any bits are values
+    const uint8_t* bases = record + bases_position(shape, part);
+    const char* flaw = is_kivi(shape.parts[part])
+                           ? groups_flaw(shape, part, bases)
+                           : codes_flaw(shape, part, widths[part], bases, record + groups);
     if (flaw != nullptr) return flaw;
     groups += kGroupBytes * width_sum(widths[part]);
   }
@@ -138,9 +165,11 @@ const char* record_flaw(const TileShape& shape, const uint8_t* record, uint64_t 
 }  // namespace
 
 BlockFlaw check_block(const TileShape& shape, const uint8_t* block, uint64_t bytes, uint32_t* record_ends) {
-  if (bytes < kParamsBytes) return {"it is cut off", kNoHead};
-  if (const char* flaw = params_flaw(shape, block)) return {flaw, kNoHead};
-  uint32_t position = kParamsBytes;
+  uint32_t position = params_bytes(shape);
+  if (bytes < position) return {"it is cut off", kNoHead};
+  if (position > 0) {
+    if (const char* flaw = params_flaw(shape, block)) return {flaw, kNoHead};
+  }
   for (uint32_t head = 0; head < shape.heads; ++head) {
     uint32_t record_bytes = 0;
     if (const char* flaw = record_flaw(shape, block + position, bytes - position, record_bytes))

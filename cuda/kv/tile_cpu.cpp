@@ -31,18 +31,59 @@ TokenExtremes extremes(uint32_t dtype, const uint8_t* x, uint32_t values) {
   });
 }
 
+void group_affines(const TileShape& shape, uint32_t part, const uint8_t* const* rows, Affine* affines) {
+  if (part == PH_KV_VALUES) {
+    for (uint32_t token = 0; token < kBlockTokens; ++token) {
+      for (uint32_t first = 0; first < shape.head_dim; first += kGroupChannels) {
+        const uint32_t left = shape.head_dim - first;
+        const TokenExtremes found =
+            extremes(shape.dtype, rows[token] + 2 * first, left < kGroupChannels ? left : kGroupChannels);
+        affines[scale_index(shape, part, token, first)] =
+            tile_affine(shape, part, found.minimum, found.maximum);
+      }
+    }
+    return;
+  }
+  with_element(shape.dtype, [&](auto element) {
+    using Element = decltype(element);
+    for (uint32_t first = 0; first < shape.head_dim; first += kVectorLanes) {
+      Floats minimum = splat(__builtin_inff()), maximum = splat(-__builtin_inff());
+      for (uint32_t token = 0; token < kBlockTokens; ++token) {
+        const Floats value = finite_or_zero(Element::read(rows[token] + 2 * first));
+        minimum = smaller(value, minimum);
+        maximum = larger(value, maximum);
+      }
+      for (uint32_t lane = 0; lane < kVectorLanes; ++lane)
+        affines[first + lane] = tile_affine(shape, part, minimum[lane], maximum[lane]);
+    }
+  });
+}
+
 void quantize(const TileShape& shape, uint32_t part, const uint8_t* const* rows, const Affine* affines,
               uint8_t* codes) {
   const Floats limit = splat(static_cast<float>(shape.parts[part].code_limit));
+  const bool by_channel = is_kivi(shape.parts[part]) && part == PH_KV_KEYS;
+  alignas(64) float scales[kMostHeadDim], zeros[kMostHeadDim];  // by channel
+  for (uint32_t channel = 0; by_channel && channel < shape.head_dim; ++channel) {
+    scales[channel] = affines[channel].scale;
+    zeros[channel] = affines[channel].zero;
+  }
   with_element(shape.dtype, [&](auto element) {
     using Element = decltype(element);
     for (uint32_t token = 0; token < kBlockTokens; ++token) {
-      const Floats scale = splat(affines[token].scale), zero = splat(affines[token].zero);
       uint8_t* target = codes + token * shape.head_dim;
-      for (uint32_t channel = 0; channel < shape.head_dim; channel += kVectorLanes) {
-        const Floats x = finite_or_zero(Element::read(rows[token] + 2 * channel));
-        const Floats code = round_lanes(x / scale) - zero;  // as quantize_value
-        store_codes(target + channel, smaller(larger(code, Floats{}), limit));
+      for (uint32_t first = 0; first < shape.head_dim; first += kTileChannels) {
+        const Affine& affine = affines[scale_index(shape, part, token, first)];
+        Floats scale = splat(affine.scale), zero = splat(affine.zero);
+        for (uint32_t channel = first; channel < first + kTileChannels; channel += kVectorLanes) {
+          if (by_channel) {
+            scale = load<Floats>(scales + channel);
+            zero = load<Floats>(zeros + channel);
+          }
+          const Floats x = finite_or_zero(Element::read(rows[token] + 2 * channel));
+          const Floats code = round_lanes(x / scale) - zero;  // as quantize_value
+          store_codes(target + channel, smaller(larger(code, Floats{}), limit));
+        }
       }
     }
   });
@@ -123,8 +164,9 @@ __attribute__((flatten)) uint32_t pack(const TileShape& shape, uint32_t part, ui
   }
   const uint32_t fixed = shape.parts[part].width;
   if (fixed > 0) memset(smallest, 0, head_dim);
-  memset(bases, 0, base_bytes(shape, part));
-  for (uint32_t channel = 0; channel < head_dim; ++channel) {
+  const bool has_bases = !is_kivi(shape.parts[part]);
+  if (has_bases) memset(bases, 0, base_bytes(shape, part));
+  for (uint32_t channel = 0; has_bases && channel < head_dim; ++channel) {
     const BasePlace place = base_place(shape, part, channel);
     bases[place.byte] = static_cast<uint8_t>(bases[place.byte] | smallest[channel] << place.shift);
   }
@@ -532,10 +574,122 @@ void unpack_part(const TileShape& shape, uint32_t widths, const uint8_t* bases, 
   }
 }
 
+alignas(64) constexpr uint8_t kNoBases[kMostHeadDim] = {};
+
 __attribute__((flatten)) void unpack(const TileShape& shape, uint32_t part, uint32_t widths,
                                      const uint8_t* bases, const uint8_t* groups, uint8_t* quads) {
+  if (is_kivi(shape.parts[part])) bases = kNoBases;
   if (part == PH_KV_KEYS) unpack_part<KeyTarget>(shape, widths, bases, groups, quads);
   else unpack_part<ValueTarget>(shape, widths, bases, groups, quads);
+}
+
+// ---- 16-bit values
+
+// Vectors of fragments: a vector holds the 16 bytes of lanes 4 * g + i for one g and as many i as fit.
+using Halves = uint16_t __attribute__((vector_size(kVectorBytes)));
+constexpr uint32_t kFragmentLanes = kVectorBytes / 16;
+
+// How far ahead of its use a record is asked for: it is read once, so never there already.
+constexpr uint32_t kPrefetchBytes = 2048;
+
+// In each 16 bytes: the lower, or upper, halves of both, a value of each in turn.
+Halves interleave(Halves a, Halves b, bool upper) {
+#if defined(__AVX512BW__)
+  return (Halves)(upper ? _mm512_unpackhi_epi16((__m512i)a, (__m512i)b)
+                        : _mm512_unpacklo_epi16((__m512i)a, (__m512i)b));
+#elif defined(__AVX2__)
+  return (Halves)(upper ? _mm256_unpackhi_epi16((__m256i)a, (__m256i)b)
+                        : _mm256_unpacklo_epi16((__m256i)a, (__m256i)b));
+#else
+  constexpr Halves low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
+  return upper ? __builtin_shuffle(a, b, high) : __builtin_shuffle(a, b, low);
+#endif
+}
+
+// In each 16 bytes: eight rows of eight become columns. Rows i and i + 4 interleaved, three times over.
+void transpose_halves(Halves rows[8]) {
+#pragma GCC unroll 3
+  for (uint32_t round = 0; round < 3; ++round) {
+    Halves next[8];
+#pragma GCC unroll 4
+    for (uint32_t i = 0; i < 4; ++i) {
+      next[2 * i] = interleave(rows[i], rows[i + 4], false);
+      next[2 * i + 1] = interleave(rows[i], rows[i + 4], true);
+    }
+#pragma GCC unroll 8
+    for (uint32_t i = 0; i < 8; ++i) rows[i] = next[i];
+  }
+}
+
+// Calls use(fragment's first byte, fragment, first lane i).
+template <typename Use>
+void for_fragments(const TileShape& shape, Use use) {
+  for (uint32_t f = 0; f < shape.head_dim / kFragmentChannels * 4; ++f) {
+    for (uint32_t i = 0; i < 4; i += kFragmentLanes) use(kFragmentBytes * f + 16 * i, f, i);
+  }
+}
+
+// The token and channel of value x, 0 to 7, of a lane 4 * g + i of a fragment, where g runs along the other of the two.
+struct RawPlace {
+  uint32_t token, channel;  // for g = 0
+};
+RawPlace raw_place(uint32_t part, uint32_t fragment, uint32_t i, uint32_t x) {
+  const uint32_t first = kFragmentChannels * (fragment / 4), f = fragment % 4, r = x / 2, h = x % 2;
+  if (part == PH_KV_KEYS) return {2 * f + r % 2, first + 4 * i + 2 * (r / 2) + h};
+  return {16 * i + 4 * f + 2 * (r / 2) + h, first + 8 * (r % 2)};
+}
+
+__attribute__((flatten)) void pack_raw(const TileShape& shape, uint32_t part, const uint8_t* const* rows,
+                                       uint8_t* raw) {
+  // Keys: eight values of a lane are four channels of two tokens.
+  if (part == PH_KV_KEYS) {
+    for (uint32_t f = 0; f < shape.head_dim / kFragmentChannels * 4; ++f) {
+      for (uint32_t lane = 0; lane < kLanes; ++lane) {
+        const RawPlace place = raw_place(part, f, lane % 4, 0);
+        const uint32_t token = 8 * (lane / 4) + place.token;
+        const uint64_t even = load<uint64_t>(rows[token] + 2 * place.channel),
+                       odd = load<uint64_t>(rows[token + 1] + 2 * place.channel);
+        store(raw + kFragmentBytes * f + 16 * lane, even << 32 >> 32 | odd << 32);
+        store(raw + kFragmentBytes * f + 16 * lane + 8, even >> 32 | odd >> 32 << 32);
+      }
+    }
+    return;
+  }
+  for_fragments(shape, [&](uint32_t position, uint32_t f, uint32_t i) {
+    Halves values[8];
+    for (uint32_t x = 0; x < 8; ++x) {
+      alignas(kVectorBytes) uint8_t bytes[kVectorBytes];
+      for (uint32_t lane = 0; lane < kFragmentLanes; ++lane) {
+        const RawPlace place = raw_place(part, f, i + lane, x);
+        memcpy(bytes + 16 * lane, rows[place.token] + 2 * place.channel, 16);
+      }
+      values[x] = load<Halves>(bytes);
+    }
+    transpose_halves(values);
+    for (uint32_t g = 0; g < 8; ++g) store(raw + position + 64 * g, values[g]);
+  });
+}
+
+__attribute__((flatten)) void unpack_raw(const TileShape& shape, uint32_t part, const uint8_t* raw,
+                                         uint8_t* target) {
+  for_fragments(shape, [&](uint32_t position, uint32_t f, uint32_t i) {
+    Halves values[8];
+    for (uint32_t g = 0; g < 8; ++g) {
+      __builtin_prefetch(raw + position + kPrefetchBytes + 64 * g);
+      values[g] = load<Halves>(raw + position + 64 * g);
+    }
+    transpose_halves(values);
+    for (uint32_t x = 0; x < 8; ++x) {
+      alignas(kVectorBytes) uint8_t bytes[kVectorBytes];
+      store(bytes, values[x]);
+      for (uint32_t lane = 0; lane < kFragmentLanes; ++lane) {
+        const RawPlace place = raw_place(part, f, i + lane, x);
+        const uint32_t at = part == PH_KV_KEYS ? place.channel * kBlockTokens + key_column(place.token)
+                                               : place.token * shape.head_dim + place.channel;
+        memcpy(target + 2 * at, bytes + 16 * lane, 16);
+      }
+    }
+  });
 }
 
 #define PH_TEXT(name) #name
@@ -544,6 +698,7 @@ __attribute__((flatten)) void unpack(const TileShape& shape, uint32_t part, uint
 }  // namespace
 
 extern const TileKernels kTileKernels;
-const TileKernels kTileKernels = {PH_NAME(PH_INSTRUCTION_SET), extremes, quantize, pack, unpack};
+const TileKernels kTileKernels = {
+    PH_NAME(PH_INSTRUCTION_SET), extremes, group_affines, quantize, pack, unpack, pack_raw, unpack_raw};
 
 }  // namespace ph::kv::PH_INSTRUCTION_SET

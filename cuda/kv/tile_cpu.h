@@ -9,7 +9,7 @@ namespace ph::kv {
 constexpr uint32_t kMostHeadDim = 256;
 constexpr uint32_t kMostTileCodes = kBlockTokens * kMostHeadDim;
 // Of a head record, whatever its shape.
-constexpr uint32_t kMostRecordBytes = kTileHeaderBytes + kParts * (kMostHeadDim + kMostTileCodes);
+constexpr uint32_t kMostRecordBytes = kTileHeaderBytes + kParts * kRawChannelBytes * kMostHeadDim;
 
 // Extremes of a token's values of one part, with 0 in place of those that are not finite.
 struct TokenExtremes {
@@ -35,7 +35,10 @@ struct TileKernels {
   // `values` is a multiple of 32.
   TokenExtremes (*extremes)(uint32_t dtype, const uint8_t* x, uint32_t values);
 
-  // Codes [64, head_dim] of one head of a block's tokens, whose values are at rows[token].
+  // Of kivi: scales and zero points of one head of a block's tokens, whose values are at rows[token], by scale_index.
+  void (*group_affines)(const TileShape& shape, uint32_t part, const uint8_t* const* rows, Affine* affines);
+
+  // Codes [64, head_dim], from scales and zero points by scale_index.
   void (*quantize)(const TileShape& shape, uint32_t part, const uint8_t* const* rows, const Affine* affines,
                    uint8_t* codes);
 
@@ -45,6 +48,11 @@ struct TileKernels {
   // Writes a part's codes (not residuals) as quads.
   void (*unpack)(const TileShape& shape, uint32_t part, uint32_t widths, const uint8_t* bases,
                  const uint8_t* groups, uint8_t* quads);
+
+  // Of raw16: between a record's values and 16-bit values of tokens at rows[token].
+  void (*pack_raw)(const TileShape& shape, uint32_t part, const uint8_t* const* rows, uint8_t* raw);
+  // Writes keys as [head_dim][key_column(token)], values as [64][head_dim].
+  void (*unpack_raw)(const TileShape& shape, uint32_t part, const uint8_t* raw, uint8_t* target);
 };
 
 // That of the instruction set that block_kernels chose.
@@ -59,14 +67,26 @@ inline Affine stored_affine(const TileShape& shape, uint32_t part, const uint8_t
   return {scale_from_bits(shape.dtype, scale), static_cast<float>(zero)};
 }
 
+// The same of kivi, from a head's record: `bases` are the part's, `index` is a scale_index.
+inline Affine stored_group_affine(const TileShape& shape, uint32_t part, const uint8_t* bases,
+                                  uint32_t index) {
+  uint16_t scale;
+  int16_t zero;
+  memcpy(&scale, bases + 2 * index, sizeof scale);
+  memcpy(&zero, bases + 2 * (group_scales(shape, part) + index), sizeof zero);
+  return {scale_from_bits(shape.dtype, scale), static_cast<float>(zero)};
+}
+
 // A head's record and its block's params, as they are or, where they straddle pages, copied here.
 struct TileReader {
   alignas(64) uint8_t params_copy[kParamsBytes];
   alignas(64) uint8_t record_copy[kMostRecordBytes];
   const uint8_t* params;
   const uint8_t* record;
+  uint32_t record_bytes;
 
-  void read(const CacheView& cache, uint32_t layer, uint32_t sequence, uint32_t block, uint32_t head);
+  void read(const CacheView& cache, const TileShape& shape, uint32_t layer, uint32_t sequence, uint32_t block,
+            uint32_t head);
 
   // Unpacks a part by `kernels` into `quads`.
   void unpack(const TileKernels& kernels, const TileShape& shape, uint32_t part, uint8_t* quads) const;

@@ -358,7 +358,7 @@ export class KvCache implements Disposable {
 
   /**
    * Waits for the device, and throws `non-finite` if a token was packed with a NaN or an infinity since the last call:
-   * the message names the first. Such a value counts as 0 from then on.
+   * the message names the first. Such a value counts as 0 from then on. (`raw16` keeps it, and is no reason to throw.)
    */
   check(): void {
     this.#native.check();

@@ -7,16 +7,56 @@ import { type KvDType, type KvPair, PARTS } from "./tensor.ts";
 export type KvCacheDType = Extract<KvDType, "f16" | "bf16">;
 
 /**
- * How the keys, or the values, of packed tokens become codes. A token's scale is shared by all its heads and
- * channels:
+ * How the keys, or the values, of packed tokens are stored: as codes, integers times a scale, or as they are.
  *
- * - `packkv`: `rel` times the token's range, `rel` from 1/254 to 1. A value is off by at most half the scale, and
- *   takes the bits that its neighbours need.
- * - `fixed`: the token's range by `2^bits - 1`, `bits` from 1 to 8. Every value takes `bits` bits.
+ * - `packkv` (arXiv 2512.24449): a token's scale, shared by all its heads and channels, is `rel` times its range, `rel`
+ *   from 1/254 to 1. A value is off by at most half the scale, and takes the bits that its neighbours need.
+ * - `fixed`: a token's scale is its range by `2^bits - 1`, `bits` from 1 to 8. Every value takes `bits` bits.
+ * - `kivi` (arXiv 2402.02750): the range by `2^bits - 1`, too, but of one channel over the block's 64 tokens for keys,
+ *   and of 64 channels of a token and head for values. Every value takes `bits` bits, and every scale 32.
+ * - `raw16`: values stay as they are, in 16 bits, even those that are not finite.
+ *
+ * @example
+ * ```ts
+ * import { Device, KvCache, type KvCacheCodec } from "@packhorse/packhorse";
+ * import { assertEquals } from "@std/assert";
+ *
+ * const codec: KvCacheCodec = {
+ *   keys: { quantizer: "raw16" },
+ *   values: { quantizer: "kivi", bits: 2 },
+ * };
+ * using device = Device.open({ backend: "cpu" });
+ * using cache = KvCache.create(device, {
+ *   layers: 1,
+ *   queryHeads: 1,
+ *   kvHeads: 1,
+ *   headDim: 64,
+ *   dtype: "f16",
+ *   sequences: 1,
+ *   tokens: 1024,
+ *   stepTokens: 256,
+ *   poolBytes: 2 ** 20,
+ *   sinks: 0,
+ *   codec,
+ * });
+ * const sequence = cache.add();
+ * const step = cache.begin([{ sequence, tokens: 256 }]);
+ * using tokens = device.createBuffer("f16", 256 * 64);
+ * tokens.upload(Float16Array.from({ length: tokens.length }, (_, i) => Math.sin(i)));
+ * step.append(0, tokens, tokens);
+ *
+ * using read = cache.read(0, sequence);
+ * assertEquals(read.keys.download(), tokens.download());
+ * // Of each value 16 and 2 bits, of each token a scale and a zero point, and 16 bytes for each block of 64.
+ * const { packedTokens, packedBytes } = cache.statistics();
+ * assertEquals([packedTokens, packedBytes], [128, 128 * (64 * 18 / 8 + 4) + 2 * 16]);
+ * ```
  */
 export type KvCachePartCodec =
   | { readonly quantizer: "packkv"; readonly rel: number }
-  | { readonly quantizer: "fixed"; readonly bits: number };
+  | { readonly quantizer: "fixed"; readonly bits: number }
+  | { readonly quantizer: "kivi"; readonly bits: number }
+  | { readonly quantizer: "raw16" };
 
 /** How the packed tokens of a layer are stored. */
 export type KvCacheCodec = KvPair<KvCachePartCodec>;
@@ -145,13 +185,16 @@ export function nativeCacheConfig(config: KvCacheConfig): {
 }
 
 function nativeCodec({ keys, values }: KvCacheCodec, window: number): Uint8Array {
+  const bits = (part: KvCachePartCodec) =>
+    part.quantizer === "fixed" || part.quantizer === "kivi" ? part.bits : 0;
+  const rel = (part: KvCachePartCodec) => part.quantizer === "packkv" ? part.rel : 0;
   return KV_CACHE_CODEC.write({
     key_quantizer: KV_CACHE_QUANTIZER[keys.quantizer],
     value_quantizer: KV_CACHE_QUANTIZER[values.quantizer],
-    key_bits: keys.quantizer === "fixed" ? keys.bits : 0,
-    value_bits: values.quantizer === "fixed" ? values.bits : 0,
-    key_rel: keys.quantizer === "packkv" ? keys.rel : 0,
-    value_rel: values.quantizer === "packkv" ? values.rel : 0,
+    key_bits: bits(keys),
+    value_bits: bits(values),
+    key_rel: rel(keys),
+    value_rel: rel(values),
     window,
   });
 }
@@ -163,13 +206,14 @@ function checkPart(codec: KvCachePartCodec, layer: number, part: string): void {
     if (typeof rel === "number" && rel >= 1 / 254 && rel <= 1) return;
     refuse(`rel ${where} must be a number from 1/254 to 1, got ${rel}`);
   }
-  if (codec?.quantizer === "fixed") {
+  if (codec?.quantizer === "raw16") return;
+  if (codec?.quantizer === "fixed" || codec?.quantizer === "kivi") {
     const { bits } = codec;
     if (Number.isInteger(bits) && bits >= 1 && bits <= 8) return;
     refuse(`bits ${where} must be an integer from 1 to 8, got ${bits}`);
   }
   const { quantizer } = (codec ?? {}) as { quantizer?: unknown };
-  refuse(`quantizer ${where} must be packkv or fixed, got ${quantizer}`);
+  refuse(`quantizer ${where} must be packkv, fixed, kivi or raw16, got ${quantizer}`);
 }
 
 /** `Array.isArray` for lists that are readonly. */

@@ -187,7 +187,9 @@ export class KvCacheStep {
    * appended: the cache holds the same, bit for bit, as after `append`. Errors are within those of `attend`, and a
    * sequence's results too are the same whatever else is in the step. A prompt may come in chunks of any size.
    *
-   * Throws as {@linkcode append}, and `invalid-argument` for a scale that is not positive and finite.
+   * Throws as {@linkcode append}, `invalid-argument` for a scale that is not positive and finite, and on a GPU
+   * `unsupported` for a layer with `kivi` or `raw16` where a sequence of the step has packed tokens, or the step is
+   * captured.
    *
    * @example
    * ```ts

@@ -241,6 +241,19 @@ T get(const uint8_t* bytes) {
   return value;
 }
 
+bool per_token(const TilePart& part) {
+  return part.quantizer == PH_KV_CACHE_PACKKV || part.quantizer == PH_KV_CACHE_FIXED;
+}
+
+// Bytes of a part between header and groups.
+uint64_t side_bytes(const TileShape& shape, uint32_t part) {
+  const uint32_t D = shape.head_dim;
+  if (shape.parts[part].quantizer == PH_KV_CACHE_RAW16) return 0;
+  if (shape.parts[part].quantizer == PH_KV_CACHE_FIXED || shape.parts[part].quantizer == PH_KV_CACHE_PACKKV)
+    return D * shape.parts[part].base_bits / 8;
+  return part == PH_KV_KEYS ? 4 * D : 4 * 64 * ((D + 63) / 64);
+}
+
 std::vector<Place> places[kParts];  // [token][channel of the group]
 
 double worst_bound = 0;  // |x' - x| / scale
@@ -264,47 +277,92 @@ std::vector<double> check_records(const Cache& cache, uint32_t member, const Seq
   uint64_t at = 0;
   for (uint32_t block = 0; block < cache.sequences[member].packed; ++block) {
     const uint8_t* params = stream.data() + at;
-    at += 2 * 64 * 4 + 16;
+    const bool has_params = per_token(shape.parts[0]) || per_token(shape.parts[1]);
+    if (has_params) at += 2 * 64 * 4 + 16;
     const uint64_t first = cache.test.sinks + 64 * block;
     std::vector<uint8_t> codes(kParts * 64 * row);
+    std::vector<Affine> affines[kParts];  // of kivi, in the order of the groups
     float largest_scale = 0;
     for (uint32_t part = 0; part < kParts; ++part) {
-      for (uint32_t i = 0; i < 64; ++i) {
-        const uint16_t* x = input.parts[part].data() + (first + i) * row;
+      const TilePart& codec = shape.parts[part];
+      if (codec.quantizer == PH_KV_CACHE_RAW16) continue;
+      // Values of tokens [i, i_end) and channels [c, c_end) share a scale.
+      const auto quantize = [&](uint32_t i, uint32_t i_end, size_t c, size_t c_end) {
+        const auto value_at = [&](uint32_t token, size_t channel) {
+          const float value = float_of(shape.dtype, input.parts[part][(first + token) * row + channel]);
+          return std::isfinite(value) ? value : 0.0f;
+        };
         float minimum = INFINITY, maximum = -INFINITY;
-        std::vector<float> values(row);
-        for (size_t channel = 0; channel < row; ++channel) {
-          const float value = float_of(shape.dtype, x[channel]);
-          values[channel] = std::isfinite(value) ? value : 0.0f;
-          minimum = std::min(minimum, values[channel]);
-          maximum = std::max(maximum, values[channel]);
+        for (uint32_t token = i; token < i_end; ++token) {
+          for (size_t channel = c; channel < c_end; ++channel) {
+            minimum = std::min(minimum, value_at(token, channel));
+            maximum = std::max(maximum, value_at(token, channel));
+          }
         }
         const Affine affine = tile_affine(shape, part, minimum, maximum);
-        CHECK(get<uint16_t>(params + 256 * part + 2 * i) == bits_of(shape.dtype, affine.scale));
-        CHECK(get<int16_t>(params + 256 * part + 128 + 2 * i) == affine.zero);
-        if (part == PH_KV_VALUES) largest_scale = std::max(largest_scale, affine.scale);
-        for (size_t channel = 0; channel < row; ++channel) {
-          const float code =
-              quantize_value(values[channel], affine, static_cast<float>(shape.parts[part].code_limit));
-          codes[(part * 64 + i) * row + channel] = static_cast<uint8_t>(code);
-          const double restored = (static_cast<double>(code) + affine.zero) * affine.scale;
-          exact[(part * tokens + first + i) * row + channel] = restored;
-          const double slack = 2e-7 * std::max(std::fabs(minimum), std::fabs(maximum));
-          if (extremes) continue;  // may lie further apart than scales reach
-          worst_bound = std::max(worst_bound, (std::fabs(restored - values[channel]) - slack) / affine.scale);
+        for (uint32_t token = i; token < i_end; ++token) {
+          for (size_t channel = c; channel < c_end; ++channel) {
+            const float value = value_at(token, channel);
+            const float code = quantize_value(value, affine, static_cast<float>(codec.code_limit));
+            codes[(part * 64 + token) * row + channel] = static_cast<uint8_t>(code);
+            const double restored = (static_cast<double>(code) + affine.zero) * affine.scale;
+            exact[(part * tokens + first + token) * row + channel] = restored;
+            const double slack = 2e-7 * std::max(std::fabs(minimum), std::fabs(maximum));
+            if (extremes) continue;  // may lie further apart than scales reach
+            worst_bound = std::max(worst_bound, (std::fabs(restored - value) - slack) / affine.scale);
+          }
+        }
+        return affine;
+      };
+      if (per_token(codec)) {
+        for (uint32_t i = 0; i < 64; ++i) {
+          const Affine affine = quantize(i, i + 1, 0, row);
+          CHECK(get<uint16_t>(params + 256 * part + 2 * i) == bits_of(shape.dtype, affine.scale));
+          CHECK(get<int16_t>(params + 256 * part + 128 + 2 * i) == affine.zero);
+          if (part == PH_KV_VALUES) largest_scale = std::max(largest_scale, affine.scale);
+        }
+      } else if (part == PH_KV_KEYS) {
+        for (size_t channel = 0; channel < row; ++channel)
+          affines[part].push_back(quantize(0, 64, channel, channel + 1));
+      } else {
+        for (size_t head = 0; head < heads; ++head) {
+          for (size_t begin = head * D; begin < (head + 1) * D; begin += 64) {
+            for (uint32_t i = 0; i < 64; ++i)
+              affines[part].push_back(quantize(i, i + 1, begin, std::min(begin + 64, (head + 1) * D)));
+          }
         }
       }
     }
-    CHECK(get<float>(params + 512) == largest_scale);
-    for (uint32_t i = 516; i < 528; ++i) CHECK(params[i] == 0);
+    if (has_params) {
+      CHECK(get<float>(params + 512) == largest_scale);
+      for (uint32_t i = 516; i < 528; ++i) CHECK(params[i] == 0);
+      for (uint32_t part = 0; part < kParts; ++part) {
+        for (uint32_t i = 0; i < 256 && !per_token(shape.parts[part]); ++i)
+          CHECK(params[256 * part + i] == 0);
+      }
+    }
 
     for (uint32_t head = 0; head < heads; ++head) {
       const uint8_t* record = stream.data() + at;
       uint64_t bases = at + 16, groups = bases;
-      for (const TilePart& part : shape.parts) groups += D * part.base_bits / 8;
+      for (uint32_t part = 0; part < kParts; ++part) groups += side_bytes(shape, part);
       CHECK(get<uint64_t>(record + 8) == 0);
       for (uint32_t part = 0; part < kParts; ++part) {
         const uint32_t widths = get<uint32_t>(record + 4 * part), fixed = shape.parts[part].width;
+        const bool is_kivi = shape.parts[part].quantizer == PH_KV_CACHE_KIVI;
+        if (shape.parts[part].quantizer == PH_KV_CACHE_RAW16) {
+          CHECK(widths == 0);
+          continue;
+        }
+        if (is_kivi) {
+          const size_t count = affines[part].size() / heads;
+          CHECK(side_bytes(shape, part) == 4 * count);
+          for (size_t i = 0; i < count; ++i) {
+            const Affine& affine = affines[part][head * count + i];
+            CHECK(get<uint16_t>(stream.data() + bases + 2 * i) == bits_of(shape.dtype, affine.scale));
+            CHECK(get<int16_t>(stream.data() + bases + 2 * (count + i)) == affine.zero);
+          }
+        }
         for (uint32_t group = 0; group < D / 32; ++group) {
           uint32_t widest = 0;
           const uint32_t width = widths >> 4 * group & 15;
@@ -313,7 +371,7 @@ std::vector<double> check_records(const Cache& cache, uint32_t member, const Seq
             uint32_t smallest = 255;
             for (uint32_t i = 0; i < 64; ++i) smallest = std::min<uint32_t>(smallest, of_channel[i * row]);
             const uint32_t base = fixed > 0 ? 0 : smallest;
-            CHECK(read_base(shape, part, stream.data() + bases, channel) == base);
+            CHECK(is_kivi || read_base(shape, part, stream.data() + bases, channel) == base);
             for (uint32_t i = 0; i < 64; ++i) {
               const uint32_t residual =
                   read_residual(stream.data() + groups, width, places[part][i * 32 + channel % 32]);
@@ -325,7 +383,23 @@ std::vector<double> check_records(const Cache& cache, uint32_t member, const Seq
           groups += 256 * width;
         }
         CHECK(D / 32 == 8 || widths >> D / 8 == 0);
-        bases += D * shape.parts[part].base_bits / 8;
+        bases += side_bytes(shape, part);
+      }
+      for (uint32_t part = 0; part < kParts; ++part) {
+        if (shape.parts[part].quantizer != PH_KV_CACHE_RAW16) continue;
+        const auto value_of = [&](uint32_t token, uint32_t channel) {
+          return input.parts[part][(first + token) * row + head * D + channel];
+        };
+        for (uint32_t fragment = 0; fragment < D / 4; ++fragment) {
+          for (uint32_t place = 0; place < 256; ++place, groups += 2) {
+            const uint32_t g = place / 32, i = place / 8 % 4, r = place / 2 % 4, h = place % 2;
+            const uint32_t begin = fragment / 4 * 16, f = fragment % 4;
+            const uint16_t expected =
+                part == PH_KV_KEYS ? value_of(8 * g + 2 * f + r % 2, begin + 4 * i + 2 * (r / 2) + h)
+                                   : value_of(16 * i + 4 * f + 2 * (r / 2) + h, begin + 8 * (r % 2) + g);
+            CHECK(get<uint16_t>(stream.data() + groups) == expected);
+          }
+        }
       }
       at = groups;
       CHECK(at % 16 == 0 && ends[block * heads + head + 1] == at / 16 + 1);
@@ -413,10 +487,14 @@ void run(const Case& test, bool extremes) {
   if (extremes) {
     const uint64_t bad = test.sinks + random_below(64), limit = test.shape.dtype == PH_F16 ? 0x7bff : 0x7f7f;
     const uint16_t infinity = test.shape.dtype == PH_F16 ? 0xfc00 : 0xff80;
-    first_bad = 1ull << 40 | bad;
     const size_t row = static_cast<size_t>(test.shape.heads) * test.shape.head_dim;
-    inputs[1].parts[random_below(2)][bad * row + random_below(static_cast<uint32_t>(row))] = infinity;
+    const uint32_t bad_part = random_below(2);
+    inputs[1].parts[bad_part][bad * row + random_below(static_cast<uint32_t>(row))] = infinity;
     inputs[1].parts[1][(bad + 2) * row] = infinity | 1;
+    // raw16 keeps them.
+    const auto is_raw = [&](uint32_t part) { return test.shape.parts[part].quantizer == PH_KV_CACHE_RAW16; };
+    if (!is_raw(1)) first_bad = 1ull << 40 | (bad + 2);
+    if (!is_raw(bad_part)) first_bad = 1ull << 40 | bad;
     inputs[0].parts[0][(test.sinks + 5) * row] = static_cast<uint16_t>(limit);
     inputs[0].parts[0][(test.sinks + 5) * row + 1] = static_cast<uint16_t>(limit | 0x8000);
   }
@@ -463,6 +541,10 @@ void run(const Case& test, bool extremes) {
     const Sequence all = once.read(member, 0, tokens);
     const float most_finite = test.shape.dtype == PH_F16 ? 65504.0f : 0x1.fep127f;
     for (uint32_t part = 0; part < kParts; ++part) {
+      if (test.shape.parts[part].quantizer == PH_KV_CACHE_RAW16) {
+        CHECK(all.parts[part] == inputs[member].parts[part]);
+        continue;
+      }
       for (size_t i = 0; i < tokens * once.row(); ++i) {
         // (code + zero) * scale has at most 27 bits; NaN and infinities stay in recent tokens only.
         const double value = exact[part * tokens * once.row() + i];
@@ -514,12 +596,22 @@ void run(const Case& test, bool extremes) {
   CHECK(std::equal(own_out.begin(), own_out.end(), out.begin() + static_cast<ptrdiff_t>(begin)));
 }
 
-TilePart part_of(uint32_t head_dim, float rel, uint32_t width) {
+struct Setting {
+  uint32_t quantizer;
+  float rel;
+  uint32_t width;
+};
+
+TilePart part_of(uint32_t head_dim, const Setting& setting) {
   TilePart part{};
-  part.rel = rel;
-  part.width = width;
-  part.code_limit =
-      width > 0 ? (1u << width) - 1 : std::min(255u, static_cast<uint32_t>(std::ceil(1.0f / rel)) + 1);
+  part.quantizer = setting.quantizer;
+  if (setting.quantizer == PH_KV_CACHE_RAW16) return part;
+  part.rel = setting.rel;
+  part.width = setting.width;
+  part.code_limit = setting.width > 0
+                        ? (1u << setting.width) - 1
+                        : std::min(255u, static_cast<uint32_t>(std::ceil(1.0f / setting.rel)) + 1);
+  if (setting.quantizer == PH_KV_CACHE_KIVI) return part;
   part.base_bits = part.code_limit <= 15 && head_dim % 64 == 0 ? 4 : 8;
   return part;
 }
@@ -538,26 +630,31 @@ int main(int argc, char** argv) {
         places[part].push_back(nibble_of(part, token, channel));
     }
   }
-  struct Setting {
-    float rel;
-    uint32_t width;
-  };
-  const Setting settings[] = {{0.1f, 0}, {0.2f, 0}, {1.0f / 254.0f, 0}, {0, 2}, {0, 3},
-                              {0, 4},    {0, 8},    {0.03f, 0},         {0, 1}};
+  constexpr uint32_t kPackkv = PH_KV_CACHE_PACKKV, kFixed = PH_KV_CACHE_FIXED, kKivi = PH_KV_CACHE_KIVI;
+  const Setting settings[] = {{kPackkv, 0.1f, 0},
+                              {kPackkv, 0.2f, 0},
+                              {kPackkv, 1.0f / 254.0f, 0},
+                              {kFixed, 0, 2},
+                              {kFixed, 0, 3},
+                              {kFixed, 0, 4},
+                              {kFixed, 0, 8},
+                              {kPackkv, 0.03f, 0},
+                              {kFixed, 0, 1},
+                              {PH_KV_CACHE_RAW16, 0, 0},
+                              {kKivi, 0, 2},
+                              {kKivi, 0, 4},
+                              {kKivi, 0, 7},
+                              {PH_KV_CACHE_RAW16, 0, 0}};
   uint32_t cases = 0, at = 0;
   for (uint32_t head_dim : {64u, 96u, 128u, 256u}) {
     for (uint32_t heads : {1u, 2u, 5u}) {
       for (uint32_t dtype : {PH_F16, PH_BF16}) {
         for (const Setting& setting : settings) {
           const Setting& other = settings[random_below(std::size(settings))];
-          const Case test = {
-              {heads,
-               head_dim,
-               dtype,
-               {part_of(head_dim, setting.rel, setting.width), part_of(head_dim, other.rel, other.width)}},
-              random_below(2) * 4,
-              random_below(2) == 0 ? 64u : 100u,
-              1 + random_below(16)};
+          const Case test = {{heads, head_dim, dtype, {part_of(head_dim, setting), part_of(head_dim, other)}},
+                             random_below(2) * 4,
+                             random_below(2) == 0 ? 64u : 100u,
+                             1 + random_below(16)};
           if (at++ % stride != 0) continue;
           run(test, false);
           if (cases++ % 8 == 0) run(test, true);
