@@ -42,6 +42,7 @@ const RAGGED = Array.from({ length: 16 }, (_, i) => Math.round(100 * 600 ** (i /
 
 const both = (part: KvCachePartCodec): KvCacheCodec => ({ keys: part, values: part });
 const CODECS: Readonly<Record<string, KvCacheCodec>> = {
+  raw16: both({ quantizer: "raw16" }),
   "fixed 2": both({ quantizer: "fixed", bits: 2 }),
   "fixed 3": both({ quantizer: "fixed", bits: 3 }),
   "fixed 4": both({ quantizer: "fixed", bits: 4 }),
@@ -117,7 +118,7 @@ function measureCase(title: string, shape: CacheCase, codec: string, parts: KvCa
   const values = shape.lengths.reduce((sum, length) => sum + length, 0) * shape.kvHeads *
     shape.headDim * 2;
   // At 3 bits a value, roughly.
-  const layers = Math.max(3, Math.ceil(ROTATED_BYTES / (values * 3 / 8)));
+  const layers = Math.max(2, Math.ceil(ROTATED_BYTES / (values * 3 / 8)));
   using workload = new CacheWorkload(device, shape, {
     tokens: tokens!,
     codec: parts,

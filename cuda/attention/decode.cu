@@ -43,7 +43,7 @@ constexpr int kWarps = kDim* kTiles <= 192 ? 6 : 4;
 template <int kDim, int kTiles>
 constexpr int kThreads = kWarps<kDim, kTiles>* kWarpThreads;
 constexpr int kMostWarps = 6;
-constexpr uint32_t kStages = 3;  // tiles ahead, as far as shared memory goes
+constexpr uint32_t kStages = 2;  // tiles ahead, as far as shared memory goes
 template <int kDim, int kTiles>  // packed blocks of a warp, at most
 constexpr uint32_t kWarpBlocks = kv::kMostPieceWork / kWarps<kDim, kTiles> + 1 + kv::kRunBlocks;
 constexpr float kLog2E = 1.4426950408889634f;
@@ -156,8 +156,7 @@ struct Ring {
         "r"(phase)
         : "memory");
 #else
-    if (stages == 3) asm volatile("cp.async.wait_group 2;" ::: "memory");
-    else if (stages == 2) asm volatile("cp.async.wait_group 1;" ::: "memory");
+    if (stages == 2) asm volatile("cp.async.wait_group 1;" ::: "memory");
     else kv::copy_wait();
     __syncwarp();
 #endif
@@ -824,9 +823,7 @@ uint32_t stages_of(const ph_device& device, const kv::TileShape& shape) {
   const uint32_t fixed_bytes = plain ? 8192 : 16384;
   const uint32_t limit = static_cast<uint32_t>(device.shared_bytes) - fixed_bytes;
   for (uint32_t stages = is_raw16(shape) ? 1 : kStages; stages > 0; --stages) {
-    // More than two only where two thread blocks share a multiprocessor all the same.
-    const uint32_t most = stages > 2 ? limit / 2 - fixed_bytes : limit;
-    if (kMostWarps * stages * slot_bytes(shape) <= most) return stages;
+    if (kMostWarps * stages * slot_bytes(shape) <= limit) return stages;
   }
   throw Error(
       PH_ERROR_UNSUPPORTED,
