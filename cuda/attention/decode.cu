@@ -784,10 +784,9 @@ struct Launch {
   uint32_t stages, shared_bytes;
 };
 
-// Calls use(kernel, launch) for what suits so many columns of a kv head.
+// Calls use(kernel, launch) for what suits the layer.
 template <typename Use>
-void with_kernel(const ph_device& device, const CacheView& cache, const kv::TileShape& shape,
-                 uint32_t columns, Use use) {
+void with_kernel(const ph_device& device, const CacheView& cache, const kv::TileShape& shape, Use use) {
   dispatch_dim(cache.head_dim, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
     const auto with = [&](auto tiles, auto bfloat, auto flavour) {
@@ -815,9 +814,10 @@ void with_kernel(const ph_device& device, const CacheView& cache, const kv::Tile
         with_type(tiles, std::integral_constant<Flavour, Flavour::kNarrow>{});
       }
     };
-    // One tile of four columns leaves more registers to wide heads.
+    // By the group alone, not by the step's tokens: a sequence's results must not depend on the rest of the batch. One
+    // tile of four columns leaves more registers to wide heads.
     if constexpr (kDim < 256) {
-      if (columns > 4) return with_flavour(std::integral_constant<int, 2>{});
+      if (cache.query_heads / cache.heads > 4) return with_flavour(std::integral_constant<int, 2>{});
     }
     with_flavour(std::integral_constant<int, 1>{});
   });
@@ -851,7 +851,7 @@ void decode(ph_device& device, const CacheView& cache, const kv::TileShape& shap
   parameters.scale = scale;
   parameters.slot_bytes = slot_bytes(shape);
   parameters.window = window;
-  with_kernel(device, cache, shape, columns, [&](auto kernel, const Launch& launch) {
+  with_kernel(device, cache, shape, [&](auto kernel, const Launch& launch) {
     allow_shared(device, kernel);
     parameters.stages = launch.stages;
     const dim3 grid(step.piece_count, cache.heads, (columns + launch.columns - 1) / launch.columns);
