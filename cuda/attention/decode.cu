@@ -43,7 +43,7 @@ constexpr int kWarps = kDim* kTiles <= 192 ? 6 : 4;
 template <int kDim, int kTiles>
 constexpr int kThreads = kWarps<kDim, kTiles>* kWarpThreads;
 constexpr int kMostWarps = 6;
-constexpr uint32_t kStages = 2;  // tiles ahead, unless shared memory is short
+constexpr uint32_t kStages = 3;  // tiles ahead, as far as shared memory goes
 template <int kDim, int kTiles>  // packed blocks of a warp, at most
 constexpr uint32_t kWarpBlocks = kv::kMostPieceWork / kWarps<kDim, kTiles> + 1 + kv::kRunBlocks;
 constexpr float kLog2E = 1.4426950408889634f;
@@ -156,7 +156,8 @@ struct Ring {
         "r"(phase)
         : "memory");
 #else
-    if (stages == kStages) asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
+    if (stages == 3) asm volatile("cp.async.wait_group 2;" ::: "memory");
+    else if (stages == 2) asm volatile("cp.async.wait_group 1;" ::: "memory");
     else kv::copy_wait();
     __syncwarp();
 #endif
@@ -620,6 +621,83 @@ __device__ __forceinline__ void attend_piece(const CacheView& cache, const Decod
   __syncthreads();
 }
 
+// What the last thread block needs to merge the pieces of a sequence and head.
+template <int kTiles>
+struct MergeShared {
+  static constexpr uint32_t kParts = 64;  // pieces at a time
+  float most[4 * kTiles], sum[4 * kTiles];
+  float weights[4 * kTiles][kParts];
+};
+
+// Adds up the partial results of all pieces, in their order; those of column c and piece p are at start + c + p * stride.
+template <int kDim, int kTiles, bool kBfloat>
+__device__ __forceinline__ void merge_pieces(const Partials& partials, uint64_t start, uint64_t stride,
+                                             uint32_t pieces, const Columns& columns, uint8_t* out,
+                                             uint8_t* dynamic) {
+  constexpr uint32_t kItems = 4 * kTiles * kDim / 4 / kThreads<kDim, kTiles> + 1;  // four channels each
+  constexpr uint32_t kParts = MergeShared<kTiles>::kParts;
+  MergeShared<kTiles>& shared = *reinterpret_cast<MergeShared<kTiles>*>(dynamic);
+  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  const auto part_sum = [&](uint32_t column, uint32_t piece) {
+    return __ldcg(reinterpret_cast<const float2*>(&partials.sums[start + column + piece * stride]));
+  };
+  for (uint32_t column = warp; column < columns.count; column += kWarps<kDim, kTiles>) {
+    float most = -1e30f, sum = 0.0f;
+    for (uint32_t piece = lane; piece < pieces; piece += kWarpThreads)
+      most = fmaxf(most, part_sum(column, piece).x);
+    for (int distance = 1; distance < kWarpThreads; distance *= 2)
+      most = fmaxf(most, __shfl_xor_sync(kEveryLane, most, distance));
+    for (uint32_t piece = lane; piece < pieces; piece += kWarpThreads) {
+      const float2 part = part_sum(column, piece);
+      sum = __fmaf_rn(part_weight(part.x, most), part.y, sum);
+    }
+    for (int distance = 1; distance < kWarpThreads; distance *= 2)
+      sum += __shfl_xor_sync(kEveryLane, sum, distance);
+    if (lane == 0) shared.most[column] = most, shared.sum[column] = sum;
+  }
+  __syncthreads();
+
+  float4 values[kItems] = {};
+  for (uint32_t begin = 0; begin < pieces; begin += kParts) {
+    const uint32_t count = min(kParts, pieces - begin);
+    for (uint32_t at = threadIdx.x; at < columns.count * kParts; at += kThreads<kDim, kTiles>) {
+      const uint32_t column = at / kParts, piece = at % kParts;
+      if (piece < count)
+        shared.weights[column][piece] = part_weight(part_sum(column, begin + piece).x, shared.most[column]);
+    }
+    __syncthreads();
+#pragma unroll
+    for (uint32_t item = 0; item < kItems; ++item) {
+      const uint32_t at = threadIdx.x + item * kThreads<kDim, kTiles>;
+      if (at >= columns.count * kDim / 4) break;
+      const uint32_t column = 4 * at / kDim, channel = 4 * at % kDim;
+      const float* source = partials.out + (start + column + begin * stride) * kDim + channel;
+#pragma unroll 8
+      for (uint32_t piece = 0; piece < count; ++piece) {
+        const float4 x = __ldcg(reinterpret_cast<const float4*>(source + piece * stride * kDim));
+        const float weight = shared.weights[column][piece];
+        values[item].x = __fmaf_rn(weight, x.x, values[item].x);
+        values[item].y = __fmaf_rn(weight, x.y, values[item].y);
+        values[item].z = __fmaf_rn(weight, x.z, values[item].z);
+        values[item].w = __fmaf_rn(weight, x.w, values[item].w);
+      }
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (uint32_t item = 0; item < kItems; ++item) {
+    const uint32_t at = threadIdx.x + item * kThreads<kDim, kTiles>;
+    if (at >= columns.count * kDim / 4) break;
+    const uint32_t column = 4 * at / kDim, channel = 4 * at % kDim;
+    const uint64_t position = columns.position(column, kDim) + channel;
+    const float sum = shared.sum[column];
+    store_value<kBfloat>(out, position, values[item].x / sum);
+    store_value<kBfloat>(out, position + 1, values[item].y / sum);
+    store_value<kBfloat>(out, position + 2, values[item].z / sum);
+    store_value<kBfloat>(out, position + 3, values[item].w / sum);
+  }
+}
+
 template <int kDim, int kTiles, bool kBfloat, Flavour kFlavour>
 __global__ void __launch_bounds__(kThreads<kDim, kTiles>, 2)
     DecodeKernel(const __grid_constant__ DecodeParameters parameters) {
@@ -692,32 +770,7 @@ __global__ void __launch_bounds__(kThreads<kDim, kTiles>, 2)
   const uint64_t stride = static_cast<uint64_t>(cache.heads) * partials.columns;
   const uint64_t start =
       (static_cast<uint64_t>(blockIdx.x - piece.place) * cache.heads + head) * partials.columns + first;
-  for (uint32_t at = threadIdx.x; at < columns.count * kDim / 4; at += kThreads<kDim, kTiles>) {
-    const uint32_t column = 4 * at / kDim, channel = 4 * at % kDim;
-    const PartSum* sums = partials.sums + start + column;
-    float most = -1e30f;
-    for (uint32_t part = 0; part < piece.pieces; ++part)
-      most = fmaxf(most, __ldcg(&sums[part * stride].reference));
-    float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    float sum = 0.0f;
-#pragma unroll 4
-    for (uint32_t part = 0; part < piece.pieces; ++part) {
-      const float2 of_part = __ldcg(reinterpret_cast<const float2*>(&sums[part * stride]));
-      const float4 x = __ldcg(
-          reinterpret_cast<const float4*>(partials.out + (start + column + part * stride) * kDim + channel));
-      const float weight = part_weight(of_part.x, most);
-      sum = __fmaf_rn(weight, of_part.y, sum);
-      value.x = __fmaf_rn(weight, x.x, value.x);
-      value.y = __fmaf_rn(weight, x.y, value.y);
-      value.z = __fmaf_rn(weight, x.z, value.z);
-      value.w = __fmaf_rn(weight, x.w, value.w);
-    }
-    const uint64_t position = columns.position(column, kDim) + channel;
-    store_value<kBfloat>(out, position, value.x / sum);
-    store_value<kBfloat>(out, position + 1, value.y / sum);
-    store_value<kBfloat>(out, position + 2, value.z / sum);
-    store_value<kBfloat>(out, position + 3, value.w / sum);
-  }
+  merge_pieces<kDim, kTiles, kBfloat>(partials, start, stride, piece.pieces, columns, out, dynamic);
   if (threadIdx.x == 0) *finished = 0;
 }
 
@@ -764,9 +817,12 @@ uint32_t slot_bytes(const kv::TileShape& shape) {
 uint32_t stages_of(const ph_device& device, const kv::TileShape& shape) {
   // Static shared memory of the kernels, at most.
   const bool plain = kv::is_per_token(shape.parts[0]) && kv::is_per_token(shape.parts[1]);
-  const uint32_t limit = static_cast<uint32_t>(device.shared_bytes) - (plain ? 8192 : 16384);
+  const uint32_t fixed_bytes = plain ? 8192 : 16384;
+  const uint32_t limit = static_cast<uint32_t>(device.shared_bytes) - fixed_bytes;
   for (uint32_t stages = is_raw16(shape) ? 1 : kStages; stages > 0; --stages) {
-    if (kMostWarps * stages * slot_bytes(shape) <= limit) return stages;
+    // More than two only where two thread blocks share a multiprocessor all the same.
+    const uint32_t most = stages > 2 ? limit / 2 - fixed_bytes : limit;
+    if (kMostWarps * stages * slot_bytes(shape) <= most) return stages;
   }
   throw Error(
       PH_ERROR_UNSUPPORTED,

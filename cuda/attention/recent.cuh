@@ -88,6 +88,18 @@ __device__ __forceinline__ void attend_run(const RecentTokens& tokens, uint32_t 
   const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
   const uint32_t first = run * kv::kBlockTokens;
 
+  // All rows are under way to L2 before the first is used, as the registers hold but a few.
+#pragma unroll
+  for (uint32_t row = 0; row < 2; ++row) {
+    const uint32_t at = first + lane + kWarpThreads * row;
+    const uint64_t place = tokens.slot(tokens.token(at)) * row_bytes;
+#pragma unroll
+    for (uint32_t byte = 0; byte < 2 * kDim && at < tokens.count; byte += 128) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + place + byte));
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(values + place + byte));
+    }
+  }
+
   uint32_t queries[kTiles][kChunks][4];
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
