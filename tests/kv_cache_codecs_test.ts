@@ -2,7 +2,7 @@
  * The growing cache with raw16 and kivi, alone and beside other codecs, on every backend: what they keep, how many bytes
  * they take, and attention over them against double precision.
  */
-import { assert, assertEquals, assertLessOrEqual, assertThrows } from "@std/assert";
+import { assert, assertEquals, assertLessOrEqual, assertRejects, assertThrows } from "@std/assert";
 import { Device } from "../src/device/mod.ts";
 import { PackhorseError } from "../src/error.ts";
 import {
@@ -36,17 +36,19 @@ import {
   tokensOf,
   upload,
 } from "./kv_cache_support.ts";
+import { withPhkvEntry } from "./forge_phkv.ts";
 import { type DataKind, randomOf } from "./kv_cases.ts";
+import { TemporaryFolder } from "./temporary_folder.ts";
 
 const raw16: KvCachePartCodec = { quantizer: "raw16" };
 const kivi = (bits: number): KvCachePartCodec => ({ quantizer: "kivi", bits });
 
 /** A test on every backend. */
-function test(name: string, work: (device: Device) => void): void {
+function test(name: string, work: (device: Device) => void | Promise<void>): void {
   for (const backend of backends()) {
-    Deno.test(`kv cache codecs: ${backend}: ${name}`, () => {
+    Deno.test(`kv cache codecs: ${backend}: ${name}`, async () => {
       using device = Device.open({ backend });
-      work(device);
+      await work(device);
     });
   }
 }
@@ -482,5 +484,38 @@ test("prefill attends over packed tokens, or says on a GPU that it does not", (d
     chunk();
     if (device.backend === "cpu") chunk();
     else assertEquals(assertThrows(chunk, PackhorseError).code, "unsupported");
+  }
+});
+
+test("saved sequences come back as they were, and a scale that no encoder writes is refused", async (device) => {
+  using folder = new TemporaryFolder();
+  const codecs = [bothParts(raw16), bothParts(kivi(3)), { keys: kivi(8), values: packkv(0.2) }];
+  for (const [i, codec] of codecs.entries()) {
+    const options = optionsOf({
+      headDim: [256, 96, 128][i]!,
+      kvHeads: 2,
+      residual: 8,
+      sinks: 0,
+      codec,
+    });
+    using cache = KvCache.create(device, options);
+    const model = new ReferenceCache(cache.config);
+    const [sequence, expected] = [cache.add(), model.add()];
+    const tokens = tokensOf(cache.config, { kind: "gaussian", random: randomOf(i) }, 300);
+    appendAll(cache, [{ sequence, tokens }]);
+    model.append(expected, tokens);
+    const path = folder.file(`${i}.phkv`);
+    await cache.save(sequence, path);
+    assertHolds(cache, await cache.load(path), expected);
+    if (codec.keys.quantizer !== "kivi") continue;
+    // Of the first record of the first block, after its params and header.
+    const first = (codec.values.quantizer === "packkv" ? 528 : 0) + 16;
+    const forged = withPhkvEntry(await Deno.readFile(path), 0, (block) => {
+      block.setUint16(first, 0x7c00, true);
+    });
+    await Deno.writeFile(path, forged);
+    const error = await assertRejects(() => cache.load(path), PackhorseError);
+    assertEquals(error.code, "corrupt", error.message);
+    assert(error.message.includes("a scale is not positive and finite"), error.message);
   }
 });

@@ -398,35 +398,31 @@ __device__ __forceinline__ void attend_raw(const uint8_t* pool, const RawValues*
   }
 }
 
-constexpr int kMixedAhead = 8;
-
-__device__ __forceinline__ void begin_raw(const kv::TileShape& shape, const uint8_t* pool,
-                                          const RawValues& raw, uint4 (&held)[kMixedAhead]) {
-  if (kv::raw_bytes(shape) == 0) return;
-#pragma unroll
-  for (int f = 0; f < kMixedAhead; ++f) held[f] = raw.load(pool, f);
-}
-
-// A packed block of any mixture. `held` has the first fragments of the part in 16 bits, if there is one; all else is in
-// the tile. `zeros` are of kivi's value groups. Calls hide(scores).
+// A packed block of any mixture. `raw` says where the part in 16 bits is, if there is one; all else is in the tile. `zeros`
+// are of kivi's value groups. Calls hide(scores).
 template <int kDim, int kTiles, bool kBfloat, typename Hide>
 __device__ __forceinline__ void attend_mixed(const Tile& tile, const kv::TileShape& shape,
                                              const TileLayout& layout, uint2 widths,
                                              const BothQueries<kDim, kTiles>& queries, const uint8_t* pool,
-                                             const RawValues& raw, uint4 (&held)[kMixedAhead],
-                                             WarpState<kDim, kTiles>& state,
+                                             const RawValues& raw, WarpState<kDim, kTiles>& state,
                                              float (&zeros)[kTiles][kValueGroups<kDim>], Hide hide) {
   const kv::TilePart &keys = shape.parts[PH_KV_KEYS], &values = shape.parts[PH_KV_VALUES];
   const uint32_t value_groups = layout.groups + kv::kGroupBytes * kv::width_sum(widths.x);
   const auto load = [&](int f) {
     return f < kPartFragments<kDim> ? raw.load(pool, f) : make_uint4(0, 0, 0, 0);
   };
+  uint4 held[8];
+  const auto begin_raw = [&] {
+#pragma unroll
+    for (int f = 0; f < 8; ++f) held[f] = raw.load(pool, f);
+  };
   float scores[kTiles][8], factors[kTiles];
   if (kv::is_raw16(keys)) {
+    begin_raw();
     raw_scores<kDim, kTiles, kBfloat>(held, queries.plain, scores, load);
   } else if (kv::is_kivi(keys)) {
-    kivi_scores<kDim, kTiles, kBfloat>(tile.record + kv::kTileHeaderBytes, tile.record + layout.groups,
-                                       keys.width, queries.plain, scores);
+    kivi_scores<kDim, kTiles, kBfloat>(tile.lane, tile.record + kv::kTileHeaderBytes,
+                                       tile.record + layout.groups, keys.width, queries.plain, scores);
   } else {
     tile_scores<kDim, kTiles, kBfloat, true, 0>(tile, layout, widths.x, queries, state, scores);
   }
@@ -437,6 +433,7 @@ __device__ __forceinline__ void attend_mixed(const Tile& tile, const kv::TileSha
     tile_values<kDim, kTiles, true, 0>(tile, layout, value_groups, widths.y, state, weights, factors);
     return;
   }
+  if (kv::is_raw16(values)) begin_raw();
   softmax_step(state, scores, factors, [&](int n, float factor) {
 #pragma unroll
     for (int group = 0; group < kValueGroups<kDim>; ++group) zeros[n][group] *= factor;
@@ -446,8 +443,9 @@ __device__ __forceinline__ void attend_mixed(const Tile& tile, const kv::TileSha
     raw_weights<kTiles, kBfloat>(scores, weights);
     raw_values<kDim, kTiles, kBfloat>(held, state, weights, factors, load);
   } else {
-    kivi_values<kDim, kTiles, kBfloat>(tile.record + layout.value_bases, tile.record + value_groups,
-                                       values.width, scores, factors, state, zeros);
+    kivi_values<kDim, kTiles, kBfloat>(tile.lane, tile.record + layout.value_bases,
+                                       tile.record + value_groups, values.width, scores, factors, state,
+                                       zeros);
   }
 }
 
@@ -570,8 +568,6 @@ __device__ __forceinline__ void attend_piece(const CacheView& cache, const Decod
     uint32_t stage = 0, phase = 0;
 #pragma unroll 1
     for (uint32_t at = 0; at < share.blocks; ++at) {
-      [[maybe_unused]] uint4 held[kMixedAhead];
-      if constexpr (kMixed) begin_raw(parameters.shape, cache.pool, places.raw[warp][at], held);
       ring.wait(stage, phase);
       const uint8_t* slot = ring.slots + stage * slot_bytes;
       // Opaque, lest the compiler keeps every address that follows from it in a register of its own.
@@ -584,7 +580,7 @@ __device__ __forceinline__ void attend_piece(const CacheView& cache, const Decod
       widths.y = __reduce_or_sync(kEveryLane, widths.y);
       if constexpr (kMixed) {
         attend_mixed<kDim, kTiles, kBfloat>(tile, parameters.shape, layout, widths, queries, cache.pool,
-                                            places.raw[warp][at], held, state, group_zeros,
+                                            places.raw[warp][at], state, group_zeros,
                                             [&](float(&scores)[kTiles][8]) { hide(at, scores); });
       } else {
         float scores[kTiles][8], units[kTiles];

@@ -25,8 +25,8 @@ constexpr int kValueGroups = (kDim + static_cast<int>(kv::kGroupChannels) - 1) /
                              static_cast<int>(kv::kGroupChannels);
 
 // A lane's nibble words (tile.h) of one digit, of 1 to 4 bits, of a group.
-__device__ __forceinline__ void load_digit(const uint8_t* group, uint32_t width, uint32_t (&nibbles)[8]) {
-  const uint32_t lane = threadIdx.x % kWarpThreads;
+__device__ __forceinline__ void load_digit(const uint8_t* group, uint32_t lane, uint32_t width,
+                                           uint32_t (&nibbles)[8]) {
   uint32_t words[8];
 #pragma unroll
   for (uint32_t x = 0; x < 8; x += 2) {
@@ -63,17 +63,17 @@ __device__ __forceinline__ float2 to_integers(uint32_t pair) {
 // Scores of the tile, times query_scale in bits: scores[tile][t] is that of token 8 * g + t. `scales` are the part's in
 // the record, zero points after them; `groups` its codes, of `bits` bits.
 template <int kDim, int kTiles, bool kBfloat>
-__device__ __forceinline__ void kivi_scores(const uint8_t* scales, const uint8_t* groups, uint32_t bits,
-                                            const SharedQueries<kDim, kTiles>& queries,
+__device__ __forceinline__ void kivi_scores(uint32_t lane, const uint8_t* scales, const uint8_t* groups,
+                                            uint32_t bits, const SharedQueries<kDim, kTiles>& queries,
                                             float (&scores)[kTiles][8]) {
-  const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
+  const uint32_t g = lane / 4, i = lane % 4;
   uint32_t fixed_queries[kTiles][kDim / 16];  // B fragments
   float units[kTiles], shifts[kTiles];
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
     // Of channels 16 * x + 4 * i + 0..3.
     const auto scaled = [&](int x, float(&values)[4]) {
-      const uint2 query = queries.load(n, x);
+      const uint2 query = queries.load(lane, n, x);
       const uint2 scale = *reinterpret_cast<const uint2*>(scales + 2 * (16 * x + 4 * i));
       const float2 a = to_floats<kBfloat>(query.x), b = to_floats<kBfloat>(query.y);
       const float2 c = to_floats<kBfloat>(scale.x), d = to_floats<kBfloat>(scale.y);
@@ -126,7 +126,7 @@ __device__ __forceinline__ void kivi_scores(const uint8_t* scales, const uint8_t
 #pragma unroll
     for (int group = 0; group < kDim / 32; ++group) {
       uint32_t nibbles[8];
-      load_digit(groups + group * kv::kGroupBytes * bits + position, width, nibbles);
+      load_digit(groups + group * kv::kGroupBytes * bits + position, lane, width, nibbles);
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         const int s = 2 * (m / 2), j = 2 * (m % 2);
@@ -151,8 +151,9 @@ __device__ __forceinline__ void kivi_scores(const uint8_t* scales, const uint8_t
 }
 
 // Fixed-point weights of a column's tokens 8 * g + 0..7 (x + 128 in the low 16 bits) to its part of a B fragment.
-__device__ __forceinline__ void transpose_weights(const uint32_t (&fixed)[8], uint32_t (&weights)[4]) {
-  const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
+__device__ __forceinline__ void transpose_weights(uint32_t lane, const uint32_t (&fixed)[8],
+                                                  uint32_t (&weights)[4]) {
+  const uint32_t g = lane / 4, i = lane % 4;
   // A C fragment has 8 tokens of column i, a B fragment 16 tokens of column g: four shuffles.
   const uint32_t even_lane = 8 * i + g / 2, odd_lane = even_lane + 4;
   const bool odd = g % 2 == 1;
@@ -171,12 +172,12 @@ __device__ __forceinline__ void transpose_weights(const uint32_t (&fixed)[8], ui
 // Adds the weighted values of the tile to state.out, and to `zeros` the zero points' share of every value group, of this
 // lane's tokens. `scales` and `groups` as in kivi_scores; `factors` are the columns'.
 template <int kDim, int kTiles, bool kBfloat>
-__device__ __forceinline__ void kivi_values(const uint8_t* scales, const uint8_t* groups, uint32_t bits,
-                                            const float (&probabilities)[kTiles][8],
+__device__ __forceinline__ void kivi_values(uint32_t lane, const uint8_t* scales, const uint8_t* groups,
+                                            uint32_t bits, const float (&probabilities)[kTiles][8],
                                             const float (&factors)[kTiles], WarpState<kDim, kTiles>& state,
                                             float (&zeros)[kTiles][kValueGroups<kDim>]) {
   constexpr int kScaleBytes = 2 * kv::kBlockTokens;  // of a value group
-  const uint32_t g = threadIdx.x % kWarpThreads / 4;
+  const uint32_t g = lane / 4;
 #pragma unroll
   for (int of_values = 0; of_values < kValueGroups<kDim>; ++of_values) {
     float group_scales[8], group_zeros[8], units[kTiles];
@@ -200,14 +201,14 @@ __device__ __forceinline__ void kivi_values(const uint8_t* scales, const uint8_t
       uint32_t fixed[8];
 #pragma unroll
       for (int t = 0; t < 8; ++t) fixed[t] = __float_as_uint(__fmaf_rn(products[t], to_fixed, kFixedMagic));
-      transpose_weights(fixed, weights[n]);
+      transpose_weights(lane, fixed, weights[n]);
       units[n] = factors[n] * most * (1.0f / kLargestFixed);
     }
     for_digits(bits, [&](uint32_t width, uint32_t position, float digit_unit) {
 #pragma unroll
       for (int group = 2 * of_values; group < 2 * of_values + 2 && group < kDim / 32; ++group) {
         uint32_t nibbles[8];
-        load_digit(groups + group * kv::kGroupBytes * bits + position, width, nibbles);
+        load_digit(groups + group * kv::kGroupBytes * bits + position, lane, width, nibbles);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           int sums[kTiles][4] = {};

@@ -57,7 +57,8 @@ __device__ __forceinline__ RawValues find_raw_values(const uint32_t* page_table,
 template <int kDim, int kTiles, bool kBfloat, int kAhead, typename Load>
 __device__ __forceinline__ void raw_scores(uint4 (&held)[kAhead], const SharedQueries<kDim, kTiles>& queries,
                                            float (&scores)[kTiles][8], Load load) {
-  const bool is_low = threadIdx.x / 4 % 2 == 1;
+  const uint32_t lane = threadIdx.x % kWarpThreads;
+  const bool is_low = lane / 4 % 2 == 1;
   float sums[kTiles][4][4] = {};
   static_assert(kAhead % 4 == 0 && kPartFragments<kDim> % kAhead == 0);
 #pragma unroll 1
@@ -67,7 +68,7 @@ __device__ __forceinline__ void raw_scores(uint4 (&held)[kAhead], const SharedQu
       uint2 b[kTiles];
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        b[n] = queries.load(n, first / 4 + four);
+        b[n] = queries.load(lane, n, first / 4 + four);
         if (is_low) b[n] = make_uint2(0, 0);
       }
 #pragma unroll

@@ -15,8 +15,7 @@ struct SharedQueries {
   alignas(16) uint16_t values[kColumns][kStride];
 
   // Channels 16 * x + 4 * i + 0..3 of the column whose high or low part the lane has in B fragments: 4 * n + g / 2.
-  __device__ __forceinline__ uint2 load(int n, int x) const {
-    const uint32_t lane = threadIdx.x % kWarpThreads;
+  __device__ __forceinline__ uint2 load(uint32_t lane, int n, int x) const {
     return *reinterpret_cast<const uint2*>(&values[4 * n + lane / 8][16 * x + 4 * (lane % 4)]);
   }
 };
