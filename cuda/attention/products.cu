@@ -518,6 +518,7 @@ template <typename Launch>
 void with_options(const CacheView& cache, const kv::TileShape& shape, Launch launch) {
   const bool wide = std::max(kv::largest_width(shape.parts[0]), kv::largest_width(shape.parts[1])) > 4;
   dispatch_dim(cache.head_dim, [&](auto dim) {
+    constexpr int kDim = decltype(dim)::value;
     const auto with_tiles = [&](auto tiles) {
       const auto with_type = [&](auto bfloat) {
         if (wide) launch(dim, tiles, bfloat, std::true_type{});
@@ -527,7 +528,7 @@ void with_options(const CacheView& cache, const kv::TileShape& shape, Launch lau
       else with_type(std::false_type{});
     };
     // One tile of four columns leaves more registers to wide heads.
-    if constexpr (decltype(dim)::value < 256) {
+    if constexpr (kDim < 256) {
       if (cache.query_heads / cache.heads > 4) return with_tiles(std::integral_constant<int, 2>{});
     }
     with_tiles(std::integral_constant<int, 1>{});
