@@ -6,8 +6,9 @@
 //
 // Of a block, `score` copies 256 bytes of params (the keys' scales and zeros), then the record up to the end of its key
 // groups: header, bases of both parts, 256 * (sum of the key widths) bytes. `weigh` copies 272 bytes of params (the
-// values' and the largest scale), header and bases of both parts, then the value groups. Beside that both read the
-// 8 bytes of widths ahead, to know these sizes. `score` writes, and `weigh` reads, 4 bytes per token and query head.
+// values' and the largest scale), header and bases of both parts, then the value groups. Before that both read
+// the key widths, 4 bytes of a sector that is copied then, to know these sizes. `score` writes, and `weigh` reads, 4 bytes
+// per token and query head.
 //
 // The keys' scales, queries and scores are as in decode attention. Weights, of any sign, go in 16-bit fixed point, relative
 // to the tile's and column's largest product of weight and scale. Sums of warps, then of pieces, are added in their order,
@@ -494,7 +495,7 @@ void dispatch_dim(uint32_t head_dim, Run run) {
   else run(std::integral_constant<int, 256>{});
 }
 
-// What a block takes in shared memory; at the least a fraction of a warp's sums.
+// Shared memory of a block, at least `least`.
 uint32_t slot_bytes(const kv::TileShape& shape, uint32_t part, uint32_t least) {
   const uint32_t groups = kv::kGroupBytes * kv::tile_groups(shape) * kv::largest_width(shape.parts[part]);
   const uint32_t bytes = std::max(kParamsBytes + kv::bases_position(shape, kv::kParts) + groups, least);
@@ -513,7 +514,7 @@ uint32_t stages_of(const ph_device& device, uint32_t slot) {
               slot, kProductWarps * slot, limit);
 }
 
-// Calls launch(kernel options..., columns) with template arguments for a call.
+// Calls launch(head_dim, tiles, bfloat, wide) with the template arguments of a kernel.
 template <typename Launch>
 void with_options(const CacheView& cache, const kv::TileShape& shape, Launch launch) {
   const bool wide = std::max(kv::largest_width(shape.parts[0]), kv::largest_width(shape.parts[1])) > 4;
@@ -591,7 +592,7 @@ void weigh(ph_device& device, const CacheView& cache, const kv::TileShape& shape
   parameters.partials = reinterpret_cast<float*>(workspace + decode_counter_bytes(cache));
   with_options(cache, shape, [&](auto dim, auto tiles, auto bfloat, auto wide) {
     constexpr int kDim = decltype(dim)::value, kColumns = 4 * decltype(tiles)::value;
-    // With one slot ahead, too, a warp's sums fit its slots.
+    // A warp's sums fit its slots, even if there is one only.
     launch(device, parameters,
            WeighKernel<kDim, decltype(tiles)::value, decltype(bfloat)::value, decltype(wide)::value>,
            slot_bytes(shape, PH_KV_VALUES, kColumns * kSumStride<kDim> * sizeof(float)), kColumns);
