@@ -194,6 +194,47 @@ export class NativeKvCache {
     );
   }
 
+  /** `scale * q . k` of all tokens into `out`. */
+  score(
+    layer: number,
+    sequence: number,
+    { queries, out, scale }: {
+      readonly queries: NativeTensor;
+      readonly out: NativeTensor;
+      readonly scale: number;
+    },
+  ): void {
+    call(
+      this.#symbols.ph_kv_cache_score,
+      ...this.#handles,
+      layer,
+      sequence,
+      queries.buffer.handle,
+      BigInt(queries.byteOffset),
+      out.buffer.handle,
+      BigInt(out.byteOffset),
+      scale,
+    );
+  }
+
+  /** The weighted sum of all tokens' values into `out`. */
+  weigh(
+    layer: number,
+    sequence: number,
+    { weights, out }: { readonly weights: NativeTensor; readonly out: NativeTensor },
+  ): void {
+    call(
+      this.#symbols.ph_kv_cache_weigh,
+      ...this.#handles,
+      layer,
+      sequence,
+      weights.buffer.handle,
+      BigInt(weights.byteOffset),
+      out.buffer.handle,
+      BigInt(out.byteOffset),
+    );
+  }
+
   check(): void {
     call(this.#symbols.ph_kv_cache_check, ...this.#handles);
   }

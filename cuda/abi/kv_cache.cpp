@@ -172,6 +172,35 @@ int32_t ph_kv_cache_read(ph_device* device, ph_kv_cache* cache, uint32_t layer, 
   });
 }
 
+int32_t ph_kv_cache_score(ph_device* device, ph_kv_cache* cache, uint32_t layer, uint32_t sequence,
+                          const ph_buffer* queries, uint64_t queries_offset, ph_buffer* out,
+                          uint64_t out_offset, float scale, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    ph_kv_cache& valid = checked_cache(cache);
+    const uint32_t heads = valid.config().query_heads;
+    const uint64_t out_bytes = valid.length(sequence) * heads * sizeof(float);
+    valid.score(layer, sequence,
+                checked_tensor(queries, queries_offset, token_bytes(valid, heads), "queries"),
+                reinterpret_cast<float*>(checked_tensor(out, out_offset, out_bytes, "the output")), scale);
+  });
+}
+
+int32_t ph_kv_cache_weigh(ph_device* device, ph_kv_cache* cache, uint32_t layer, uint32_t sequence,
+                          const ph_buffer* weights, uint64_t weights_offset, ph_buffer* out,
+                          uint64_t out_offset, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked(device);
+    ph_kv_cache& valid = checked_cache(cache);
+    const ph_kv_cache_config& config = valid.config();
+    const uint64_t bytes = valid.length(sequence) * config.query_heads * sizeof(float);
+    const uint64_t out_bytes = static_cast<uint64_t>(config.query_heads) * config.head_dim * sizeof(float);
+    valid.weigh(layer, sequence,
+                reinterpret_cast<const float*>(checked_tensor(weights, weights_offset, bytes, "weights")),
+                reinterpret_cast<float*>(checked_tensor(out, out_offset, out_bytes, "the output")));
+  });
+}
+
 int32_t ph_kv_cache_check(ph_device* device, ph_kv_cache* cache, char* error, uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
     checked(device);

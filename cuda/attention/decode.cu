@@ -16,7 +16,9 @@
 #include <algorithm>
 
 #include "attention/decode.h"
+#include "attention/queries.cuh"
 #include "attention/recent.cuh"
+#include "attention/ring.cuh"
 #include "attention/tile.cuh"
 #include "attention/tile_kivi.cuh"
 #include "attention/tile_raw16.cuh"
@@ -29,7 +31,6 @@ namespace {
 using kv::CacheView;
 using kv::kBlockTokens;
 using kv::kMostQueries;
-using kv::kPageUnits;
 using kv::kParamsBytes;
 using kv::kUnitBytes;
 using kv::StepPiece;
@@ -43,23 +44,9 @@ constexpr int kWarps = kDim* kTiles <= 192 ? 6 : 4;
 template <int kDim, int kTiles>
 constexpr int kThreads = kWarps<kDim, kTiles>* kWarpThreads;
 constexpr int kMostWarps = 6;
-constexpr uint32_t kStages = 2;  // tiles ahead, as far as shared memory goes
 template <int kDim, int kTiles>  // packed blocks of a warp, at most
 constexpr uint32_t kWarpBlocks = kv::kMostPieceWork / kWarps<kDim, kTiles> + 1 + kv::kRunBlocks;
 constexpr float kLog2E = 1.4426950408889634f;
-
-// ---- from device memory to shared memory ----
-
-// A run of bytes in a stream, in one or two pages.
-struct Span {
-  uint16_t unit;  // within the first page
-  uint16_t units;
-  uint32_t pages[2];
-};
-
-struct TileSpans {
-  Span params, record;
-};
 
 // What kernels are for: layers of packkv and fixed, with residuals of up to 4 bits or of more; of raw16; of any mixture.
 enum class Flavour { kNarrow, kWide, kRaw16, kMixed };
@@ -71,161 +58,12 @@ struct Places {
   RawValues raw[kFlavour < Flavour::kRaw16 ? 1 : kWarps][kFlavour < Flavour::kRaw16 ? 1 : kBlocks];
 };
 
-__device__ __forceinline__ Span make_span(const uint32_t* page_table, uint32_t begin, uint32_t end) {
-  return {static_cast<uint16_t>(begin % kPageUnits),
-          static_cast<uint16_t>(end - begin),
-          {page_table[begin / kPageUnits], page_table[(end - 1) / kPageUnits]}};
-}
-
-// The slots into which a warp's tiles come.
-struct Ring {
-  uint8_t* slots;  // [stages][slot_bytes]: params, then record
-  uint32_t slot_bytes, stages;
-  uint64_t* barriers;  // [stages]
-
-  __device__ __forceinline__ void begin() const {
-#if __CUDA_ARCH__ >= 900
-    if (threadIdx.x % kWarpThreads == 0) {
-      for (uint32_t stage = 0; stage < stages; ++stage)
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barriers + stage))
-                     : "memory");
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    }
-    __syncwarp();
-#endif
-  }
-
-  // Starts a tile's copy, or none for a null `spans`; all lanes call it, once per tile in turn. Lanes 0 and 1 look after
-  // the record's one or two pieces, lanes 2 and 3 after those of the params.
-  __device__ __forceinline__ void fetch(const uint8_t* pool, const TileSpans* spans, uint32_t stage) const {
-    uint8_t* slot = slots + stage * slot_bytes;
-    const uint32_t lane = threadIdx.x % kWarpThreads;
-    if (spans != nullptr) {
-      const Span span = lane < 2 ? spans->record : spans->params;
-      const uint32_t first = min(static_cast<uint32_t>(span.units), kPageUnits - span.unit);
-      const bool second = lane % 2 == 1;
-      const uint32_t bytes = (second ? span.units - first : first) * kUnitBytes;
-      const uint8_t* source = pool + (second ? span.pages[1] * kv::kPageBytes
-                                             : span.pages[0] * kv::kPageBytes + span.unit * kUnitBytes);
-      uint8_t* target = slot + (lane < 2 ? kParamsBytes : 0) + (second ? first * kUnitBytes : 0);
-#if __CUDA_ARCH__ >= 900
-      const uint32_t barrier = shared_address(barriers + stage);
-      if (lane == 0) {
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                     "r"((spans->params.units + span.units) * kUnitBytes)
-                     : "memory");
-      }
-      __syncwarp();
-      if (lane < 4 && bytes > 0) {
-        asm volatile(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                shared_address(target)),
-            "l"(source), "r"(bytes), "r"(barrier)
-            : "memory");
-      }
-#else
-      for (int piece = 0; piece < 4; ++piece) {
-        const uint32_t piece_bytes = __shfl_sync(kEveryLane, bytes, piece);
-        const uint64_t from = __shfl_sync(kEveryLane, reinterpret_cast<uint64_t>(source), piece);
-        const uint64_t to = __shfl_sync(kEveryLane, reinterpret_cast<uint64_t>(target), piece);
-        for (uint32_t at = lane * 16; at < piece_bytes; at += kWarpThreads * 16)
-          kv::copy_async(reinterpret_cast<uint4*>(to + at), reinterpret_cast<const uint8_t*>(from) + at);
-      }
-#endif
-    }
-#if __CUDA_ARCH__ < 900
-    kv::copy_commit();
-#endif
-  }
-
-  // After a slot was used as ordinary shared memory, and before the next fetch into it.
-  __device__ __forceinline__ void reuse() const {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-    __syncwarp();
-  }
-
-  __device__ __forceinline__ void wait(uint32_t stage, uint32_t phase) const {
-#if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{\n .reg .pred done;\n"
-        "again_%=:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        " @done bra.uni ready_%=;\n bra.uni again_%=;\nready_%=:\n}" ::"r"(shared_address(barriers + stage)),
-        "r"(phase)
-        : "memory");
-#else
-    if (stages == 2) asm volatile("cp.async.wait_group 1;" ::: "memory");
-    else kv::copy_wait();
-    __syncwarp();
-#endif
-  }
-};
-
 // ---- columns ----
-
-// The columns of a thread block: query token column / group of the sequence, head column % group of the kv head's group.
-struct Columns {
-  const uint8_t* queries;  // of the sequence's first token in the step and the group's first head
-  uint32_t first, count;   // columns of this thread block
-  uint32_t group;          // query heads of a kv head
-  uint64_t token_stride;   // values from one token to the next
-
-  __device__ __forceinline__ uint64_t position(uint32_t column, uint32_t head_dim) const {
-    return (first + column) / group * token_stride + (first + column) % group * head_dim;
-  }
-};
 
 template <bool kBfloat>
 __device__ __forceinline__ void store_value(uint8_t* out, uint64_t position, float value) {
   if constexpr (kBfloat) reinterpret_cast<__nv_bfloat16*>(out)[position] = __float2bfloat16_rn(value);
   else reinterpret_cast<__half*>(out)[position] = __float2half_rn(value);
-}
-
-// Warp n puts the queries of tile n into shared memory, in 16-bit fixed point; columns past the last are 0.
-template <int kDim, int kTiles, bool kBfloat>
-__device__ __forceinline__ void quantize_queries(const Columns& columns, float scale,
-                                                 Queries<kDim, kTiles>& queries) {
-  const uint32_t n = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
-                 i = lane % 4;
-  if (n >= kTiles) return;
-  const uint32_t column = 4 * n + g / 2;
-  const bool present = column < columns.count;
-  const uint8_t* query = columns.queries + 2 * columns.position(present ? column : 0, kDim);
-  float values[kDim / 16][4];
-  float largest = 0.0f;
-#pragma unroll
-  for (int x = 0; x < kDim / 16; ++x) {
-    const uint2 pairs =
-        present ? *reinterpret_cast<const uint2*>(query + 2 * (16 * x + 4 * i)) : make_uint2(0, 0);
-    const float2 a = to_floats<kBfloat>(pairs.x), b = to_floats<kBfloat>(pairs.y);
-    values[x][0] = a.x, values[x][1] = a.y, values[x][2] = b.x, values[x][3] = b.y;
-    largest = fmaxf(largest, fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y))));
-  }
-  largest = fmaxf(largest, __shfl_xor_sync(kEveryLane, largest, 1));
-  largest = fmaxf(largest, __shfl_xor_sync(kEveryLane, largest, 2));
-  const float to_fixed = largest > 0.0f ? kLargestFixed / largest : 0.0f;
-  float sum = 0.0f;
-#pragma unroll
-  for (int x = 0; x < kDim / 16; ++x) {
-    uint32_t fixed[4], high, low;
-#pragma unroll
-    for (int byte = 0; byte < 4; ++byte) {
-      const float y = __fmaf_rn(values[x][byte], to_fixed, kFixedMagic);
-      sum += y - kFixedMagic;
-      fixed[byte] = __float_as_uint(y);
-    }
-    split_fixed(fixed, high, low);
-    queries.fragments[x / 2][lane][2 * n + x % 2] = g % 2 == 1 ? low : high;
-  }
-  sum += __shfl_xor_sync(kEveryLane, sum, 1);
-  sum += __shfl_xor_sync(kEveryLane, sum, 2);
-  if (lane % 8 == 0) {
-    queries.sum[column] = sum;
-    // Positive, for the scores that a window makes minus infinity.
-    queries.scale[column] = fmaxf(largest * (1.0f / kLargestFixed) * scale * kLog2E, 0x1p-126f);
-  }
 }
 
 // All threads put queries into shared memory as they are; columns past the last are 0.
@@ -516,7 +354,7 @@ __device__ __forceinline__ void attend_piece(const CacheView& cache, const Decod
   for (uint32_t stage = 0; stage + 1 < stages; ++stage) fetch(stage, stage);
 
   WarpState<kDim, kTiles> state;
-  quantize_queries<kDim, kTiles, kBfloat>(work.columns, parameters.scale, queries);
+  quantize_queries<kDim, kTiles, kBfloat>(work.columns, parameters.scale * kLog2E, queries);
   if constexpr (kRaw || kMixed) share_queries(work.columns, queries.plain);
   __syncthreads();
   begin_state(queries, state);
@@ -784,9 +622,7 @@ WorkspaceLayout workspace_layout(const CacheView& cache, uint64_t pieces) {
   const uint64_t parts = pieces * cache.heads * most_columns;
   const auto aligned = [](uint64_t bytes) { return (bytes + 255) / 256 * 256; };
   WorkspaceLayout layout{};
-  // Column groups of at least four.
-  layout.sums = aligned(static_cast<uint64_t>(cache.sequences) * cache.heads * ((most_columns + 3) / 4) *
-                        sizeof(uint32_t));
+  layout.sums = decode_counter_bytes(cache);
   layout.out = layout.sums + aligned(parts * sizeof(PartSum));
   layout.bytes = layout.out + parts * cache.head_dim * sizeof(float);
   return layout;

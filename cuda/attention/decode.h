@@ -11,6 +11,13 @@ namespace ph::attention {
 // decode's own from then on.
 uint64_t decode_workspace_bytes(const kv::CacheView& cache, uint64_t pieces);
 
+// On a GPU it begins with so many bytes of counters: [sequences][heads][groups of four columns or more], 0 between calls.
+inline uint64_t decode_counter_bytes(const kv::CacheView& cache) {
+  const uint64_t columns = static_cast<uint64_t>(cache.query_heads / cache.heads) * kv::kMostQueries;
+  const uint64_t counters = static_cast<uint64_t>(cache.sequences) * cache.heads * ((columns + 3) / 4);
+  return (counters * sizeof(uint32_t) + 255) / 256 * 256;
+}
+
 // queries and out: [tokens, query_heads, head_dim] of the cache's dtype. Query head h reads kv head
 // h / (query_heads / heads). window: how many tokens a token sees, itself included, beside the sinks; 0: all that are
 // before it. Deterministic; a sequence's results do not depend on the rest of the batch.

@@ -8,6 +8,9 @@
 namespace ph::attention {
 
 #if defined(__x86_64__)
+namespace avx512vnni {
+extern const PrefillKernels kPrefillKernels;
+}
 namespace avx512 {
 extern const PrefillKernels kPrefillKernels;
 }
@@ -25,7 +28,8 @@ const PrefillKernels& prefill_kernels() {
 #if defined(__x86_64__)
   // block_kernels does not ask for fused multiply-adds, which the wider kernels here use.
   if (__builtin_cpu_supports("fma")) {
-    for (const PrefillKernels* table : {&avx512::kPrefillKernels, &avx2::kPrefillKernels}) {
+    for (const PrefillKernels* table :
+         {&avx512vnni::kPrefillKernels, &avx512::kPrefillKernels, &avx2::kPrefillKernels}) {
       if (strcmp(table->instruction_set, kv::block_kernels().instruction_set) == 0) return *table;
     }
   }

@@ -369,12 +369,33 @@ __device__ __forceinline__ void tile_scores(const Tile& tile, const TileLayout& 
   }
 }
 
+// Weights in fixed point (see split_fixed), of tokens 8 * g + t and column i in lane (g, i), to B fragments.
+__device__ __forceinline__ void weight_fragments(uint32_t lane, const uint32_t (&fixed)[8],
+                                                 uint32_t (&weights)[4]) {
+  const uint32_t g = lane / 4, i = lane % 4;
+  // A C fragment has 8 tokens of column i, a B fragment 16 tokens of column g: four shuffles.
+  const uint32_t even_lane = 8 * i + g / 2, odd_lane = even_lane + 4;
+  const bool odd = g % 2 == 1;
+  const uint32_t first_lane = odd ? odd_lane : even_lane, second_lane = odd ? even_lane : odd_lane;
+  uint32_t high[2], low[2];
+  split_fixed(fixed, high[0], low[0]);
+  split_fixed(fixed + 4, high[1], low[1]);
+  const uint32_t x0 = odd ? low[0] : high[0], x1 = odd ? low[1] : high[1];
+  const uint32_t y0 = odd ? high[0] : low[0], y1 = odd ? high[1] : low[1];
+  const uint32_t r0 = __shfl_sync(kEveryLane, x0, first_lane), r1 = __shfl_sync(kEveryLane, x1, first_lane);
+  const uint32_t r2 = __shfl_sync(kEveryLane, y0, second_lane), r3 = __shfl_sync(kEveryLane, y1, second_lane);
+  weights[0] = odd ? r2 : r0;
+  weights[1] = odd ? r3 : r1;
+  weights[2] = odd ? r0 : r2;
+  weights[3] = odd ? r1 : r3;
+}
+
 // Scores to weights of the values: B fragments in 16-bit fixed point, and the unit of a column's weights.
 template <int kDim, int kTiles, bool kBfloat>
 __device__ __forceinline__ void tile_weights(const Tile& tile, WarpState<kDim, kTiles>& state,
                                              const float (&scores)[kTiles][8], uint32_t (&weights)[kTiles][4],
                                              float (&units)[kTiles]) {
-  const uint32_t g = tile.lane / 4, i = tile.lane % 4;
+  const uint32_t g = tile.lane / 4;
   float scales[8], zeros[8];
   load_scales<kBfloat>(tile.params + kv::scale_position(PH_KV_VALUES, 8 * g), scales);
   load_zeros(tile.params + kv::zero_position(PH_KV_VALUES, 8 * g), zeros);
@@ -409,10 +430,6 @@ __device__ __forceinline__ void tile_weights(const Tile& tile, WarpState<kDim, k
     }
   }
 
-  // A C fragment has 8 tokens of column i, a B fragment 16 tokens of column g: four shuffles.
-  const uint32_t even_lane = 8 * i + g / 2, odd_lane = even_lane + 4;
-  const bool odd = g % 2 == 1;
-  const uint32_t first_lane = odd ? odd_lane : even_lane, second_lane = odd ? even_lane : odd_lane;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
     const float tile_factor = exponential(highest[n] - state.reference[n]);
@@ -429,18 +446,7 @@ __device__ __forceinline__ void tile_weights(const Tile& tile, WarpState<kDim, k
     state.sum[n] = __fmaf_rn(sum, tile_factor, state.sum[n]);
     state.zeros[n] = __fmaf_rn(zero_sum, tile_factor, state.zeros[n]);
     units[n] = tile_factor * largest_scale * (1.0f / kLargestFixed);
-    uint32_t high[2], low[2];
-    split_fixed(fixed, high[0], low[0]);
-    split_fixed(fixed + 4, high[1], low[1]);
-    const uint32_t x0 = odd ? low[0] : high[0], x1 = odd ? low[1] : high[1];
-    const uint32_t y0 = odd ? high[0] : low[0], y1 = odd ? high[1] : low[1];
-    const uint32_t r0 = __shfl_sync(kEveryLane, x0, first_lane), r1 = __shfl_sync(kEveryLane, x1, first_lane);
-    const uint32_t r2 = __shfl_sync(kEveryLane, y0, second_lane),
-                   r3 = __shfl_sync(kEveryLane, y1, second_lane);
-    weights[n][0] = odd ? r2 : r0;
-    weights[n][1] = odd ? r3 : r1;
-    weights[n][2] = odd ? r0 : r2;
-    weights[n][3] = odd ? r1 : r3;
+    weight_fragments(tile.lane, fixed, weights[n]);
   }
 }
 

@@ -460,6 +460,21 @@ PH_API int32_t ph_kv_cache_prefill(ph_device* device, ph_kv_cache* cache, uint32
 PH_API int32_t ph_kv_cache_read(ph_device* device, ph_kv_cache* cache, uint32_t layer, uint32_t sequence,
                                 uint64_t first, uint64_t count, ph_buffer* keys, uint64_t keys_offset,
                                 ph_buffer* values, uint64_t values_offset, char* error, uint32_t error_bytes);
+/* The two products of attention alone, for all `length` tokens of a sequence, without a mask; queries, weights and out
+ * as query heads see them: head h reads kv head h / (query_heads / kv_heads). Packed tokens are unpacked in registers.
+ * Relative errors (L2) are within 1e-3 of exact products with what tokens are unpacked to, and results are the same
+ * bits every time. PH_ERROR_INVALID_ARGUMENT if the sequence has no tokens, the layer lacks those of the step, or
+ * some were given back.
+ * score: out[h, t] = scale * queries[h] . keys[t], queries [query_heads, head_dim] of the cache's dtype, out
+ * [query_heads, length] f32; scale positive and finite. */
+PH_API int32_t ph_kv_cache_score(ph_device* device, ph_kv_cache* cache, uint32_t layer, uint32_t sequence,
+                                 const ph_buffer* queries, uint64_t queries_offset, ph_buffer* out,
+                                 uint64_t out_offset, float scale, char* error, uint32_t error_bytes);
+/* weigh: out[h] = sum over t of weights[h, t] * values[t], weights [query_heads, length] f32 of any sign, finite, out
+ * [query_heads, head_dim] f32. `out` must not overlap weights. */
+PH_API int32_t ph_kv_cache_weigh(ph_device* device, ph_kv_cache* cache, uint32_t layer, uint32_t sequence,
+                                 const ph_buffer* weights, uint64_t weights_offset, ph_buffer* out,
+                                 uint64_t out_offset, char* error, uint32_t error_bytes);
 /* Waits for the device. PH_ERROR_NON_FINITE names the first sequence and token that was packed with a value that
  * is not finite (it counts as 0, but raw16 keeps it and is not reported), if there was one since the last call. */
 PH_API int32_t ph_kv_cache_check(ph_device* device, ph_kv_cache* cache, char* error, uint32_t error_bytes);

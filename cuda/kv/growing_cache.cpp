@@ -7,6 +7,7 @@
 
 #include "attention/decode.h"
 #include "attention/prefill.h"
+#include "attention/products.h"
 #include "common/error.h"
 
 namespace ph::kv {
@@ -236,7 +237,8 @@ CacheSizes make_sizes(const ph_kv_cache_config& config, const CacheView& view) {
   sizes.page_tables = product({view.most_pages, config.layers, config.sequences, sizeof(uint32_t)});
   sizes.plan = plan_layout(config.sequences, blocks, pieces).bytes;
   sizes.workspace = append_workspace_bytes(view, blocks);
-  sizes.attention = attention::decode_workspace_bytes(view, pieces);
+  sizes.attention =
+      std::max(attention::decode_workspace_bytes(view, pieces), attention::products_workspace_bytes(view));
   sizes.words = product({config.layers, config.sequences, sizeof(WordAt)});
   sizes.non_finite = sizeof(uint64_t);
   return sizes;
@@ -782,6 +784,42 @@ void ph_kv_cache::read(uint32_t layer, uint32_t sequence, uint64_t first, uint64
         layer, static_cast<unsigned_long>(held));
   }
   read_tokens(device_, view_, shapes_[layer], layer, sequence, from.packed, first, count, keys, values);
+}
+
+attention::SequenceTokens ph_kv_cache::all_tokens(uint32_t layer, uint32_t sequence, const char* what) const {
+  require_layer(layer);
+  const Sequence& from = alive(sequence);
+  if (!appended_[layer])
+    throw Error(PH_ERROR_INVALID_ARGUMENT, "Layer %u lacks the tokens of this step: append them first",
+                layer);
+  if (from.tokens == 0)
+    throw Error(PH_ERROR_INVALID_ARGUMENT, "Cannot %s of sequence %u: it has no tokens", what, sequence);
+  const TileShape& shape = shapes_[layer];
+  if (!is_per_token(shape.parts[PH_KV_KEYS]) || !is_per_token(shape.parts[PH_KV_VALUES])) {
+    throw Error(PH_ERROR_UNSUPPORTED,
+                "Cannot %s of layer %u: its keys and values must be packed by packkv or fixed, not raw16 or kivi",
+                what, layer);
+  }
+  const Stream& stream = from.streams[layer];
+  if (stream.first_block > 0) {
+    throw Error(
+        PH_ERROR_INVALID_ARGUMENT,
+        "Cannot %s of sequence %u: beside the %u sinks, layer %u holds those from %llu on; its window "
+        "left the others",
+        what, sequence, config_.sinks, layer, static_cast<unsigned_long>(first_held(stream)));
+  }
+  return {layer, sequence, static_cast<uint32_t>(from.tokens), from.packed};
+}
+
+void ph_kv_cache::score(uint32_t layer, uint32_t sequence, const uint8_t* queries, float* out, float scale) {
+  const attention::SequenceTokens tokens = all_tokens(layer, sequence, "score all tokens");
+  require_scale(scale);
+  attention::score(device_, view_, shapes_[layer], tokens, queries, out, scale);
+}
+
+void ph_kv_cache::weigh(uint32_t layer, uint32_t sequence, const float* weights, float* out) {
+  const attention::SequenceTokens tokens = all_tokens(layer, sequence, "weigh all tokens");
+  attention::weigh(device_, view_, shapes_[layer], tokens, weights, out, attention_.data());
 }
 
 void ph_kv_cache::check() {

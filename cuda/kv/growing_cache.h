@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "attention/products.h"
 #include "kv/cache_operations.h"
 #include "kv/step_graph.h"
 
@@ -111,6 +112,9 @@ struct ph_kv_cache {
                float scale);
   void read(uint32_t layer, uint32_t sequence, uint64_t first, uint64_t count, uint8_t* keys,
             uint8_t* values);
+  // Products of queries and keys, and of weights and values, of all tokens of a sequence.
+  void score(uint32_t layer, uint32_t sequence, const uint8_t* queries, float* out, float scale);
+  void weigh(uint32_t layer, uint32_t sequence, const float* weights, float* out);
   void check();
   ph_kv_cache_statistics statistics();
 
@@ -141,6 +145,8 @@ struct ph_kv_cache {
   // Throws if a layer still lacks tokens of the sequence.
   void require_settled(uint32_t sequence, const char* what) const;
   void require_missing(uint32_t layer) const;
+  // The tokens of a sequence, all of which a layer must have, and still hold.
+  ph::attention::SequenceTokens all_tokens(uint32_t layer, uint32_t sequence, const char* what) const;
   uint32_t free_slot() const;
   // Throws for a stream that has given blocks back.
   void require_whole(const ph::kv::Stream& stream, uint32_t sequence) const;

@@ -161,6 +161,37 @@ export const KV_CACHE_SYMBOLS = {
     ],
     result: "i32",
   },
+  ph_kv_cache_score: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // ph_kv_cache* cache
+      "u32", // uint32_t layer
+      "u32", // uint32_t sequence
+      "pointer", // const ph_buffer* queries
+      "u64", // uint64_t queries_offset
+      "pointer", // ph_buffer* out
+      "u64", // uint64_t out_offset
+      "f32", // float scale
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
+  ph_kv_cache_weigh: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // ph_kv_cache* cache
+      "u32", // uint32_t layer
+      "u32", // uint32_t sequence
+      "pointer", // const ph_buffer* weights
+      "u64", // uint64_t weights_offset
+      "pointer", // ph_buffer* out
+      "u64", // uint64_t out_offset
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
   ph_kv_cache_check: {
     parameters: [
       "pointer", // ph_device* device

@@ -12,10 +12,12 @@ import {
 import {
   cacheTensor,
   checkLayer,
+  type KvAttendOptions,
   type KvCacheStep,
   startStep,
   type StepOwner,
 } from "./cache_step.ts";
+import { scoreTokens, weighTokens } from "./cache_products.ts";
 import { type KvSequenceFileOptions, loadSequence, saveSequence } from "./sequence_file.ts";
 import type { KvPair } from "./tensor.ts";
 
@@ -280,6 +282,77 @@ export class KvCache implements Disposable {
     });
     const owner = stack.move();
     return { ...buffers, [Symbol.dispose]: () => owner.dispose() };
+  }
+
+  /**
+   * Products of queries with the keys of all tokens of a sequence in one layer, straight from packed memory:
+   * `out[h, t] = scale * queries[h] . keys[t]`, without a mask, where query head `h` reads kv head
+   * `floor(h * kvHeads / queryHeads)`. `queries` are `[queryHeads, headDim]` of the cache's dtype, `out` is
+   * `[queryHeads, length]`; they must not overlap, and start at a multiple of 16 bytes. Enqueues the work.
+   *
+   * The relative error is within 1e-3 (L2) of exact products with what packed tokens are unpacked to; the same bits
+   * every time.
+   *
+   * Throws `invalid-argument` for a layer or a sequence that does not exist, for a sequence without tokens, or some of
+   * which are no longer there as the layer's window has left them, if the layer lacks the tokens of the current step,
+   * for a buffer of another device, dtype, length or alignment, and for a scale that is not positive and finite.
+   *
+   * @example
+   * ```ts
+   * import { Device, KvCache } from "@packhorse/packhorse";
+   * import { assertAlmostEquals } from "@std/assert";
+   *
+   * using device = Device.open({ backend: "cpu" });
+   * const shape = { layers: 1, queryHeads: 2, kvHeads: 1, headDim: 64, dtype: "f16" } as const;
+   * const limits = { sequences: 1, tokens: 1024, stepTokens: 512, poolBytes: 2 ** 20 };
+   * using cache = KvCache.create(device, { ...shape, ...limits });
+   * const sequence = cache.add();
+   * using keys = device.createBuffer("f16", 300 * 64);
+   * using values = device.createBuffer("f16", 300 * 64);
+   * keys.upload(new Float16Array(keys.length).fill(0.5));
+   * values.upload(new Float16Array(values.length).fill(2));
+   * cache.begin([{ sequence, tokens: 300 }]).append(0, keys, values);
+   *
+   * using queries = device.createBuffer("f16", 2 * 64);
+   * queries.upload(new Float16Array(queries.length).fill(1));
+   * using scores = device.createBuffer("f32", 2 * 300);
+   * cache.score(0, sequence, queries, scores, { scale: 0.25 });
+   * assertAlmostEquals(scores.download(new Float32Array(600))[299]!, 0.25 * 64 * 0.5, 0.01);
+   *
+   * // What a softmax would make of them: here, equal weights.
+   * using weights = device.createBuffer("f32", 2 * 300);
+   * weights.upload(new Float32Array(weights.length).fill(1 / 300));
+   * using out = device.createBuffer("f32", 2 * 64);
+   * cache.weigh(0, sequence, weights, out);
+   * assertAlmostEquals(out.download(new Float32Array(128))[0]!, 2, 0.01);
+   * ```
+   */
+  score(
+    layer: number,
+    sequence: KvSequence,
+    queries: DeviceBuffer<KvCacheDType>,
+    out: DeviceBuffer<"f32">,
+    options: KvAttendOptions = {},
+  ): void {
+    checkLayer(this.config, layer, "score");
+    const number = this.#numberOf(sequence, "score");
+    scoreTokens(this.#owner, { layer, sequence: number }, { queries, out }, options);
+  }
+
+  /**
+   * Values of all tokens of a sequence in one layer, weighted and summed, straight from packed memory:
+   * `out[h]` is the sum over `t` of `weights[h, t] * values[t]`. `weights` are `[queryHeads, length]`, finite and of any
+   * sign; `out` is `[queryHeads, headDim]`. Otherwise as {@linkcode score}, which has an example.
+   */
+  weigh(
+    layer: number,
+    sequence: KvSequence,
+    weights: DeviceBuffer<"f32">,
+    out: DeviceBuffer<"f32">,
+  ): void {
+    checkLayer(this.config, layer, "weigh");
+    const number = this.#numberOf(sequence, "weigh");
+    weighTokens(this.#owner, { layer, sequence: number }, { weights, out });
   }
 
   /**

@@ -276,7 +276,7 @@ export interface KvPrefillTensors {
   readonly out: DeviceBuffer<KvCacheDType>;
 }
 
-/** Options of {@linkcode KvCacheStep.attend} and {@linkcode KvCacheStep.prefill}. */
+/** Options of {@linkcode KvCacheStep.attend}, {@linkcode KvCacheStep.prefill} and {@linkcode KvCache.score}. */
 export interface KvAttendOptions {
   /** What products of queries and keys are multiplied by, a positive number. Default: `1 / sqrt(headDim)`. */
   readonly scale?: number | undefined;
@@ -288,16 +288,22 @@ export function checkLayer({ layers }: KvCacheConfig, layer: number, action: str
   refuse(`Cannot ${action}: layer must be an integer from 0 to ${layers - 1}, got ${layer}`);
 }
 
-function checkScale(scale: number, action: string): void {
+/** Throws `invalid-argument` unless the scale is positive and finite as a float32. */
+export function checkScale(scale: number, action: string): void {
   const single = typeof scale === "number" ? Math.fround(scale) : NaN;
   if (single > 0 && single < Infinity) return;
   refuse(`Cannot ${action}: scale must be positive and finite as a float32, got ${scale}`);
 }
 
-type StepTensor = NativeTensor & { readonly byteLength: number };
+/** A tensor, and how many bytes it has. */
+export type StepTensor = NativeTensor & { readonly byteLength: number };
 
 /** Throws `invalid-argument` if a tensor shares bytes with the output. */
-function checkApart(action: string, read: Record<string, StepTensor>, out: StepTensor): void {
+export function checkApart(
+  action: string,
+  read: Record<string, StepTensor>,
+  out: StepTensor,
+): void {
   for (const [name, tensor] of Object.entries(read)) {
     const apart = tensor.buffer !== out.buffer ||
       tensor.byteOffset + tensor.byteLength <= out.byteOffset ||

@@ -1,0 +1,603 @@
+// q . K and w . V over the packed tokens of one sequence and layer, on the GPU: one launch each.
+//
+// A thread block takes a piece of the sequence, a kv head, and up to 4 * kTiles query heads of its group, the columns of
+// tile.cuh, which share one unpacking. Its four warps share the piece's units evenly, and each works alone: packed blocks
+// first, which bulk copies bring to shared memory kProductStages ahead, then runs of 16 tokens in 16 bits.
+//
+// Of a block, `score` copies 256 bytes of params (the keys' scales and zeros), then the record up to the end of its key
+// groups: header, bases of both parts, 256 * (sum of the key widths) bytes. `weigh` copies 272 bytes of params (the
+// values' and the largest scale), header and bases of both parts, then the value groups. Before that both read
+// the key widths, 4 bytes of a sector that is copied then, to know these sizes. `score` writes, and `weigh` reads, 4 bytes
+// per token and query head.
+//
+// The keys' scales, queries and scores are as in decode attention. Weights, of any sign, go in 16-bit fixed point, relative
+// to the tile's and column's largest product of weight and scale. Sums of warps, then of pieces, are added in their order,
+// the latter by the last thread block of a kv head: deterministic.
+#include <algorithm>
+
+#include "attention/decode.h"
+#include "attention/products.h"
+#include "attention/queries.cuh"
+#include "attention/ring.cuh"
+#include "device/device_cuda.h"
+
+namespace ph::attention {
+
+namespace {
+
+using kv::CacheView;
+using kv::kBlockTokens;
+using kv::kParamsBytes;
+using kv::kUnitBytes;
+
+constexpr int kProductWarps = 4;
+constexpr int kProductThreads = kProductWarps * kWarpThreads;
+constexpr uint32_t kProductStages = 3;  // tiles ahead, unless shared memory is short
+constexpr uint32_t kWarpUnits = (kMostPieceUnits + kProductWarps - 1) / kProductWarps;  // of a warp, at most
+constexpr uint32_t kHalfParams = 256;  // of one part's scales and zeros
+static_assert(kHalfParams % kUnitBytes == 0 && kWarpUnits <= kWarpThreads);
+
+struct ProductParameters {
+  CacheView cache;
+  TileLayout layout;
+  SequenceTokens tokens;
+  uint32_t runs, pieces;
+  uint32_t slot_bytes, stages;
+  const uint8_t* queries;  // score
+  const float* weights;    // weigh
+  float* out;
+  float scale;         // score
+  uint32_t* finished;  // weigh: [heads][column groups], 0 before and after
+  float* partials;     // weigh: [pieces][query_heads][kDim]
+};
+
+// What is copied of a block.
+struct PartSpans {
+  Span params, bases, groups;  // of keys, `bases` includes the groups
+};
+
+// A warp's part of a piece.
+struct WarpUnits {
+  uint32_t first_run, runs, first_block, blocks;
+};
+
+__device__ __forceinline__ WarpUnits warp_units(const ProductParameters& parameters, uint32_t warp) {
+  const uint32_t runs = parameters.runs, units = runs + parameters.tokens.packed;
+  const uint32_t begin = piece_unit(units, blockIdx.x, parameters.pieces);
+  const uint32_t count = piece_unit(units, blockIdx.x + 1, parameters.pieces) - begin;
+  const uint32_t first = begin + count * warp / kProductWarps,
+                 last = begin + count * (warp + 1) / kProductWarps;
+  return {min(first, runs), min(last, runs) - min(first, runs), max(first, runs) - runs,
+          max(last, runs) - max(first, runs)};
+}
+
+template <uint32_t kPart>
+__device__ __forceinline__ PartSpans make_part_spans(const ProductParameters& parameters, uint32_t block,
+                                                     uint32_t head) {
+  const CacheView& cache = parameters.cache;
+  const SequenceTokens& tokens = parameters.tokens;
+  const kv::RecordSpan span =
+      kv::record_span(cache, kv::index_of(cache, tokens.layer, tokens.sequence), block, head,
+                      kv::kParamsUnits);
+  const uint32_t* pages = kv::page_table_of(cache, tokens.layer, tokens.sequence);
+  const uint32_t key_widths = *reinterpret_cast<const uint32_t*>(
+      kv::stream_byte(cache, pages, static_cast<uint64_t>(span.begin) * kUnitBytes));
+  const uint32_t groups = span.begin + parameters.layout.groups / kUnitBytes;
+  const uint32_t value_groups = groups + kv::width_sum(key_widths) * (kv::kGroupBytes / kUnitBytes);
+  constexpr uint32_t kHalf = kHalfParams / kUnitBytes;
+  if constexpr (kPart == PH_KV_KEYS) {
+    return {
+        make_span(pages, span.params, span.params + kHalf), make_span(pages, span.begin, value_groups), {}};
+  } else {
+    return {make_span(pages, span.params + kHalf, span.params + kv::kParamsUnits),
+            make_span(pages, span.begin, groups),
+            value_groups < span.end ? make_span(pages, value_groups, span.end) : Span{}};
+  }
+}
+
+// Starts the copy of a block; see Ring::copy. In the slot, params are followed by the record up to its key groups, and the
+// groups of the part. Lanes 0 and 1 look after the params' one or two pieces, and so on.
+template <uint32_t kPart>
+__device__ __forceinline__ void fetch_part(const Ring& ring, const ProductParameters& parameters,
+                                           const PartSpans* spans, uint32_t stage) {
+  if (spans == nullptr) return ring.skip();
+  constexpr int kSpans = kPart == PH_KV_KEYS ? 2 : 3;
+  const uint32_t which = threadIdx.x % kWarpThreads / 2;
+  const Span span = which == 0 ? spans->params : which == 1 ? spans->bases : spans->groups;
+  const uint32_t position = which == 0   ? kPart * kHalfParams
+                            : which == 1 ? kParamsBytes
+                                         : kParamsBytes + parameters.layout.groups;
+  const SpanPiece piece = span.piece(parameters.cache.pool, threadIdx.x % 2 == 1);
+  const uint32_t units = spans->params.units + spans->bases.units + (kSpans == 3 ? spans->groups.units : 0);
+  ring.copy<2 * kSpans>(stage, piece.source, ring.slots + stage * ring.slot_bytes + position + piece.offset,
+                        piece.bytes, units * kUnitBytes);
+}
+
+// Calls use(at, tile, widths) for the warp's blocks, from units.first_block on; prepare() once the first are on their way.
+template <uint32_t kPart, typename Prepare, typename Use>
+__device__ __forceinline__ void for_tiles(const ProductParameters& parameters, const WarpUnits& units,
+                                          const Ring& ring, PartSpans (&spans)[kWarpUnits], Prepare prepare,
+                                          Use use) {
+  const uint32_t lane = threadIdx.x % kWarpThreads;
+  const auto fetch = [&](uint32_t at, uint32_t stage) {
+    fetch_part<kPart>(ring, parameters, at < units.blocks ? &spans[at] : nullptr, stage);
+  };
+  if (lane < units.blocks)
+    spans[lane] = make_part_spans<kPart>(parameters, units.first_block + lane, blockIdx.y);
+  ring.begin();
+  __syncwarp();
+  for (uint32_t stage = 0; stage < ring.stages; ++stage) fetch(stage, stage);
+  prepare();
+  uint32_t stage = 0, phase = 0;
+#pragma unroll 1
+  for (uint32_t at = 0; at < units.blocks; ++at) {
+    ring.wait(stage, phase);
+    const uint8_t* slot = ring.slots + stage * ring.slot_bytes;
+    // Opaque, lest the compiler keeps every address that follows from it in a register of its own.
+    uint32_t own_lane = lane;
+    asm volatile("" : "+r"(own_lane));
+    const Tile tile = {slot, slot + kParamsBytes, own_lane};
+    // The same in every lane: a reduction tells the compiler, which then branches on scalars.
+    const uint32_t widths =
+        __reduce_or_sync(kEveryLane, reinterpret_cast<const uint32_t*>(tile.record)[kPart]);
+    use(at, tile, widths);
+    __syncwarp();
+    fetch(at + ring.stages, stage);
+    if (++stage == ring.stages) stage = 0, phase ^= 1;
+  }
+}
+
+// The head's rows of recent tokens, by slot.
+template <int kDim>
+struct RecentRows {
+  const uint8_t* rows;
+  uint64_t row_bytes;
+
+  __device__ __forceinline__ RecentRows(const ProductParameters& parameters, uint32_t part) {
+    const CacheView& cache = parameters.cache;
+    const uint64_t stream = kv::stream_of(cache, parameters.tokens.layer, parameters.tokens.sequence);
+    row_bytes = static_cast<uint64_t>(cache.heads) * kDim * 2;
+    rows = cache.recent + (stream * kv::kParts + part) * kv::recent_part_bytes(cache) +
+           blockIdx.y * (kDim * 2ull);
+  }
+  __device__ __forceinline__ const uint8_t* row(const CacheView& cache, uint32_t token) const {
+    return rows + kv::recent_slot(cache, token) * row_bytes;
+  }
+};
+
+__device__ __forceinline__ Columns columns_of(const ProductParameters& parameters, int most,
+                                              uint32_t head_dim) {
+  const uint32_t group = parameters.cache.query_heads / parameters.cache.heads, first = blockIdx.z * most;
+  return {parameters.queries + 2ull * blockIdx.y * group * head_dim, first,
+          min(static_cast<uint32_t>(most), group - first), group, 0};
+}
+
+// ---- q . K ----
+
+// Two lanes share a token and take its chunks of 8 channels in turn.
+template <int kDim, int kTiles, bool kBfloat>
+__device__ __forceinline__ void score_run(const ProductParameters& parameters, const RecentRows<kDim>& keys,
+                                          uint32_t run, const Columns& columns, float* out) {
+  const SequenceTokens& tokens = parameters.tokens;
+  const uint32_t lane = threadIdx.x % kWarpThreads;
+  const uint32_t at = run * kRunTokens + lane / 2;
+  const bool present = at < tokens.recent(parameters.cache);
+  const uint32_t token = tokens.recent_token(parameters.cache, present ? at : 0);
+  const uint8_t* row = keys.row(parameters.cache, token);
+  float sums[4 * kTiles] = {};
+#pragma unroll 4
+  for (int x = 0; x < kDim / 16; ++x) {
+    const uint32_t channel = 16 * x + 8 * (lane % 2);
+    const uint4 key = *reinterpret_cast<const uint4*>(row + 2 * channel);
+#pragma unroll
+    for (int column = 0; column < 4 * kTiles; ++column) {
+      if (column >= columns.count) break;
+      const uint4 query =
+          *reinterpret_cast<const uint4*>(columns.queries + 2 * (columns.position(column, kDim) + channel));
+      const uint32_t k[4] = {key.x, key.y, key.z, key.w}, q[4] = {query.x, query.y, query.z, query.w};
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        const float2 a = to_floats<kBfloat>(k[pair]), b = to_floats<kBfloat>(q[pair]);
+        sums[column] = __fmaf_rn(a.y, b.y, __fmaf_rn(a.x, b.x, sums[column]));
+      }
+    }
+  }
+#pragma unroll
+  for (int column = 0; column < 4 * kTiles; ++column) {
+    const float sum = sums[column] + __shfl_xor_sync(kEveryLane, sums[column], 1);
+    if (present && lane % 2 == 0 && column < columns.count)
+      out[static_cast<uint64_t>(column) * tokens.length + token] = sum * parameters.scale;
+  }
+}
+
+template <int kDim, int kTiles, bool kBfloat, bool kWide>
+__global__ void __launch_bounds__(kProductThreads, 3)
+    ScoreKernel(const __grid_constant__ ProductParameters parameters) {
+  constexpr int kColumns = 4 * kTiles, kGroups = kDim / 32;
+  extern __shared__ __align__(128) uint8_t dynamic[];
+  __shared__ Queries<kDim, kTiles> queries;
+  __shared__ PartSpans spans[kProductWarps][kWarpUnits];
+  __shared__ uint64_t barriers[kProductWarps][kProductStages];
+  __shared__ __align__(16) float found[kProductWarps][kColumns][kBlockTokens];
+  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
+                 i = lane % 4;
+  const uint32_t length = parameters.tokens.length;
+  const Columns columns = columns_of(parameters, kColumns, kDim);
+  float* out = parameters.out + static_cast<uint64_t>(blockIdx.y * columns.group + columns.first) * length;
+  const WarpUnits units = warp_units(parameters, warp);
+  const Ring ring = {dynamic + warp * parameters.stages * parameters.slot_bytes, parameters.slot_bytes,
+                     parameters.stages, barriers[warp]};
+  WarpState<kDim, kTiles> state;
+  for_tiles<PH_KV_KEYS>(
+      parameters, units, ring, spans[warp],
+      [&] {
+        quantize_queries<kDim, kTiles, kBfloat>(columns, parameters.scale, queries);
+        __syncthreads();
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          state.query_sum[n] = queries.sum[4 * n + i];
+          state.query_scale[n] = queries.scale[4 * n + i];
+        }
+      },
+      [&](uint32_t at, const Tile& tile, uint32_t widths) {
+        float scores[kTiles][8];
+        with_width<kGroups, kWide>(widths, [&](auto width) {
+          tile_scores<kDim, kTiles, kBfloat, kWide, decltype(width)::value>(tile, parameters.layout, widths,
+                                                                            queries, state, scores);
+        });
+    // Through shared memory, so that lanes write tokens in a row.
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          float* target = &found[warp][4 * n + i][8 * g];
+          const float unit = state.query_scale[n];
+          const float(&x)[8] = scores[n];
+          reinterpret_cast<float4*>(target)[0] =
+              make_float4(x[0] * unit, x[1] * unit, x[2] * unit, x[3] * unit);
+          reinterpret_cast<float4*>(target)[1] =
+              make_float4(x[4] * unit, x[5] * unit, x[6] * unit, x[7] * unit);
+        }
+        __syncwarp();
+        float* first = out + parameters.cache.sinks + (units.first_block + at) * kBlockTokens;
+        for (uint32_t column = 0; column < columns.count; ++column) {
+          float* row = first + static_cast<uint64_t>(column) * length;
+          row[lane] = found[warp][column][lane];
+          row[lane + kWarpThreads] = found[warp][column][lane + kWarpThreads];
+        }
+      });
+  const RecentRows<kDim> keys(parameters, PH_KV_KEYS);
+  for (uint32_t run = units.first_run; run < units.first_run + units.runs; ++run)
+    score_run<kDim, kTiles, kBfloat>(parameters, keys, run, columns, out);
+}
+
+// ---- w . V ----
+
+// The weights of a tile's tokens, as a C fragment has them: of columns past the last, 0.
+template <int kTiles>
+struct TileWeights {
+  float x[kTiles][8];
+
+  __device__ __forceinline__ void load(const float* weights, uint64_t length, uint32_t columns,
+                                       uint32_t first) {
+    const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const bool present = 4 * n + i < columns;
+      const float* row = weights + (present ? 4 * n + i : 0) * length + first + 8 * g;
+#pragma unroll
+      for (int t = 0; t < 8; ++t) x[n][t] = present ? __ldg(row + t) : 0.0f;
+    }
+  }
+};
+
+// Adds the weighted values of a run to `sums` [columns][kStride], in shared memory. A lane has pairs of channels.
+template <int kDim, int kTiles, int kStride, bool kBfloat>
+__device__ __forceinline__ void weigh_run(const ProductParameters& parameters, const RecentRows<kDim>& values,
+                                          uint32_t run, const float* weights, uint32_t columns, float* sums) {
+  constexpr int kPairs = (kDim / 2 + kWarpThreads - 1) / kWarpThreads, kTogether = 8;
+  const SequenceTokens& tokens = parameters.tokens;
+  const CacheView& cache = parameters.cache;
+  const uint32_t lane = threadIdx.x % kWarpThreads, count = tokens.recent(cache);
+  const auto pair_of = [&](int pair) { return lane + pair * kWarpThreads; };
+  float own[4 * kTiles];  // a lane has the weights of a token
+  {
+    const uint32_t at = run * kRunTokens + lane % kRunTokens;
+    const uint32_t token = tokens.recent_token(cache, min(at, count - 1));
+#pragma unroll
+    for (int column = 0; column < 4 * kTiles; ++column)
+      own[column] = at < count && column < columns
+                        ? weights[static_cast<uint64_t>(column) * tokens.length + token]
+                        : 0.0f;
+  }
+  float2 found[kPairs][4 * kTiles] = {};
+#pragma unroll
+  for (int from = 0; from < static_cast<int>(kRunTokens); from += kTogether) {
+    uint32_t words[kTogether][kPairs];
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) {
+      const uint32_t at = run * kRunTokens + from + t;
+      const uint8_t* row = values.row(cache, tokens.recent_token(cache, min(at, count - 1)));
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        words[t][pair] = at < count && pair_of(pair) < kDim / 2
+                             ? *reinterpret_cast<const uint32_t*>(row + 4 * pair_of(pair))
+                             : 0;
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) {
+#pragma unroll
+      for (int column = 0; column < 4 * kTiles; ++column) {
+        const float weight = __shfl_sync(kEveryLane, own[column], from + t);
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+          const float2 value = to_floats<kBfloat>(words[t][pair]);
+          found[pair][column].x = __fmaf_rn(weight, value.x, found[pair][column].x);
+          found[pair][column].y = __fmaf_rn(weight, value.y, found[pair][column].y);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int pair = 0; pair < kPairs; ++pair) {
+    if (pair_of(pair) >= kDim / 2) continue;
+#pragma unroll
+    for (int column = 0; column < 4 * kTiles; ++column) {
+      float2& sum = *reinterpret_cast<float2*>(sums + column * kStride + 2 * pair_of(pair));
+      sum = make_float2(sum.x + found[pair][column].x, sum.y + found[pair][column].y);
+    }
+  }
+}
+
+// Floats of a column in shared memory; free of bank conflicts for the fragments' layout.
+template <int kDim>
+constexpr int kSumStride = kDim + 8;
+
+template <int kDim, int kTiles, bool kBfloat, bool kWide>
+__global__ void __launch_bounds__(kProductThreads, 3)
+    WeighKernel(const __grid_constant__ ProductParameters parameters) {
+  constexpr int kColumns = 4 * kTiles, kGroups = kDim / 32, kStride = kSumStride<kDim>;
+  extern __shared__ __align__(128) uint8_t dynamic[];
+  __shared__ PartSpans spans[kProductWarps][kWarpUnits];
+  __shared__ uint64_t barriers[kProductWarps][kProductStages];
+  __shared__ uint32_t is_last;
+  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
+                 i = lane % 4;
+  const CacheView& cache = parameters.cache;
+  const uint32_t length = parameters.tokens.length;
+  const Columns columns = columns_of(parameters, kColumns, kDim);
+  const uint32_t query_head = blockIdx.y * columns.group + columns.first;
+  const float* weights = parameters.weights + static_cast<uint64_t>(query_head) * length;
+  const WarpUnits units = warp_units(parameters, warp);
+  const Ring ring = {dynamic + warp * parameters.stages * parameters.slot_bytes, parameters.slot_bytes,
+                     parameters.stages, barriers[warp]};
+  const auto load_weights = [&](uint32_t at, TileWeights<kTiles>& tile) {
+    if (at < units.blocks)
+      tile.load(weights, length, columns.count, cache.sinks + (units.first_block + at) * kBlockTokens);
+  };
+  TileWeights<kTiles> next;
+  load_weights(0, next);
+
+  WarpState<kDim, kTiles> state;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    state.zeros[n] = 0.0f;
+#pragma unroll
+    for (int o = 0; o < kDim / 8; ++o) state.out[n][o] = 0.0f;
+  }
+  for_tiles<PH_KV_VALUES>(
+      parameters, units, ring, spans[warp], [] {},
+      [&](uint32_t at, const Tile& tile, uint32_t widths) {
+        const TileWeights<kTiles> own = next;
+        load_weights(at + 1, next);
+        float scales[8], zeros[8];
+        load_scales<kBfloat>(tile.params + kv::scale_position(PH_KV_VALUES, 8 * g), scales);
+        load_zeros(tile.params + kv::zero_position(PH_KV_VALUES, 8 * g), zeros);
+        uint32_t fragments[kTiles][4];
+        float weight_units[kTiles];
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          float products[8], largest = 0.0f;
+#pragma unroll
+          for (int t = 0; t < 8; ++t) {
+            products[t] = own.x[n][t] * scales[t];
+            largest = fmaxf(largest, fabsf(products[t]));
+            state.zeros[n] = __fmaf_rn(products[t], zeros[t], state.zeros[n]);
+          }
+          for (int distance = 4; distance < kWarpThreads; distance *= 2)
+            largest = fmaxf(largest, __shfl_xor_sync(kEveryLane, largest, distance));
+          // Away from where its reciprocal, times the largest fixed-point number, overflows.
+          largest = fmaxf(largest, 0x1p-111f);
+          const float to_fixed = kLargestFixed * reciprocal(largest);
+          uint32_t fixed[8];
+#pragma unroll
+          for (int t = 0; t < 8; ++t)
+            fixed[t] = __float_as_uint(__fmaf_rn(products[t], to_fixed, kFixedMagic));
+          weight_units[n] = largest * (1.0f / kLargestFixed);
+          weight_fragments(tile.lane, fixed, fragments[n]);
+        }
+        with_width<kGroups, kWide>(widths, [&](auto width) {
+          tile_values<kDim, kTiles, kWide, decltype(width)::value>(
+              tile, parameters.layout, parameters.layout.groups, widths, state, fragments, weight_units);
+        });
+      });
+
+  // The warp's slots are free: its sums take their place.
+  const auto sums_of = [&](uint32_t of_warp) {
+    return reinterpret_cast<float*>(dynamic + of_warp * parameters.stages * parameters.slot_bytes);
+  };
+  float* sums = sums_of(warp);
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    float zeros = state.zeros[n];
+    for (int distance = 4; distance < kWarpThreads; distance *= 2)
+      zeros += __shfl_xor_sync(kEveryLane, zeros, distance);
+#pragma unroll
+    for (int o = 0; o < kDim / 8; ++o) sums[(4 * n + i) * kStride + 8 * o + g] = state.out[n][o] + zeros;
+  }
+  __syncwarp();
+  const RecentRows<kDim> values(parameters, PH_KV_VALUES);
+  for (uint32_t run = units.first_run; run < units.first_run + units.runs; ++run)
+    weigh_run<kDim, kTiles, kStride, kBfloat>(parameters, values, run, weights, columns.count, sums);
+  __syncthreads();
+
+  // The warps' sums, in order, four channels at a time.
+  const auto add_warps = [&](float* target) {
+    for (uint32_t at = threadIdx.x; at < columns.count * kDim / 4; at += kProductThreads) {
+      const uint32_t column = 4 * at / kDim, channel = 4 * at % kDim;
+      float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+      for (int of_warp = 0; of_warp < kProductWarps; ++of_warp) {
+        const float4 x = *reinterpret_cast<const float4*>(sums_of(of_warp) + column * kStride + channel);
+        sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+      }
+      reinterpret_cast<float4*>(target)[at] = sum;
+    }
+  };
+  float* out = parameters.out + static_cast<uint64_t>(query_head) * kDim;
+  const uint64_t piece_values = static_cast<uint64_t>(cache.query_heads) * kDim;
+  float* partials = parameters.partials + static_cast<uint64_t>(query_head) * kDim;
+  if (parameters.pieces == 1) return add_warps(out);
+  add_warps(partials + blockIdx.x * piece_values);
+
+  // The last thread block of the head merges the pieces: each warp a quarter of them, then as above.
+  uint32_t* finished = parameters.finished + blockIdx.y * gridDim.z + blockIdx.z;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    // One fence for all: the barrier orders the other threads' writes before it.
+    __threadfence();
+    is_last = atomicAdd(finished, 1u) == parameters.pieces - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!is_last) return;
+  const uint32_t first = parameters.pieces * warp / kProductWarps,
+                 last = parameters.pieces * (warp + 1) / kProductWarps;
+  for (uint32_t at = lane; at < columns.count * kDim / 4; at += kWarpThreads) {
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 16
+    for (uint32_t piece = first; piece < last; ++piece) {
+      const float4 x = __ldcg(reinterpret_cast<const float4*>(partials + piece * piece_values) + at);
+      sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+    }
+    *reinterpret_cast<float4*>(sums + 4 * at / kDim * kStride + 4 * at % kDim) = sum;
+  }
+  __syncthreads();
+  add_warps(out);
+  if (threadIdx.x == 0) *finished = 0;
+}
+
+// ---- launch ----
+
+template <typename Run>
+void dispatch_dim(uint32_t head_dim, Run run) {
+  if (head_dim == 64) run(std::integral_constant<int, 64>{});
+  else if (head_dim == 96) run(std::integral_constant<int, 96>{});
+  else if (head_dim == 128) run(std::integral_constant<int, 128>{});
+  else run(std::integral_constant<int, 256>{});
+}
+
+// Shared memory of a block, at least `least`.
+uint32_t slot_bytes(const kv::TileShape& shape, uint32_t part, uint32_t least) {
+  const uint32_t groups = kv::kGroupBytes * kv::tile_groups(shape) * kv::largest_width(shape.parts[part]);
+  const uint32_t bytes = std::max(kParamsBytes + kv::bases_position(shape, kv::kParts) + groups, least);
+  return (bytes + 127) / 128 * 128;
+}
+
+uint32_t stages_of(const ph_device& device, uint32_t slot) {
+  constexpr uint32_t kFixedBytes = 20480;  // static shared memory of the kernels, at most
+  const uint32_t limit = static_cast<uint32_t>(device.shared_bytes) - kFixedBytes;
+  for (uint32_t stages = kProductStages; stages > 0; --stages) {
+    if (kProductWarps * stages * slot <= limit) return stages;
+  }
+  throw Error(PH_ERROR_UNSUPPORTED,
+              "Cannot multiply packed records of up to %u bytes on this GPU: that takes %u bytes of shared "
+              "memory, and a thread block has %u",
+              slot, kProductWarps * slot, limit);
+}
+
+// Calls launch(head_dim, tiles, bfloat, wide) with the template arguments of a kernel.
+template <typename Launch>
+void with_options(const CacheView& cache, const kv::TileShape& shape, Launch launch) {
+  const bool wide = std::max(kv::largest_width(shape.parts[0]), kv::largest_width(shape.parts[1])) > 4;
+  dispatch_dim(cache.head_dim, [&](auto dim) {
+    constexpr int kDim = decltype(dim)::value;
+    const auto with_tiles = [&](auto tiles) {
+      const auto with_type = [&](auto bfloat) {
+        if (wide) launch(dim, tiles, bfloat, std::true_type{});
+        else launch(dim, tiles, bfloat, std::false_type{});
+      };
+      if (cache.dtype == PH_BF16) with_type(std::true_type{});
+      else with_type(std::false_type{});
+    };
+    // One tile of four columns leaves more registers to wide heads.
+    if constexpr (kDim < 256) {
+      if (cache.query_heads / cache.heads > 4) return with_tiles(std::integral_constant<int, 2>{});
+    }
+    with_tiles(std::integral_constant<int, 1>{});
+  });
+}
+
+ProductParameters parameters_of(const CacheView& cache, const kv::TileShape& shape,
+                                const SequenceTokens& tokens) {
+  ProductParameters parameters{};
+  parameters.cache = cache;
+  parameters.layout = {kv::bases_position(shape, PH_KV_VALUES),
+                       kv::bases_position(shape, kv::kParts),
+                       {shape.parts[0].base_bits == 4, shape.parts[1].base_bits == 4}};
+  parameters.tokens = tokens;
+  parameters.runs = tokens.runs(cache);
+  parameters.pieces = product_pieces(parameters.runs + tokens.packed);
+  return parameters;
+}
+
+template <typename Kernel>
+void launch(ph_device& device, ProductParameters& parameters, Kernel kernel, uint32_t slot,
+            uint32_t columns) {
+  const CacheView& cache = parameters.cache;
+  parameters.slot_bytes = slot;
+  parameters.stages = stages_of(device, slot);
+  allow_shared(device, kernel);
+  const uint32_t group = cache.query_heads / cache.heads;
+  const dim3 grid(parameters.pieces, cache.heads, (group + columns - 1) / columns);
+  kernel<<<grid, kProductThreads, kProductWarps * parameters.stages * slot, device.stream>>>(parameters);
+  PH_CUDA_TRY(cudaGetLastError());
+}
+
+}  // namespace
+
+uint64_t products_workspace_bytes(const CacheView& cache) {
+  const uint64_t pieces = product_pieces(static_cast<uint32_t>(most_product_units(cache)));
+  return decode_counter_bytes(cache) + pieces * cache.query_heads * cache.head_dim * sizeof(float);
+}
+
+void score(ph_device& device, const CacheView& cache, const kv::TileShape& shape,
+           const SequenceTokens& tokens, const uint8_t* queries, float* out, float scale) {
+  ProductParameters parameters = parameters_of(cache, shape, tokens);
+  parameters.queries = queries;
+  parameters.out = out;
+  parameters.scale = scale;
+  with_options(cache, shape, [&](auto dim, auto tiles, auto bfloat, auto wide) {
+    launch(device, parameters,
+           ScoreKernel<decltype(dim)::value, decltype(tiles)::value, decltype(bfloat)::value,
+                       decltype(wide)::value>,
+           slot_bytes(shape, PH_KV_KEYS, 0), 4 * decltype(tiles)::value);
+  });
+}
+
+void weigh(ph_device& device, const CacheView& cache, const kv::TileShape& shape,
+           const SequenceTokens& tokens, const float* weights, float* out, uint8_t* workspace) {
+  ProductParameters parameters = parameters_of(cache, shape, tokens);
+  parameters.weights = weights;
+  parameters.out = out;
+  parameters.finished = reinterpret_cast<uint32_t*>(workspace);
+  parameters.partials = reinterpret_cast<float*>(workspace + decode_counter_bytes(cache));
+  with_options(cache, shape, [&](auto dim, auto tiles, auto bfloat, auto wide) {
+    constexpr int kDim = decltype(dim)::value, kColumns = 4 * decltype(tiles)::value;
+    // A warp's sums fit its slots, even if there is one only.
+    launch(device, parameters,
+           WeighKernel<kDim, decltype(tiles)::value, decltype(bfloat)::value, decltype(wide)::value>,
+           slot_bytes(shape, PH_KV_VALUES, kColumns * kSumStride<kDim> * sizeof(float)), kColumns);
+  });
+}
+
+}  // namespace ph::attention

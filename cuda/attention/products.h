@@ -1,0 +1,74 @@
+// The two products of attention alone, for one sequence and layer of a growing cache: scores q . K, and weighted values
+// w . V. Packed blocks are unpacked in registers.
+//
+// Both cut the sequence's tokens into units: runs of 16 tokens in 16 bits, sinks first, then the packed blocks. Pieces of
+// units are what thread blocks, or cores, work on. They follow from the sequence alone, and sums of pieces are added in
+// their order, so that results are the same bits every time.
+#pragma once
+
+#include <algorithm>
+
+#include "kv/cache.h"
+
+namespace ph::attention {
+
+constexpr uint32_t kRunTokens = 16;
+constexpr uint32_t kMostPieceUnits = 32;
+constexpr uint32_t kMostGroup = 16;  // query heads of a kv head, as the cache allows
+
+// The tokens of a sequence in one layer.
+struct SequenceTokens {
+  uint32_t layer, sequence;
+  uint32_t length, packed;  // tokens; packed blocks
+
+  // Of the sinks there may be fewer than the cache has room for.
+  PH_HOST_DEVICE uint32_t sinks(const kv::CacheView& cache) const {
+    return cache.sinks < length ? cache.sinks : length;
+  }
+  // The first token after the packed blocks.
+  PH_HOST_DEVICE uint32_t unpacked(const kv::CacheView& cache) const {
+    return cache.sinks + packed * kv::kBlockTokens;
+  }
+  // Tokens in 16 bits.
+  PH_HOST_DEVICE uint32_t recent(const kv::CacheView& cache) const {
+    const uint32_t first = unpacked(cache);
+    return sinks(cache) + (first < length ? length - first : 0);
+  }
+  // Which token is the `at`-th of those.
+  PH_HOST_DEVICE uint32_t recent_token(const kv::CacheView& cache, uint32_t at) const {
+    const uint32_t first = sinks(cache);
+    return at < first ? at : unpacked(cache) + (at - first);
+  }
+  PH_HOST_DEVICE uint32_t runs(const kv::CacheView& cache) const {
+    return (recent(cache) + kRunTokens - 1) / kRunTokens;
+  }
+};
+
+// Into how many pieces so many units are cut: of 16 units up to 64 pieces, then of up to 32.
+inline uint32_t product_pieces(uint32_t units) {
+  const uint32_t small = std::min((units + 15) / 16, 64u);
+  return std::max({1u, small, (units + kMostPieceUnits - 1) / kMostPieceUnits});
+}
+
+// The first unit of a piece.
+PH_HOST_DEVICE uint32_t piece_unit(uint32_t units, uint32_t piece, uint32_t pieces) {
+  return static_cast<uint32_t>(static_cast<uint64_t>(units) * piece / pieces);
+}
+
+inline uint64_t most_product_units(const kv::CacheView& cache) {
+  const uint64_t recent = static_cast<uint64_t>(cache.sinks) + cache.ring;
+  return (recent + kRunTokens - 1) / kRunTokens + cache.most_blocks;
+}
+
+// Scratch memory of `weigh`. It may be that of `decode`, whose counters are left as they were.
+uint64_t products_workspace_bytes(const kv::CacheView& cache);
+
+// queries: [query_heads, head_dim] of the cache's dtype; out: [query_heads, length] f32 = scale * q . k of every token.
+void score(ph_device& device, const kv::CacheView& cache, const kv::TileShape& shape,
+           const SequenceTokens& tokens, const uint8_t* queries, float* out, float scale);
+
+// weights: [query_heads, length] f32; out: [query_heads, head_dim] f32 = the sum of every token's weight * value.
+void weigh(ph_device& device, const kv::CacheView& cache, const kv::TileShape& shape,
+           const SequenceTokens& tokens, const float* weights, float* out, uint8_t* workspace);
+
+}  // namespace ph::attention

@@ -1,0 +1,67 @@
+// The queries of a thread block, and how they get to shared memory in the fixed point of tile.cuh.
+#pragma once
+
+#include "attention/recent.cuh"
+#include "attention/tile.cuh"
+
+namespace ph::attention {
+
+// The columns of a thread block: query token column / group of the sequence, head column % group of the kv head's group.
+struct Columns {
+  const uint8_t* queries;  // of the sequence's first token in the step and the group's first head
+  uint32_t first, count;   // columns of this thread block
+  uint32_t group;          // query heads of a kv head
+  uint64_t token_stride;   // values from one token to the next
+
+  __device__ __forceinline__ uint64_t position(uint32_t column, uint32_t head_dim) const {
+    return (first + column) / group * token_stride + (first + column) % group * head_dim;
+  }
+};
+
+// Warp n puts the queries of tile n into shared memory, in 16-bit fixed point; columns past the last are 0.
+// Scores are to be times `scale`.
+template <int kDim, int kTiles, bool kBfloat>
+__device__ __forceinline__ void quantize_queries(const Columns& columns, float scale,
+                                                 Queries<kDim, kTiles>& queries) {
+  const uint32_t n = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
+                 i = lane % 4;
+  if (n >= kTiles) return;
+  const uint32_t column = 4 * n + g / 2;
+  const bool present = column < columns.count;
+  const uint8_t* query = columns.queries + 2 * columns.position(present ? column : 0, kDim);
+  float values[kDim / 16][4];
+  float largest = 0.0f;
+#pragma unroll
+  for (int x = 0; x < kDim / 16; ++x) {
+    const uint2 pairs =
+        present ? *reinterpret_cast<const uint2*>(query + 2 * (16 * x + 4 * i)) : make_uint2(0, 0);
+    const float2 a = to_floats<kBfloat>(pairs.x), b = to_floats<kBfloat>(pairs.y);
+    values[x][0] = a.x, values[x][1] = a.y, values[x][2] = b.x, values[x][3] = b.y;
+    largest = fmaxf(largest, fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y))));
+  }
+  largest = fmaxf(largest, __shfl_xor_sync(kEveryLane, largest, 1));
+  largest = fmaxf(largest, __shfl_xor_sync(kEveryLane, largest, 2));
+  const float to_fixed = largest > 0.0f ? kLargestFixed / largest : 0.0f;
+  float sum = 0.0f;
+#pragma unroll
+  for (int x = 0; x < kDim / 16; ++x) {
+    uint32_t fixed[4], high, low;
+#pragma unroll
+    for (int byte = 0; byte < 4; ++byte) {
+      const float y = __fmaf_rn(values[x][byte], to_fixed, kFixedMagic);
+      sum += y - kFixedMagic;
+      fixed[byte] = __float_as_uint(y);
+    }
+    split_fixed(fixed, high, low);
+    queries.fragments[x / 2][lane][2 * n + x % 2] = g % 2 == 1 ? low : high;
+  }
+  sum += __shfl_xor_sync(kEveryLane, sum, 1);
+  sum += __shfl_xor_sync(kEveryLane, sum, 2);
+  if (lane % 8 == 0) {
+    queries.sum[column] = sum;
+    // Positive, for the scores that a window makes minus infinity.
+    queries.scale[column] = fmaxf(largest * (1.0f / kLargestFixed) * scale, 0x1p-126f);
+  }
+}
+
+}  // namespace ph::attention
