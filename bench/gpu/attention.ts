@@ -145,6 +145,7 @@ function measureCase(title: string, shape: CacheCase, codec: string, parts: KvCa
 function measureRead(bytes: number): number {
   const length = Math.floor(bytes / 16) * 16;
   const places = Math.floor(READ_BYTES / length);
+  if (places === 0) return length / bigRead / 1e9;
   return medianTime(() => {
     for (let i = 0; i < places; i++) readSource.view(i * length, length).read();
   }) / places;

@@ -1,4 +1,3 @@
-import { KV_CACHE_QUANTIZER } from "../../ffi/enums.ts";
 import { PackhorseError } from "../error.ts";
 import type { KvCacheCodec, KvCachePartCodec } from "./cache_options.ts";
 
@@ -17,9 +16,8 @@ const FORMS: Readonly<Record<string, Form>> = {
   kivi: { example: "kivi:k=2,v=2", setting: "bits", defaults: { k: 4, v: 4 } },
 };
 
-/** What is worth comparing, as far as caches know it. */
-export const DEFAULT_CACHE_CODECS: readonly string[] = ["raw16", "packkv:k=0.1,v=0.2", "fixed:4"]
-  .filter((text) => Object.hasOwn(KV_CACHE_QUANTIZER, text.split(":")[0]!));
+/** What is worth comparing. */
+export const DEFAULT_CACHE_CODECS = ["raw16", "packkv:k=0.1,v=0.2", "fixed:4"] as const;
 
 /**
  * The codec of a cache that a text names:

@@ -1,5 +1,4 @@
-import { KV_CACHE_QUANTIZER } from "../../ffi/enums.ts";
-import { type NativeCachePlan, planCache } from "../../ffi/kv_cache.ts";
+import { planCache } from "../../ffi/kv_cache.ts";
 import { type Library, loadLibrary } from "../../ffi/library.ts";
 import { type Backend, chooseBackend } from "../device/backend.ts";
 import { PackhorseError } from "../error.ts";
@@ -334,7 +333,7 @@ class Planner {
 
   /** What share of a block is the keys', without widths that depend on the data. */
   #shareOfKeys(codec: KvCacheCodec | undefined): number {
-    if (codec === undefined || isStandIn(codec)) return 1 / 2;
+    if (codec === undefined) return 1 / 2;
     // Beside a plain part, of which two are alike. What parts share may not add up.
     const plain = this.#blockBytes({ keys: PLAIN, values: PLAIN }).least / 2;
     const keys = this.#blockBytes({ keys: codec.keys, values: PLAIN }).least - plain;
@@ -360,36 +359,14 @@ class Planner {
       poolBytes: PAGE_BYTES,
       residual,
       sinks,
-      codec: isStandIn(codec) ? { keys: PLAIN, values: PLAIN } : codec,
+      codec,
     });
     const native = planCache(this.#library, {
       ...nativeCacheConfig(config),
       layers: config.layers,
     });
-    return { config, native: isStandIn(codec) ? raw16Plan(native, config) : native };
+    return { config, native };
   }
-}
-
-/** Whether both parts stay in 16 bits and the native cache cannot do that itself. */
-function isStandIn(codec: KvCacheCodec | undefined): boolean {
-  if (Object.hasOwn(KV_CACHE_QUANTIZER, "raw16") || codec === undefined) return false;
-  return [codec.keys, codec.values].every(({ quantizer }: { quantizer: string }) =>
-    quantizer === "raw16"
-  );
-}
-
-/** The plan of a cache whose pages hold 16-bit values, from that of one that packs: all but its pages is the same. */
-function raw16Plan(native: NativeCachePlan, config: KvCacheConfig): NativeCachePlan {
-  const bytes = 2 * 2 * BLOCK_TOKENS * config.kvHeads * config.headDim;
-  const blocks = Math.floor(config.tokens / BLOCK_TOKENS);
-  const pages = Math.ceil((UNIT_BYTES + blocks * bytes) / PAGE_BYTES);
-  return {
-    statistics: {
-      ...native.statistics,
-      page_table_bytes: 4 * pages * config.layers * config.sequences,
-    },
-    blockBytes: native.blockBytes.map(() => ({ least: bytes, most: bytes })),
-  };
 }
 
 function refuse(reason: string): never {
