@@ -20,12 +20,12 @@ import {
   ReferenceCache,
   type Token,
 } from "./kv_cache_reference.ts";
+import { backends } from "./backends.ts";
 import {
   appendAll,
   assertHolds,
   assertSameBits,
   attendLayer,
-  backends,
   bitsOf,
   bothParts,
   type Data,

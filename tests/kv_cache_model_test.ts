@@ -13,10 +13,10 @@ import {
   type KvSequence,
 } from "../src/kv/mod.ts";
 import { ReferenceCache, type ReferenceSequence, type Token } from "./kv_cache_reference.ts";
+import { backends } from "./backends.ts";
 import {
   appendAll,
   assertHolds,
-  backends,
   type Data,
   fixed,
   optionsOf,

@@ -1,7 +1,7 @@
 /** What tests of the growing cache share: small caches, random tokens, steps, and comparing with the model. */
-import { assertEquals, AssertionError } from "@std/assert";
+import { assert, assertEquals, AssertionError, assertLessOrEqual, assertThrows } from "@std/assert";
 import { Device, type DeviceBuffer } from "../src/device/mod.ts";
-import { PackhorseError } from "../src/error.ts";
+import { type ErrorCode, PackhorseError } from "../src/error.ts";
 import type {
   KvCache,
   KvCacheCodec,
@@ -14,32 +14,36 @@ import type {
 } from "../src/kv/mod.ts";
 import {
   type Bits,
+  decodeBits,
   encodeBits,
   joinTokens,
   type ReferenceSequence,
   splitTokens,
   type Token,
 } from "./kv_cache_reference.ts";
+import { backends } from "./backends.ts";
 import { DATA_KINDS, type DataKind } from "./kv_cases.ts";
 
-type Buffer = DeviceBuffer<KvCacheDType>;
+/** Tokens, queries or outputs on a device. */
+export type Buffer = DeviceBuffer<KvCacheDType>;
 
 export const PARTS = ["keys", "values"] as const;
 
-/** The backend that PACKHORSE_BACKEND names, or without it those that open on this machine. */
-export function backends(): ("cpu" | "cuda")[] {
-  const named = Deno.env.get("PACKHORSE_BACKEND") ?? "auto";
-  if (named === "cpu" || named === "cuda") return [named];
-  return (["cpu", "cuda"] as const).filter((backend) => {
-    try {
-      using _device = Device.open({ backend });
-      return true;
-    } catch (error) {
-      // A machine may have no GPU, or no CUDA library built; the CPU's must open.
-      if (backend === "cuda" && error instanceof PackhorseError) return false;
-      throw error;
-    }
-  });
+/** A test on every backend. */
+export function testOnDevices(name: string, work: (device: Device) => void): void {
+  for (const backend of backends()) {
+    Deno.test(`kv cache: ${backend}: ${name}`, () => {
+      using device = Device.open({ backend });
+      work(device);
+    });
+  }
+}
+
+/** Asserts that `work` throws a PackhorseError of this code whose message contains each fragment. */
+export function throwsWith(work: () => unknown, code: ErrorCode, ...fragments: string[]): void {
+  const error = assertThrows(work, PackhorseError);
+  assertEquals(error.code, code, error.message);
+  for (const fragment of fragments) assert(error.message.includes(fragment), error.message);
 }
 
 /** Options with defaults for what a test does not care about. */
@@ -74,14 +78,14 @@ export interface Data {
 export function bitsOf(
   { dtype, headDim }: KvCacheConfig,
   { kind, random }: Data,
-  { tokens, heads }: { tokens: number; heads: number },
+  { tokens, heads, factor = 1 }: { tokens: number; heads: number; factor?: number },
 ): Bits {
   const x = new Float32Array(tokens * heads * headDim);
   const valueAt = DATA_KINDS[kind];
   for (let i = 0; i < x.length; i++) {
     const row = Math.floor(i / headDim);
     const [head, token, channel] = [row % heads, Math.floor(row / heads), i % headDim];
-    x[i] = valueAt({ type: dtype, random, head, token, channel });
+    x[i] = factor * valueAt({ type: dtype, random, head, token, channel });
   }
   return encodeBits(dtype, x);
 }
@@ -125,17 +129,23 @@ export function attendLayer(
   step: KvCacheStep,
   layer: number,
   bits: Bits,
+  options: { scale?: number } = {},
 ): Bits {
   using queries = upload(device, dtype, bits);
   using out: Buffer = device.createBuffer(dtype, bits.length);
-  step.attend(layer, queries, out);
+  step.attend(layer, queries, out, options);
   return out.download() as Bits;
 }
 
-/** What the cache says that a layer of a sequence is. */
-export function readLayer(cache: KvCache, layer: number, sequence: KvSequence): Token {
+/** What the cache says that tokens of a sequence are in a layer. */
+export function readLayer(
+  cache: KvCache,
+  layer: number,
+  sequence: KvSequence,
+  range: { first?: number; count?: number } = {},
+): Token {
   if (cache.length(sequence) === 0) return { keys: new Uint16Array(), values: new Uint16Array() };
-  using buffers = cache.read(layer, sequence);
+  using buffers = cache.read(layer, sequence, range);
   const [keys, values] = PARTS.map((part) => buffers[part].download() as Bits);
   return { keys: keys!, values: values! };
 }
@@ -164,4 +174,43 @@ export function assertHolds(
       assertSameBits(held[part], joined[part], what);
     }
   });
+}
+
+/** Asserts that a layer of a sequence holds these tokens. */
+export function assertLayer(
+  cache: KvCache,
+  layer: number,
+  sequence: KvSequence,
+  tokens: readonly Token[],
+): void {
+  const held = readLayer(cache, layer, sequence);
+  const joined = joinTokens(cache.config, tokens);
+  for (const part of PARTS) {
+    const what = `${part} of sequence ${sequence.number} in layer ${layer}`;
+    assertSameBits(held[part], joined[part], what);
+  }
+}
+
+/** Square root of the sum of squares of the differences, over that of `expected`. */
+export function relativeError(actual: ArrayLike<number>, expected: ArrayLike<number>): number {
+  let difference = 0;
+  let total = 0;
+  for (let i = 0; i < expected.length; i++) {
+    difference += (actual[i]! - expected[i]!) ** 2;
+    total += expected[i]! ** 2;
+  }
+  return total === 0 ? Math.sqrt(difference) : Math.sqrt(difference / total);
+}
+
+/** Asserts that bits are within 1e-3 of exact values, besides rounding to their type. */
+export function assertClose(
+  { dtype }: KvCacheConfig,
+  bits: Bits,
+  expected: Float64Array,
+  what: string,
+): void {
+  const rounded = decodeBits(dtype, encodeBits(dtype, Float32Array.from(expected)));
+  const error = relativeError(decodeBits(dtype, bits), expected);
+  const bound = 1e-3 + relativeError(rounded, expected);
+  assertLessOrEqual(error, bound, `${what} is off by ${error}`);
 }

@@ -2,20 +2,11 @@
  * The growing cache on every backend that opens here (PACKHORSE_BACKEND names one): what it holds against a model of
  * plain arrays, what attention makes of it against double precision, and what it refuses.
  */
-import {
-  assert,
-  assertEquals,
-  AssertionError,
-  assertLess,
-  assertLessOrEqual,
-  assertThrows,
-} from "@std/assert";
+import { assert, assertEquals, assertLess } from "@std/assert";
 import fc from "fast-check";
-import { Device, type DeviceBuffer } from "../src/device/mod.ts";
-import { type ErrorCode, PackhorseError } from "../src/error.ts";
+import { Device } from "../src/device/mod.ts";
 import {
   KvCache,
-  type KvCacheCodec,
   type KvCacheConfig,
   type KvCacheDType,
   type KvCacheOptions,
@@ -31,184 +22,32 @@ import {
   joinTokens,
   ReferenceCache,
   type ReferenceSequence,
-  splitTokens,
   type Token,
 } from "./kv_cache_reference.ts";
+import {
+  appendAll,
+  assertClose,
+  assertHolds,
+  assertSameBits,
+  attendLayer,
+  bitsOf,
+  bothParts,
+  type Buffer,
+  type Data,
+  fixed,
+  optionsOf,
+  packkv,
+  PARTS,
+  testOnDevices as test,
+  throwsWith,
+  tokensOf,
+} from "./kv_cache_support.ts";
 import { DATA_KINDS, type DataKind, randomOf } from "./kv_cases.ts";
 
-type Buffer = DeviceBuffer<KvCacheDType>;
-
-const PARTS = ["keys", "values"] as const;
-
-/** The backend that PACKHORSE_BACKEND names, or without it those that open on this machine. */
-function backends(): ("cpu" | "cuda")[] {
-  const named = Deno.env.get("PACKHORSE_BACKEND") ?? "auto";
-  if (named === "cpu" || named === "cuda") return [named];
-  return (["cpu", "cuda"] as const).filter((backend) => {
-    try {
-      using _device = Device.open({ backend });
-      return true;
-    } catch (error) {
-      // A machine may have no GPU, or no CUDA library built; the CPU's must open.
-      if (backend === "cuda" && error instanceof PackhorseError) return false;
-      throw error;
-    }
-  });
-}
-
-/** A test on every backend. */
-function test(name: string, work: (device: Device) => void): void {
-  for (const backend of backends()) {
-    Deno.test(`kv cache: ${backend}: ${name}`, () => {
-      using device = Device.open({ backend });
-      work(device);
-    });
-  }
-}
-
-/** Asserts that `work` throws a PackhorseError of this code whose message contains each fragment. */
-function throwsWith(work: () => unknown, code: ErrorCode, ...fragments: string[]): void {
-  const error = assertThrows(work, PackhorseError);
-  assertEquals(error.code, code, error.message);
-  for (const fragment of fragments) assert(error.message.includes(fragment), error.message);
-}
-
-/** Options with defaults for what a test does not care about. */
-function optionsOf(options: Partial<KvCacheOptions> = {}): KvCacheOptions {
-  return {
-    layers: 1,
-    queryHeads: 2,
-    kvHeads: 1,
-    headDim: 64,
-    dtype: "f16",
-    sequences: 4,
-    tokens: 1024,
-    stepTokens: 1024,
-    poolBytes: 2 ** 22,
-    ...options,
-  };
-}
-
-const packkv = (rel: number): KvCachePartCodec => ({ quantizer: "packkv", rel });
-const fixed = (bits: number): KvCachePartCodec => ({ quantizer: "fixed", bits });
 const kivi = (bits: number): KvCachePartCodec => ({ quantizer: "kivi", bits });
 const raw16: KvCachePartCodec = { quantizer: "raw16" };
-const bothParts = (codec: KvCachePartCodec): KvCacheCodec => ({ keys: codec, values: codec });
-
-// ---- data ------------------------------------------------------------------------------------------
-
-interface Data {
-  readonly kind: DataKind;
-  readonly random: () => number;
-}
-
-/** Values [tokens, heads, headDim] of one kind. */
-function bitsOf(
-  { dtype, headDim }: KvCacheConfig,
-  { kind, random }: Data,
-  { tokens, heads }: { tokens: number; heads: number },
-): Bits {
-  const x = new Float32Array(tokens * heads * headDim);
-  const valueAt = DATA_KINDS[kind];
-  for (let i = 0; i < x.length; i++) {
-    const row = Math.floor(i / headDim);
-    const [head, token, channel] = [row % heads, Math.floor(row / heads), i % headDim];
-    x[i] = valueAt({ type: dtype, random, head, token, channel });
-  }
-  return encodeBits(dtype, x);
-}
-
-/** New tokens for a sequence, of every layer. */
-function tokensOf(config: KvCacheConfig, data: Data, tokens: number): Token[][] {
-  const bits = () => bitsOf(config, data, { tokens, heads: config.kvHeads });
-  return config.codecs.map(() => splitTokens(config, { keys: bits(), values: bits() }));
-}
-
-function upload(device: Device, dtype: KvCacheDType, bits: Bits): Buffer {
-  const buffer: Buffer = device.createBuffer(dtype, bits.length);
-  buffer.upload(bits);
-  return buffer;
-}
-
-// ---- steps -----------------------------------------------------------------------------------------
-
-/** New tokens for one sequence, of every layer. */
-interface Part {
-  readonly sequence: KvSequence;
-  readonly tokens: readonly (readonly Token[])[];
-}
-
-/** One step of appends to every layer. */
-function appendAll(cache: KvCache, parts: readonly Part[]): KvCacheStep {
-  const { device, config } = cache;
-  const step = cache.begin(
-    parts.map(({ sequence, tokens }) => ({ sequence, tokens: tokens[0]!.length })),
-  );
-  for (let layer = 0; layer < config.layers; layer++) {
-    const joined = joinTokens(config, parts.flatMap(({ tokens }) => tokens[layer]!));
-    using keys = upload(device, config.dtype, joined.keys);
-    using values = upload(device, config.dtype, joined.values);
-    step.append(layer, keys, values);
-  }
-  return step;
-}
-
-/** A layer's attention: bits [tokens, queryHeads, headDim]. */
-function attendLayer(
-  { device, config: { dtype } }: KvCache,
-  step: KvCacheStep,
-  layer: number,
-  bits: Bits,
-  options: { scale?: number } = {},
-): Bits {
-  using queries = upload(device, dtype, bits);
-  using out: Buffer = device.createBuffer(dtype, bits.length);
-  step.attend(layer, queries, out, options);
-  return out.download() as Bits;
-}
-
-/** What the cache says that a layer of a sequence is. */
-function readLayer(cache: KvCache, layer: number, sequence: KvSequence): Token {
-  if (cache.length(sequence) === 0) return { keys: new Uint16Array(), values: new Uint16Array() };
-  using buffers = cache.read(layer, sequence);
-  const [keys, values] = PARTS.map((part) => buffers[part].download() as Bits);
-  return { keys: keys!, values: values! };
-}
-
-function assertSameBits(actual: Bits, expected: Bits, what: string): void {
-  const difference = actual.findIndex((bits, i) => bits !== expected[i]);
-  if (difference < 0 && actual.length === expected.length) return;
-  const hex = (bits: number | undefined) => bits?.toString(16);
-  throw new AssertionError(
-    `${what}: element ${difference} of ${expected.length} is ${hex(actual[difference])}, ` +
-      `expected ${hex(expected[difference])}; there are ${actual.length}`,
-  );
-}
-
-function assertHolds(cache: KvCache, sequence: KvSequence, expected: ReferenceSequence): void {
-  assertEquals(cache.length(sequence), expected.layers[0]!.tokens.length);
-  expected.layers.forEach(({ tokens }, layer) => {
-    const held = readLayer(cache, layer, sequence);
-    const joined = joinTokens(cache.config, tokens);
-    for (const part of PARTS) {
-      const what = `${part} of sequence ${sequence.number} in layer ${layer}`;
-      assertSameBits(held[part], joined[part], what);
-    }
-  });
-}
 
 // ---- attention -------------------------------------------------------------------------------------
-
-/** Square root of the sum of squares of the differences, over that of `expected`. */
-function relativeError(actual: ArrayLike<number>, expected: ArrayLike<number>): number {
-  let difference = 0;
-  let total = 0;
-  for (let i = 0; i < expected.length; i++) {
-    difference += (actual[i]! - expected[i]!) ** 2;
-    total += expected[i]! ** 2;
-  }
-  return total === 0 ? Math.sqrt(difference) : Math.sqrt(difference / total);
-}
 
 /** Asserts that `out`, of one sequence, is attention over its tokens, besides rounding to its type. */
 function assertAttends(
@@ -217,10 +56,7 @@ function assertAttends(
   { queries, out, scale }: { queries: Bits; out: Bits; scale: number },
 ): void {
   const expected = attend(config, tokens, queries, scale);
-  const rounded = decodeBits(config.dtype, encodeBits(config.dtype, Float32Array.from(expected)));
-  const error = relativeError(decodeBits(config.dtype, out), expected);
-  const bound = 1e-3 + relativeError(rounded, expected);
-  assertLessOrEqual(error, bound, `attention over ${tokens.length} tokens is off by ${error}`);
+  assertClose(config, out, expected, `attention over ${tokens.length} tokens`);
 }
 
 // ---- against the model -----------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import {
   throwsWith,
   tokensOf,
   upload,
-} from "./kv_cache_cases.ts";
+} from "./kv_cache_support.ts";
 import {
   attend,
   type Bits,

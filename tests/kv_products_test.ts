@@ -18,7 +18,7 @@ import {
   throwsWith,
   tokensOf,
   upload,
-} from "./kv_cache_cases.ts";
+} from "./kv_cache_support.ts";
 import { type Bits, decodeBits, joinTokens } from "./kv_cache_reference.ts";
 import { randomOf } from "./kv_cases.ts";
 

@@ -27,12 +27,12 @@ import {
   withPhkvHeader,
   withPhkvJson,
 } from "./forge_phkv.ts";
+import { backends } from "./backends.ts";
 import {
   appendAll,
   assertHolds,
   assertSameBits,
   attendLayer,
-  backends,
   bitsOf,
   bothParts,
   type Data,
