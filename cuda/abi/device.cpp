@@ -126,8 +126,8 @@ int32_t ph_buffer_fill(ph_device* device, ph_buffer* buffer, uint64_t offset, ui
   });
 }
 
-int32_t ph_buffer_read(ph_device* device, const ph_buffer* buffer, uint64_t offset, uint64_t bytes, char* error,
-                       uint32_t error_bytes) {
+int32_t ph_buffer_read(ph_device* device, const ph_buffer* buffer, uint64_t offset, uint64_t bytes,
+                       char* error, uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
     const uint8_t* source = checked_range(buffer, offset, bytes, "a read");
     if (offset % 16 != 0)

@@ -76,9 +76,8 @@ __device__ __forceinline__ PartSpans make_part_spans(const ProductParameters& pa
                                                      uint32_t head) {
   const CacheView& cache = parameters.cache;
   const SequenceTokens& tokens = parameters.tokens;
-  const kv::RecordSpan span =
-      kv::record_span(cache, kv::index_of(cache, tokens.layer, tokens.sequence), block, head,
-                      kv::kParamsUnits);
+  const kv::RecordSpan span = kv::record_span(cache, kv::index_of(cache, tokens.layer, tokens.sequence),
+                                              block, head, kv::kParamsUnits);
   const uint32_t* pages = kv::page_table_of(cache, tokens.layer, tokens.sequence);
   const uint32_t key_widths = *reinterpret_cast<const uint32_t*>(
       kv::stream_byte(cache, pages, static_cast<uint64_t>(span.begin) * kUnitBytes));

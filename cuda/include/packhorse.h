@@ -126,8 +126,8 @@ PH_API int32_t ph_buffer_fill(ph_device* device, ph_buffer* buffer, uint64_t off
                               uint64_t bytes, char* error, uint32_t error_bytes);
 /* Enqueues reading bytes and doing nothing with them, as fast as the device can: what memory-bound work is measured
  * against. `offset` a multiple of 16. */
-PH_API int32_t ph_buffer_read(ph_device* device, const ph_buffer* buffer, uint64_t offset, uint64_t bytes, char* error,
-                              uint32_t error_bytes);
+PH_API int32_t ph_buffer_read(ph_device* device, const ph_buffer* buffer, uint64_t offset, uint64_t bytes,
+                              char* error, uint32_t error_bytes);
 /* Milliseconds that the work enqueued between two marks took, by the device's own clock: `begin` marks the
  * start of a measured region, `end` waits for the work and writes the time. */
 PH_API int32_t ph_device_timer_begin(ph_device* device, char* error, uint32_t error_bytes);

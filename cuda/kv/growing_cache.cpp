@@ -796,9 +796,10 @@ attention::SequenceTokens ph_kv_cache::all_tokens(uint32_t layer, uint32_t seque
     throw Error(PH_ERROR_INVALID_ARGUMENT, "Cannot %s of sequence %u: it has no tokens", what, sequence);
   const TileShape& shape = shapes_[layer];
   if (!is_per_token(shape.parts[PH_KV_KEYS]) || !is_per_token(shape.parts[PH_KV_VALUES])) {
-    throw Error(PH_ERROR_UNSUPPORTED,
-                "Cannot %s of layer %u: its keys and values must be packed by packkv or fixed, not raw16 or kivi",
-                what, layer);
+    throw Error(
+        PH_ERROR_UNSUPPORTED,
+        "Cannot %s of layer %u: its keys and values must be packed by packkv or fixed, not raw16 or kivi",
+        what, layer);
   }
   const Stream& stream = from.streams[layer];
   if (stream.first_block > 0) {
