@@ -737,7 +737,7 @@ void decode(ph_device& device, const CacheView& cache, const kv::TileShape& shap
   parameters.slot_bytes = slot_bytes(shape);
   parameters.window = window;
   with_kernel(device, cache, shape, [&](auto kernel, const Launch& launch) {
-    allow_shared(device, kernel);
+    allow_shared(device, kernel, SharedMemory::kPrefer);
     parameters.stages = launch.stages;
     const dim3 grid(step.piece_count, cache.heads, (columns + launch.columns - 1) / launch.columns);
     kernel<<<grid, launch.threads, launch.shared_bytes, device.stream>>>(parameters);

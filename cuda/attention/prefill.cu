@@ -27,6 +27,7 @@
 #include <algorithm>
 
 #include "attention/prefill.h"
+#include "attention/recent.cuh"
 #include "attention/tile.cuh"
 #include "device/device_cuda.h"
 
@@ -77,22 +78,6 @@ __device__ __forceinline__ uint4 load_transposed(const uint8_t* row) {
                : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
                : "memory");
   return r;
-}
-
-template <bool kBfloat>
-__device__ __forceinline__ float2 pair_to_floats(uint32_t pair) {
-  if constexpr (kBfloat) return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-}
-
-template <bool kBfloat>
-__device__ __forceinline__ uint32_t pair_of(float low, float high) {
-  if constexpr (kBfloat) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 // ---- shared memory ----
@@ -182,7 +167,7 @@ __device__ __forceinline__ void load_queries(const Tile16& tile, uint32_t band_r
         float largest = 0.0f;
 #pragma unroll
         for (int x = 0; x < kDim / 16; ++x) {
-          const float2 a = pair_to_floats<true>(pairs[r][x].x), b = pair_to_floats<true>(pairs[r][x].y);
+          const float2 a = to_floats<true>(pairs[r][x].x), b = to_floats<true>(pairs[r][x].y);
           largest = fmaxf(largest, fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y))));
         }
         largest = fmaxf(largest, __shfl_xor_sync(kEveryLane, largest, 1));
@@ -193,15 +178,16 @@ __device__ __forceinline__ void load_queries(const Tile16& tile, uint32_t band_r
         down = __uint_as_float(static_cast<uint32_t>(127 - 14 + exponent) << 23);
 #pragma unroll
         for (int x = 0; x < kDim / 16; ++x) {
-          const float2 a = pair_to_floats<true>(pairs[r][x].x), b = pair_to_floats<true>(pairs[r][x].y);
-          pairs[r][x] = make_uint2(pair_of<false>(a.x * up, a.y * up), pair_of<false>(b.x * up, b.y * up));
+          const float2 a = to_floats<true>(pairs[r][x].x), b = to_floats<true>(pairs[r][x].y);
+          pairs[r][x] =
+              make_uint2(to_halves<false>(a.x * up, a.y * up), to_halves<false>(b.x * up, b.y * up));
         }
       }
       if constexpr (kScaled) {
         float sum = 0.0f;
 #pragma unroll
         for (int x = 0; x < kDim / 16; ++x) {
-          const float2 a = pair_to_floats<false>(pairs[r][x].x), b = pair_to_floats<false>(pairs[r][x].y);
+          const float2 a = to_floats<false>(pairs[r][x].x), b = to_floats<false>(pairs[r][x].y);
           sum += (a.x + a.y) + (b.x + b.y);
         }
         sum += __shfl_xor_sync(kEveryLane, sum, 1);
@@ -288,7 +274,7 @@ __device__ __forceinline__ uint4 weights_of(const float (&scores)[kBands][8][4],
 #pragma unroll
   for (int x = 0; x < 4; ++x) {
     const int u = 4 * s + 2 * (x / 2);
-    a[x] = pair_of<kBfloat>(score_of(scores, band, x % 2, u), score_of(scores, band, x % 2, u + 1));
+    a[x] = to_halves<kBfloat>(score_of(scores, band, x % 2, u), score_of(scores, band, x % 2, u + 1));
   }
   return make_uint4(a[0], a[1], a[2], a[3]);
 }
@@ -535,7 +521,7 @@ __device__ __forceinline__ void attend_packed(const uint4* queries, const uint4*
                                    weights[band][s].w};
 #pragma unroll
         for (int x = 0; x < 4; ++x) {
-          const float2 two = pair_to_floats<false>(pairs[x]);
+          const float2 two = to_floats<false>(pairs[x]);
           const int u = 4 * s + 2 * (x / 2);
           float& shift = state.shift[band][x % 2];
           shift = __fmaf_rn(two.x * unit, of_token[u], shift);
@@ -648,7 +634,7 @@ __device__ __forceinline__ void plain_values(const uint8_t* rows, float (&scores
                                    weights[band][s].w};
 #pragma unroll
         for (int x = 0; x < 4; ++x) {
-          const float2 two = pair_to_floats<true>(pairs[x]);
+          const float2 two = to_floats<true>(pairs[x]);
           const int u = 4 * s + 2 * (x / 2);
           scores[band][u % 8][2 * (x % 2) + u / 8] -= two.x;
           scores[band][(u + 1) % 8][2 * (x % 2) + u / 8] -= two.y;
@@ -858,7 +844,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       uint8_t* out = tile.out + 2 * (kDim * tile.place(row) + 2 * (lane % 4));
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
-        *reinterpret_cast<uint32_t*>(out + 16 * n) = pair_of<kBfloat>(
+        *reinterpret_cast<uint32_t*>(out + 16 * n) = to_halves<kBfloat>(
             (state.out[band][n][2 * r] + shift) / sum, (state.out[band][n][2 * r + 1] + shift) / sum);
       }
     }
@@ -883,8 +869,7 @@ void launch(ph_device& device, const PrefillParameters& parameters) {
   const CacheView& cache = parameters.cache;
   const auto kernel =
       cache.dtype == PH_BF16 ? PrefillKernel<kDim, kBands, true> : PrefillKernel<kDim, kBands, false>;
-  allow_shared(device, kernel);
-  PH_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
+  allow_shared(device, kernel, SharedMemory::kPrefer);
   const uint32_t tiles = tile_numbers(parameters.step, cache.query_heads / cache.heads, kWarps * 16 * kBands);
   kernel<<<dim3(tiles, cache.heads), kThreads, shared_bytes, device.stream>>>(parameters);
   PH_CUDA_TRY(cudaGetLastError());

@@ -555,7 +555,7 @@ void launch(ph_device& device, ProductParameters& parameters, Kernel kernel, uin
   const CacheView& cache = parameters.cache;
   parameters.slot_bytes = slot;
   parameters.stages = stages_of(device, slot);
-  allow_shared(device, kernel);
+  allow_shared(device, kernel, SharedMemory::kPrefer);
   const uint32_t group = cache.query_heads / cache.heads;
   const dim3 grid(parameters.pieces, cache.heads, (group + columns - 1) / columns);
   kernel<<<grid, kProductThreads, kProductWarps * parameters.stages * slot, device.stream>>>(parameters);

@@ -390,21 +390,13 @@ __device__ __forceinline__ void weight_fragments(uint32_t lane, const uint32_t (
   weights[3] = odd ? r1 : r3;
 }
 
-// Scores to weights of the values: B fragments in 16-bit fixed point, and the unit of a column's weights.
-template <int kDim, int kTiles, bool kBfloat>
-__device__ __forceinline__ void tile_weights(const Tile& tile, WarpState<kDim, kTiles>& state,
-                                             const float (&scores)[kTiles][8], uint32_t (&weights)[kTiles][4],
-                                             float (&units)[kTiles]) {
-  const uint32_t g = tile.lane / 4;
-  float scales[8], zeros[8];
-  load_scales<kBfloat>(tile.params + kv::scale_position(PH_KV_VALUES, 8 * g), scales);
-  load_zeros(tile.params + kv::zero_position(PH_KV_VALUES, 8 * g), zeros);
-  // Away from where its reciprocal, times the largest fixed-point number, overflows.
-  const float largest_scale =
-      fmaxf(*reinterpret_cast<const float*>(tile.params + kv::kLargestScalePosition), 0x1p-111f);
-  const float to_fixed = kLargestFixed * reciprocal(largest_scale);
-
-  float highest[kTiles];
+// The online softmax's step before its exponentials: `highest` becomes the tile's highest scores, times query_scale in
+// bits. Where one exceeds the running reference by too much, the references move, and rescale(n, factor) is called for
+// what else is relative to column n's.
+template <int kDim, int kTiles, typename Rescale>
+__device__ __forceinline__ void move_references(WarpState<kDim, kTiles>& state,
+                                                const float (&scores)[kTiles][8], float (&highest)[kTiles],
+                                                Rescale rescale) {
   bool exceeds = false;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
@@ -424,11 +416,29 @@ __device__ __forceinline__ void tile_weights(const Tile& tile, WarpState<kDim, k
                   factor = exponential(state.reference[n] - next);
       state.reference[n] = next;
       state.sum[n] *= factor;
-      state.zeros[n] *= factor;
 #pragma unroll
       for (int o = 0; o < kDim / 8; ++o) state.out[n][o] *= factor;
+      rescale(n, factor);
     }
   }
+}
+
+// Scores to weights of the values: B fragments in 16-bit fixed point, and the unit of a column's weights.
+template <int kDim, int kTiles, bool kBfloat>
+__device__ __forceinline__ void tile_weights(const Tile& tile, WarpState<kDim, kTiles>& state,
+                                             const float (&scores)[kTiles][8], uint32_t (&weights)[kTiles][4],
+                                             float (&units)[kTiles]) {
+  const uint32_t g = tile.lane / 4;
+  float scales[8], zeros[8];
+  load_scales<kBfloat>(tile.params + kv::scale_position(PH_KV_VALUES, 8 * g), scales);
+  load_zeros(tile.params + kv::zero_position(PH_KV_VALUES, 8 * g), zeros);
+  // Away from where its reciprocal, times the largest fixed-point number, overflows.
+  const float largest_scale =
+      fmaxf(*reinterpret_cast<const float*>(tile.params + kv::kLargestScalePosition), 0x1p-111f);
+  const float to_fixed = kLargestFixed * reciprocal(largest_scale);
+
+  float highest[kTiles];
+  move_references(state, scores, highest, [&](int n, float factor) { state.zeros[n] *= factor; });
 
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {

@@ -27,30 +27,7 @@ template <int kDim, int kTiles, typename Rescale>
 __device__ __forceinline__ void softmax_step(WarpState<kDim, kTiles>& state, float (&scores)[kTiles][8],
                                              float (&factors)[kTiles], Rescale rescale) {
   float highest[kTiles];
-  bool exceeds = false;
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    float most = scores[n][0];
-#pragma unroll
-    for (int t = 1; t < 8; ++t) most = fmaxf(most, scores[n][t]);
-    for (int distance = 4; distance < kWarpThreads; distance *= 2)
-      most = fmaxf(most, __shfl_xor_sync(kEveryLane, most, distance));
-    // Not minus infinity where a window hides all of the tile.
-    highest[n] = fmaxf(most * state.query_scale[n], -1e30f);
-    exceeds |= highest[n] > state.reference[n] + kLazyRescale;
-  }
-  if (__any_sync(kEveryLane, exceeds)) {  // the first tile, then practically never
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      const float next = fmaxf(state.reference[n], highest[n]),
-                  factor = exponential(state.reference[n] - next);
-      state.reference[n] = next;
-      state.sum[n] *= factor;
-#pragma unroll
-      for (int o = 0; o < kDim / 8; ++o) state.out[n][o] *= factor;
-      rescale(n, factor);
-    }
-  }
+  move_references(state, scores, highest, rescale);
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
     float sum = 0.0f;

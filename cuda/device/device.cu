@@ -76,7 +76,7 @@ struct CudaGraph : Graph {
 
 }  // namespace
 
-void allow_shared(const ph_device& device, const void* kernel) {
+void allow_shared(const ph_device& device, const void* kernel, SharedMemory use) {
   static std::mutex mutex;
   static std::set<std::pair<int, const void*>> allowed;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -85,8 +85,10 @@ void allow_shared(const ph_device& device, const void* kernel) {
   PH_CUDA_TRY(cudaFuncGetAttributes(&attributes, kernel));
   PH_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    device.shared_bytes - static_cast<int>(attributes.sharedSizeBytes)));
-  PH_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                   cudaSharedmemCarveoutMaxShared));
+  if (use == SharedMemory::kPrefer) {
+    PH_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                     cudaSharedmemCarveoutMaxShared));
+  }
   allowed.insert({device.ordinal, kernel});
 }
 

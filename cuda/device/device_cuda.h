@@ -51,11 +51,14 @@ inline void cuda_check(cudaError_t result, const char* expression, const char* f
 #define PH_CUDA_TRY(expression) ::ph::cuda_check((expression), #expression, __FILE__, __LINE__)
 
 // Lets a kernel take all the dynamic shared memory there is. The attribute belongs to the function on a GPU, not to a
-// launch: it is always set to the same value, so that threads do not lower each other's, and once.
-void allow_shared(const ph_device& device, const void* kernel);
+// launch: it is always set to the same value, so that threads do not lower each other's, and once. kPrefer asks for it
+// rather than for a cache, so that more thread blocks fit a multiprocessor.
+enum class SharedMemory { kAllow, kPrefer };
+void allow_shared(const ph_device& device, const void* kernel, SharedMemory use);
 template <typename... Parameters>
-void allow_shared(const ph_device& device, void (*kernel)(Parameters...)) {
-  allow_shared(device, reinterpret_cast<const void*>(kernel));
+void allow_shared(const ph_device& device, void (*kernel)(Parameters...),
+                  SharedMemory use = SharedMemory::kAllow) {
+  allow_shared(device, reinterpret_cast<const void*>(kernel), use);
 }
 
 }  // namespace ph

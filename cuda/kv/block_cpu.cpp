@@ -3,61 +3,23 @@
 // Compiled once per instruction set with PH_INSTRUCTION_SET set to its name. All arithmetic is IEEE float32
 // with contraction off (CMakeLists.txt), so the wider forms give the same bits.
 //
-// Vectors are GCC's own, as wide as the instruction set's registers.
+// Vectors are as wide as the instruction set's registers (vector_cpu.h).
 #include "kv/block_cpu.h"
 
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "common/vector_cpu.h"
 
 namespace ph::kv::PH_INSTRUCTION_SET {
 
+using namespace ph::PH_INSTRUCTION_SET;
+
 namespace {
 
-#if defined(__AVX512F__)
-constexpr uint32_t kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr uint32_t kVectorBytes = 32;
-#else
-constexpr uint32_t kVectorBytes = 16;
-#endif
-constexpr uint32_t kLanes = kVectorBytes / 4;  // head_dim is a multiple of it
+constexpr uint32_t kLanes = kVectorLanes;  // head_dim is a multiple of it
 constexpr uint32_t kMaximumHeadDim = 256;
-using Floats = float __attribute__((vector_size(kVectorBytes)));
-using Words = uint32_t __attribute__((vector_size(kVectorBytes)));
-using Integers = int32_t __attribute__((vector_size(kVectorBytes)));
 using Bytes = uint8_t __attribute__((vector_size(kVectorBytes)));
 using Bytes16 = uint8_t __attribute__((vector_size(16)));
-
-template <typename Vector>
-Vector load(const void* source) {
-  Vector vector;
-  memcpy(&vector, source, sizeof vector);
-  return vector;
-}
-
-template <typename Vector>
-void store(void* target, Vector vector) {
-  memcpy(target, &vector, sizeof vector);
-}
-
-Floats splat(float value) { return Floats{} + value; }
-
-Floats round_even(Floats x) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined(__AVX2__)
-  return (Floats)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  for (uint32_t lane = 0; lane < kLanes; ++lane) x[lane] = __builtin_rintf(x[lane]);
-  return x;
-#endif
-}
-
-// Conversions between widths. GCC 12 takes __builtin_convertvector between these apart element by element, hence the
-// intrinsics.
 
 Floats floats_of_codes(const uint8_t* codes) {
 #if defined(__AVX512F__)
@@ -73,86 +35,16 @@ Floats floats_of_codes(const uint8_t* codes) {
 #endif
 }
 
-// Stores integers 0..255 held in floats.
-void store_codes(uint8_t* target, Floats code) {
-#if defined(__AVX512F__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(target),
-                   _mm512_cvtepi32_epi8(_mm512_cvttps_epi32((__m512)code)));
-#elif defined(__AVX2__)
-  const __m256i words = _mm256_cvttps_epi32((__m256)code);
-  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(target), _mm_packus_epi16(halves, halves));
-#else
-  for (uint32_t lane = 0; lane < kLanes; ++lane) target[lane] = static_cast<uint8_t>(code[lane]);
-#endif
-}
-
-Words words_of_halves(const uint8_t* halves) {
-#if defined(__AVX512F__)
-  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
-#elif defined(__AVX2__)
-  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
-#else
-  Words words;
-  for (uint32_t lane = 0; lane < kLanes; ++lane) words[lane] = load<uint16_t>(halves + 2 * lane);
-  return words;
-#endif
-}
-
-// Stores integers below 2^16.
-void store_halves(uint8_t* target, Words words) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtepi32_epi16((__m512i)words));
-#elif defined(__AVX2__)
-  const __m128i low = _mm256_castsi256_si128((__m256i)words),
-                high = _mm256_extracti128_si256((__m256i)words, 1);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm_packus_epi32(low, high));
-#else
-  for (uint32_t lane = 0; lane < kLanes; ++lane) store(target + 2 * lane, static_cast<uint16_t>(words[lane]));
-#endif
-}
-
 // ---- elements
 
-struct F16 {
+struct F16 : ph::PH_INSTRUCTION_SET::F16 {
   static constexpr uint32_t kBytes = 2;
   static constexpr float kLargest = 65504.0f;
-  static Floats read(const uint8_t* source) {
-#if defined(__AVX512F__)
-    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
-#elif defined(__AVX2__)
-    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
-#else
-    Floats x;
-    for (uint32_t lane = 0; lane < kLanes; ++lane) x[lane] = f16_to_float(load<uint16_t>(source + 2 * lane));
-    return x;
-#endif
-  }
-  static void write(uint8_t* target, Floats x) {
-#if defined(__AVX512F__)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target),
-                        _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__AVX2__)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(target),
-                     _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
-#else
-    for (uint32_t lane = 0; lane < kLanes; ++lane) {
-      store<uint16_t>(target + 2 * lane, x[lane] == x[lane] ? float_to_f16(x[lane]) : 0x7e00);
-    }
-#endif
-  }
 };
 
-struct BF16 {
+struct BF16 : ph::PH_INSTRUCTION_SET::BF16 {
   static constexpr uint32_t kBytes = 2;
   static constexpr float kLargest = 0x1.fep127f;
-  static Floats read(const uint8_t* source) { return (Floats)(words_of_halves(source) << 16); }
-  static void write(uint8_t* target, Floats x) {
-    const Words bits = (Words)x;
-    const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    const Words quiet = bits >> 16 | 0x40;
-    store_halves(target, x == x ? rounded : quiet);
-  }
 };
 
 struct F32 {
@@ -221,7 +113,7 @@ struct Quantizer {
 
   Floats quantized(Floats value, Floats scale, Floats zero) const {
     const Floats limit = splat(static_cast<float>(codec.code_limit[part]));
-    Floats code = round_even(value / scale) - zero;
+    Floats code = round_lanes(value / scale) - zero;
     code = code < 0.0f ? Floats{} : code;
     return code > limit ? limit : code;
   }
