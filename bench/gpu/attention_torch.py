@@ -6,28 +6,13 @@ import sys
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torch_timing import ROTATED_BYTES, median_milliseconds
+
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-ROTATED_BYTES = 400e6
-RUNS = 21
-
-
-def median_milliseconds(work, copies):
-    for copy in range(copies):
-        work(copy)
-    times = []
-    for _ in range(RUNS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for copy in range(copies):
-            work(copy)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / copies)
-    return sorted(times)[RUNS // 2]
 
 
 def attention(case):

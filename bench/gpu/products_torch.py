@@ -5,24 +5,7 @@ import sys
 
 import torch
 
-ROTATED_BYTES = 400e6
-RUNS = 21
-
-
-def median_milliseconds(work, copies):
-    for copy in range(copies):
-        work(copy)
-    times = []
-    for _ in range(RUNS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for copy in range(copies):
-            work(copy)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / copies)
-    return sorted(times)[RUNS // 2]
-
+from torch_timing import ROTATED_BYTES, median_milliseconds
 
 case = json.loads(sys.argv[1])
 heads, tokens, dim = case["heads"], case["tokens"], case["head_dim"]
