@@ -2,7 +2,7 @@
 //
 // With x' = (code + zero) * scale:
 //   keys, a scale per channel: q . x' = sum (q * scale) * code + sum q * scale * zero: queries times scales become fixed
-//   point anew for every tile
+//   point anew for every tile, and what that rounds away once more
 //   values, a scale per token and 64 channels: sum w * code + sum w * zero over tokens, w = probability * scale: weights
 //   become fixed point for every such group of channels, relative to their largest
 // Reads a part's scales and zero points once, 4 bytes each, and its codes once, all from shared memory.
@@ -67,87 +67,100 @@ __device__ __forceinline__ void kivi_scores(uint32_t lane, const uint8_t* scales
                                             uint32_t bits, const SharedQueries<kDim, kTiles>& queries,
                                             float (&scores)[kTiles][8]) {
   const uint32_t g = lane / 4, i = lane % 4;
-  uint32_t fixed_queries[kTiles][kDim / 16];  // B fragments
-  float units[kTiles], shifts[kTiles];
+  // Two passes, the second on what rounding to 16 bits left of the first: where the scales of channels differ much, small
+  // ones would lose what a peaked softmax notices.
+  float rounded_factors[kTiles] = {},
+        rounded_units[kTiles] = {};  // of the first pass; 0: nothing was rounded yet
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+    uint32_t fixed_queries[kTiles][kDim / 16];  // B fragments
+    float units[kTiles];
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    // Of channels 16 * x + 4 * i + 0..3.
-    const auto scaled = [&](int x, float(&values)[4]) {
-      const uint2 query = queries.load(lane, n, x);
-      const uint2 scale = *reinterpret_cast<const uint2*>(scales + 2 * (16 * x + 4 * i));
-      const float2 a = to_floats<kBfloat>(query.x), b = to_floats<kBfloat>(query.y);
-      const float2 c = to_floats<kBfloat>(scale.x), d = to_floats<kBfloat>(scale.y);
-      values[0] = a.x * c.x;
-      values[1] = a.y * c.y;
-      values[2] = b.x * d.x;
-      values[3] = b.y * d.y;
-    };
-    float largest = 0.0f, shift = 0.0f;
+    for (int n = 0; n < kTiles; ++n) {
+      // Of channels 16 * x + 4 * i + 0..3.
+      const auto scaled = [&](int x, float(&values)[4]) {
+        const uint2 query = queries.load(lane, n, x);
+        const uint2 scale = *reinterpret_cast<const uint2*>(scales + 2 * (16 * x + 4 * i));
+        const float2 a = to_floats<kBfloat>(query.x), b = to_floats<kBfloat>(query.y);
+        const float2 c = to_floats<kBfloat>(scale.x), d = to_floats<kBfloat>(scale.y);
+        values[0] = a.x * c.x;
+        values[1] = a.y * c.y;
+        values[2] = b.x * d.x;
+        values[3] = b.y * d.y;
+      };
+      const auto left = [&](float value) {
+        const float rounded = __fmaf_rn(value, rounded_factors[n], kFixedMagic) - kFixedMagic;
+        return __fmaf_rn(-rounded, rounded_units[n], value);
+      };
+      float largest = 0.0f, shift = 0.0f;
 #pragma unroll
-    for (int x = 0; x < kDim / 16; ++x) {
-      float values[4];
-      scaled(x, values);
-      const uint2 zero = *reinterpret_cast<const uint2*>(scales + 2 * (kDim + 16 * x + 4 * i));
-      const float2 c = to_integers(zero.x), d = to_integers(zero.y);
-      const float zeros[4] = {c.x, c.y, d.x, d.y};
+      for (int x = 0; x < kDim / 16; ++x) {
+        float values[4];
+        scaled(x, values);
+        const uint2 zero = *reinterpret_cast<const uint2*>(scales + 2 * (kDim + 16 * x + 4 * i));
+        const float2 c = to_integers(zero.x), d = to_integers(zero.y);
+        const float zeros[4] = {c.x, c.y, d.x, d.y};
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        largest = fmaxf(largest, fabsf(values[k]));
-        shift = __fmaf_rn(values[k], zeros[k], shift);
+        for (int k = 0; k < 4; ++k) {
+          largest = fmaxf(largest, fabsf(left(values[k])));
+          shift = __fmaf_rn(values[k], zeros[k], shift);
+        }
+      }
+#pragma unroll
+      for (int distance = 1; distance < 4; distance *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(kEveryLane, largest, distance));
+        shift += __shfl_xor_sync(kEveryLane, shift, distance);
+      }
+      const float to_fixed = fixed_factor(largest), unit = largest * (1.0f / kLargestFixed);
+#pragma unroll
+      for (int x = 0; x < kDim / 16; ++x) {
+        float values[4];
+        scaled(x, values);
+        uint32_t fixed[4], high, low;
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          fixed[k] = __float_as_uint(__fmaf_rn(left(values[k]), to_fixed, kFixedMagic));
+        split_fixed(fixed, high, low);
+        fixed_queries[n][x] = g % 2 == 1 ? low : high;
+      }
+      // From the B fragment's columns g to the C fragment's i.
+      units[n] = __shfl_sync(kEveryLane, unit, 8 * i);
+      const float of_column = __shfl_sync(kEveryLane, shift, 8 * i);
+      if (pass == 0) {
+#pragma unroll
+        for (int t = 0; t < 8; ++t) scores[n][t] = of_column;
+        rounded_factors[n] = to_fixed;
+        rounded_units[n] = unit;
       }
     }
+    for_digits(bits, [&](uint32_t width, uint32_t position, float digit_unit) {
+      int sums[kTiles][4][4] = {};
 #pragma unroll
-    for (int distance = 1; distance < 4; distance *= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(kEveryLane, largest, distance));
-      shift += __shfl_xor_sync(kEveryLane, shift, distance);
-    }
-    const float to_fixed = fixed_factor(largest);
+      for (int group = 0; group < kDim / 32; ++group) {
+        uint32_t nibbles[8];
+        load_digit(groups + group * kv::kGroupBytes * bits + position, lane, width, nibbles);
 #pragma unroll
-    for (int x = 0; x < kDim / 16; ++x) {
-      float values[4];
-      scaled(x, values);
-      uint32_t fixed[4], high, low;
+        for (int m = 0; m < 4; ++m) {
+          const int s = 2 * (m / 2), j = 2 * (m % 2);
+          const uint32_t a0 = digit_fragment(nibbles, s, j), a1 = digit_fragment(nibbles, s, j + 1),
+                         a2 = digit_fragment(nibbles, s + 1, j), a3 = digit_fragment(nibbles, s + 1, j + 1);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) fixed[k] = __float_as_uint(__fmaf_rn(values[k], to_fixed, kFixedMagic));
-      split_fixed(fixed, high, low);
-      fixed_queries[n][x] = g % 2 == 1 ? low : high;
-    }
-    // From the B fragment's columns g to the C fragment's i.
-    units[n] = __shfl_sync(kEveryLane, largest * (1.0f / kLargestFixed), 8 * i);
-    shifts[n] = __shfl_sync(kEveryLane, shift, 8 * i);
+          for (int n = 0; n < kTiles; ++n)
+            multiply_add(sums[n][m], a0, a1, a2, a3, fixed_queries[n][2 * group],
+                         fixed_queries[n][2 * group + 1]);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int t = 0; t < 8; ++t) {
+          const int m = t / 2, row = t % 2;
+          // Rows of odd m carry their values shifted left by 4.
+          const float unit = units[n] * digit_unit * (m % 2 == 0 ? 1.0f : 0.0625f);
+          scores[n][t] = __fmaf_rn(joined(sums[n][m][2 * row], sums[n][m][2 * row + 1]), unit, scores[n][t]);
+        }
+    });
   }
-
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-    for (int t = 0; t < 8; ++t) scores[n][t] = shifts[n];
-  for_digits(bits, [&](uint32_t width, uint32_t position, float digit_unit) {
-    int sums[kTiles][4][4] = {};
-#pragma unroll
-    for (int group = 0; group < kDim / 32; ++group) {
-      uint32_t nibbles[8];
-      load_digit(groups + group * kv::kGroupBytes * bits + position, lane, width, nibbles);
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        const int s = 2 * (m / 2), j = 2 * (m % 2);
-        const uint32_t a0 = digit_fragment(nibbles, s, j), a1 = digit_fragment(nibbles, s, j + 1),
-                       a2 = digit_fragment(nibbles, s + 1, j), a3 = digit_fragment(nibbles, s + 1, j + 1);
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-          multiply_add(sums[n][m], a0, a1, a2, a3, fixed_queries[n][2 * group],
-                       fixed_queries[n][2 * group + 1]);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-      for (int t = 0; t < 8; ++t) {
-        const int m = t / 2, row = t % 2;
-        // Rows of odd m carry their values shifted left by 4.
-        const float unit = units[n] * digit_unit * (m % 2 == 0 ? 1.0f : 0.0625f);
-        scores[n][t] = __fmaf_rn(joined(sums[n][m][2 * row], sums[n][m][2 * row + 1]), unit, scores[n][t]);
-      }
-  });
 }
 
 // Fixed-point weights of a column's tokens 8 * g + 0..7 (x + 128 in the low 16 bits) to its part of a B fragment.
