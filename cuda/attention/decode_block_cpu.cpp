@@ -681,14 +681,15 @@ void attend_recent(const DecodeCall& call, const kv::StepSequence& sequence, con
   const uint64_t unpacked = packed_end > call.seen_from(sequence) ? packed_end : call.seen_from(sequence);
   const uint64_t count = sinks + (unpacked < length ? length - unpacked : 0);
   alignas(64) float keys[kMostHeadDim * kBlockTokens], values[kBlockTokens * kMostHeadDim];
-  for (uint32_t run = piece.first_run; run < piece.first_run + piece.runs; ++run) {
-    const uint64_t first = static_cast<uint64_t>(run) * kBlockTokens;
+  const uint64_t of_piece = static_cast<uint64_t>(piece.first_run + piece.runs) * kv::kRunTokens;
+  const uint64_t end = of_piece < count ? of_piece : count;
+  for (uint64_t first = piece.first_run * uint64_t{kv::kRunTokens}; first < end; first += kBlockTokens) {
     ChunkTokens tokens = {};
     const uint8_t* rows_of[kv::kParts][kBlockTokens] = {};
     for (uint32_t i = 0; i < kBlockTokens; ++i) {
       const uint32_t column = kv::key_column(i);
       tokens.key_scales[column] = tokens.value_scales[column] = 1.0f;
-      if (first + i >= count) {
+      if (first + i >= end) {
         tokens.visible_from[column] = INT32_MAX;
         continue;
       }
@@ -711,7 +712,7 @@ __attribute__((flatten)) void attend(const DecodeCall& call, uint32_t piece_inde
   with_element(call.cache.dtype, [&](auto element) {
     using Element = decltype(element);
     const kv::StepPiece& piece = call.step.pieces[piece_index];
-    const kv::StepSequence& sequence = call.step.sequences[piece.entry];
+    const kv::StepSequence& sequence = piece.sequence;
     const uint32_t all_rows = sequence.tokens * (call.cache.query_heads / call.cache.heads);
     for (uint32_t first = 0; first < all_rows; first += kMostRows) {
       const uint32_t count = all_rows - first < kMostRows ? all_rows - first : kMostRows;
@@ -732,7 +733,7 @@ void merge(const DecodeCall& call, uint32_t first, uint32_t query_head) {
   with_element(call.cache.dtype, [&](auto element) {
     using Element = decltype(element);
     const uint32_t head_dim = call.cache.head_dim, pieces = call.step.pieces[first].pieces;
-    const kv::StepSequence& sequence = call.step.sequences[call.step.pieces[first].entry];
+    const kv::StepSequence& sequence = call.step.pieces[first].sequence;
     for (uint32_t token = 0; token < sequence.tokens; ++token) {
       float maximum = -kInfinity, total = 0.0f;
       for (uint32_t piece = first; piece < first + pieces; ++piece) {
