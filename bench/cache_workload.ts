@@ -1,12 +1,9 @@
 /** Growing caches to measure, filled with keys and values that are a real model's. */
 import type { Device, DeviceBuffer } from "../src/device/mod.ts";
-import { SafetensorsReader } from "../src/io/mod.ts";
 import { KvCache, type KvCacheCodec, type KvCacheStep, type KvSequence } from "../src/kv/mod.ts";
+import { KvSampler } from "../src/kv/sample.ts";
 
 const DUMP = new URL("../tests/fixtures/tiny/kv.safetensors", import.meta.url).pathname;
-const DUMP_HEADS = 2;
-const DUMP_TOKENS = 1024;
-const DUMP_CHANNELS = 64;
 /** Tokens of one step while a cache is filled. */
 const STEP_TOKENS = 8192;
 
@@ -28,62 +25,22 @@ export interface Tokens {
   readonly count: number;
 }
 
-/**
- * Tokens put together from the fixture dump: every head, and every 64 channels of it, is a run of consecutive tokens
- * of a head of the dump, from a place of its own, so that the values vary over tokens and channels as a model's do.
- */
+/** Tokens drawn from the first layer of the fixture dump. */
 export async function createTokens(
   device: Device,
   { kvHeads, headDim, count }: { kvHeads: number; headDim: number; count: number },
 ): Promise<Tokens & Disposable> {
-  using reader = await SafetensorsReader.open(DUMP);
+  const sampler = await KvSampler.open({ input: DUMP }, { dtype: "bf16" });
+  const sample = sampler.sample(0, { tokens: count, heads: kvHeads, headDim });
   using stack = new DisposableStack();
-  const part = async (name: string, seed: number) => {
-    const layers = await Promise.all([0, 2].map((layer) => reader.read(`layers.${layer}.${name}`)));
-    const dumps = layers.map((bytes) => new Float16Array(bytes.buffer, bytes.byteOffset));
-    const mixed = mixTokens(dumps, { kvHeads, headDim, count, seed });
-    const buffer = stack.use(device.createBuffer("bf16", mixed.length));
-    buffer.upload(mixed);
+  const upload = (bits: Uint16Array<ArrayBuffer>) => {
+    const buffer = stack.use(device.createBuffer("bf16", bits.length));
+    buffer.upload(bits);
     return buffer;
   };
-  const tokens = { keys: await part("key", 1), values: await part("value", 2), count };
+  const tokens = { keys: upload(sample.keys), values: upload(sample.values), count };
   const owner = stack.move();
   return { ...tokens, [Symbol.dispose]: () => owner.dispose() };
-}
-
-function mixTokens(
-  dumps: readonly Float16Array[],
-  { kvHeads, headDim, count, seed }: {
-    kvHeads: number;
-    headDim: number;
-    count: number;
-    seed: number;
-  },
-): Uint16Array<ArrayBuffer> {
-  const tokens = new Uint16Array(count * kvHeads * headDim);
-  const single = new Float32Array(1);
-  const word = new Uint32Array(single.buffer);
-  // Every part of a layer comes from the same layer of the dump, as scales are shared over heads.
-  const dump = dumps[0]!;
-  let state = seed;
-  for (let head = 0; head < kvHeads; head++) {
-    for (let channel = 0; channel < headDim; channel += DUMP_CHANNELS) {
-      state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
-      const start = state >>> 8;
-      const from = (head + channel / DUMP_CHANNELS) % DUMP_HEADS;
-      const width = Math.min(DUMP_CHANNELS, headDim - channel);
-      for (let token = 0; token < count; token++) {
-        const source = (from * DUMP_TOKENS + (start + token) % DUMP_TOKENS) * DUMP_CHANNELS;
-        const target = (token * kvHeads + head) * headDim + channel;
-        for (let c = 0; c < width; c++) {
-          single[0] = dump[source + c]!;
-          const bits = word[0]!;
-          tokens[target + c] = (bits + 0x7fff + (bits >>> 16 & 1)) >>> 16;
-        }
-      }
-    }
-  }
-  return tokens;
 }
 
 /** A filled cache whose layers are all alike, in a decode step of one token per sequence. */
