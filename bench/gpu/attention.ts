@@ -12,7 +12,15 @@ import { AtomicFile } from "../../src/io/mod.ts";
 import type { KvCacheCodec, KvCachePartCodec } from "../../src/kv/mod.ts";
 import { type CacheCase, CacheWorkload, createTokens, type Tokens } from "../cache_workload.ts";
 import { type AttentionBar, writeAttentionChart } from "./attention_chart.ts";
-import { announce, describe, medianTime, printHeadings, printRow, runTorch } from "./measure.ts";
+import {
+  announce,
+  describe,
+  medianTime,
+  printHeadings,
+  printRow,
+  RUNS,
+  runTorch,
+} from "./measure.ts";
 
 const HEAD_DIM = 128;
 const RESIDUAL = 64;
@@ -89,7 +97,9 @@ readSource.fill(1);
 using chart = flags.svg === undefined ? undefined : await AtomicFile.create(flags.svg);
 
 const bigRead = READ_BYTES / medianTime(device, () => readSource.read()) / 1e9;
-console.log(`${describe(device)}; pure read of 2 GiB: ${bigRead.toFixed(2)} TB/s.\n`);
+console.log(
+  `${describe(device)}; medians of ${RUNS} runs; pure read of 2 GiB: ${bigRead.toFixed(2)} TB/s.\n`,
+);
 
 const sixteenBit = await measureTorch();
 printHeadings(

@@ -7,7 +7,7 @@
 import { Device } from "../../src/device/mod.ts";
 import type { KvPack, KvRepack } from "../../src/kv/mod.ts";
 import { createNormals, KvWorkload } from "../kv_workload.ts";
-import { describe, medianTime, printHeadings, printRow } from "./measure.ts";
+import { describe, medianTime, printHeadings, printRow, RUNS } from "./measure.ts";
 
 // 32 layers of 32,768 tokens, as one cache. Far beyond the L2 cache, so every run starts cold.
 const TOKENS = 32 * 32_768;
@@ -32,7 +32,7 @@ using restoredValues = device.createBuffer("f16", values.length);
 const copyMilliseconds = medianTime(device, () => restoredKeys.copyFrom(keys));
 const copyBandwidth = keys.byteLength / copyMilliseconds / 1e9;
 
-console.log(`${describe(device)}.\n`);
+console.log(`${describe(device)}; medians of ${RUNS} runs.\n`);
 printHeadings(
   "case",
   ">tokens",

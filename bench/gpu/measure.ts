@@ -12,11 +12,11 @@ export function medianTime(device: Device, work: () => void): number {
   return median(Array.from({ length: RUNS }, () => device.time(work)));
 }
 
-/** "NVIDIA H200 (sm_90), CUDA driver 13.0, runtime 13.0; medians of 21 runs" */
+/** "NVIDIA H200 (sm_90), CUDA driver 13.0, runtime 13.0" */
 export function describe({ info }: Device): string {
   const { name, instructionSet, driverVersion, runtimeVersion } = info;
   return `${name} (${instructionSet}), CUDA driver ${version(driverVersion)}, ` +
-    `runtime ${version(runtimeVersion)}; medians of ${RUNS} runs`;
+    `runtime ${version(runtimeVersion)}`;
 }
 
 /** Says on a terminal what is being measured, until the next row is printed; nothing in a pipe. */

@@ -10,7 +10,7 @@ import { parseArgs } from "node:util";
 import { Device } from "../../src/device/mod.ts";
 import type { KvCacheCodec } from "../../src/kv/mod.ts";
 import { type CacheCase, CacheWorkload, createTokens } from "../cache_workload.ts";
-import { describe, medianTime, printHeadings, printRow, runTorch } from "./measure.ts";
+import { describe, medianTime, printHeadings, printRow, RUNS, runTorch } from "./measure.ts";
 
 const HEAD_DIM = 128;
 const RESIDUAL = 64;
@@ -39,7 +39,7 @@ const { values: flags } = parseArgs({
 });
 
 using device = Device.open({ backend: "cuda" });
-console.log(`${describe(device)}.\n`);
+console.log(`${describe(device)}; medians of ${RUNS} runs.\n`);
 printHeadings("kv heads, tokens", "codec", "product", ">µs", ">TB/s", ">bf16 matmul µs", ">× bf16");
 for (const kvHeads of [8, 40]) {
   using tokens = await createTokens(device, { kvHeads, headDim: HEAD_DIM, count: TOKENS });
