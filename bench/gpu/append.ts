@@ -4,7 +4,7 @@
  * every layer and packing the blocks that are due, over 64 steps, in which every sequence packs one block in each layer;
  * beside it the attention of the same steps, which is less than what the whole of a decode step takes. The second is of
  * filling one sequence in chunks. Before each time is taken the GPU is given work to do, so that it does not wait for
- * the calls that enqueue, and finds nothing in its L2 cache. Needs 12 GB of GPU memory.
+ * the calls that enqueue, and finds nothing in its L2 cache. Needs 14 GB of GPU memory.
  *
  * @module
  */
