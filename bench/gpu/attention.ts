@@ -11,7 +11,7 @@ import { Device } from "../../src/device/mod.ts";
 import { AtomicFile } from "../../src/io/mod.ts";
 import type { KvCacheCodec, KvCachePartCodec } from "../../src/kv/mod.ts";
 import { type CacheCase, CacheWorkload, createTokens, type Tokens } from "../cache_workload.ts";
-import { type AttentionBar, writeAttentionChart } from "./attention_chart.ts";
+import type { AttentionBar } from "./attention_chart.ts";
 import {
   announce,
   describe,
@@ -132,7 +132,9 @@ for (const codec of ["fixed 3", "packkv 0.1/0.2"]) {
   measureCase(`ragged ${RAGGED.length}×8×4, 100 to 60,000`, ragged, codec, parts, wanted);
 }
 tokens?.[Symbol.dispose]();
-if (chart) await writeAttentionChart(chart, bars, device.info.name);
+if (chart) {
+  await (await import("./attention_chart.ts")).writeAttentionChart(chart, bars, device.info.name);
+}
 
 function label({ batch, kvHeads, group, lengths }: CacheCase): string {
   return `${batch}×${kvHeads}×${group}, ${lengths[0]!.toLocaleString("en")}`;
