@@ -2,7 +2,7 @@ import type { Device } from "../device/device.ts";
 import type { DeviceBuffer } from "../device/device_buffer.ts";
 import { PackhorseError } from "../error.ts";
 import { KvCache, type KvSequence } from "./cache.ts";
-import type { KvCacheCodec, KvCacheDType, KvCacheOptions } from "./cache_options.ts";
+import type { KvCacheCodec, KvCacheDType } from "./cache_options.ts";
 import type { KvCacheStep } from "./cache_step.ts";
 import { BLOCK_TOKENS } from "./codec.ts";
 import type { KvCacheFileOptions } from "./file_options.ts";
