@@ -481,16 +481,16 @@ struct DecodeWarp {
         } else {
           span = kv::record_span(cache, index, block, work.head);
         }
-        shared.places.spans[warp][at] = {make_span(pages, span.begin, span.end),
-                                         make_span(pages, span.params, span.params + kv::kParamsUnits)};
+        shared.places.spans[warp][at] = {make_span(pages, span.params, span.params + kv::kParamsUnits),
+                                         make_span(pages, span.begin, span.end)};
       } else {
         const uint32_t params_units = kv::params_bytes(parameters.shape) / kUnitBytes,
                        raw_units = kv::raw_bytes(parameters.shape) / kUnitBytes;
         const kv::RecordSpan span = kv::record_span(cache, index, block, work.head, params_units);
         if (raw_units > 0) shared.places.raw[warp][at] = find_raw_values(pages, span.end, raw_units);
         if constexpr (kMixed) {
-          shared.places.spans[warp][at] = {make_span(pages, span.begin, span.end - raw_units),
-                                           make_span(pages, span.params, span.params + params_units)};
+          shared.places.spans[warp][at] = {make_span(pages, span.params, span.params + params_units),
+                                           make_span(pages, span.begin, span.end - raw_units)};
         }
       }
     }

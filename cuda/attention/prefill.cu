@@ -1,4 +1,5 @@
-// Prefill attention over a growing cache on the GPU: one launch for a layer and step.
+// Prefill attention over a growing cache on the GPU: one launch for a layer and step, whose shape follows from the step's
+// (kv/step_graph.h).
 //
 // A thread block takes a tile of rows (prefill.h: query tokens times heads of the group) of one sequence and kv head, in
 // four warps of 16 * kBands rows each, and goes through the tokens that they see, 64 at a time, with an online softmax:
@@ -10,6 +11,13 @@
 // the scores, and those of values, over the block's largest, to the probabilities, so that only these are rounded. In
 // bfloat16, queries are brought to float16 by a power of two per row, exact but for what is below 2^-29 of the row's
 // largest value.
+// kMixed, for layers of which a part is kivi or raw16; keys and values are what they are independently of each other:
+//   kivi keys      a scale per channel: queries times scales, anew for every block, as sums of bfloat16s that are exact
+//                  (two of them, or three for float16), times codes; zero points, times the same, are one number per row
+//   kivi values    a scale per token and 64 channels: for each of these groups, probabilities times scales become
+//                  float16s relative to the row's largest, and are multiplied by codes and, in float32, by zero points
+//   raw16          as tokens in 16 bits, but in the order of the record, which is that of fragments already
+// Raw values come while scores are computed, the next block's raw keys while values are multiplied.
 // Tokens in 16 bits: keys and values come as they are, values while scores are computed, the next keys while the values
 // are multiplied. In bfloat16 probabilities are split into a high and a low part, for 8 bits would not do.
 //
@@ -20,15 +28,14 @@
 //
 // Shared memory: queries as A fragments, each read by the lane that wrote it; a chunk's keys and values, either as B
 // fragments, 16 bytes per lane (free of bank conflicts), or as rows, padded so that the fragments' loads are; the next
-// record. Bytes moved: a tile reads the tokens it sees once, from the L2 cache mostly, and its queries once or twice, and
-// writes its outputs once. All tensors and records are 16-byte aligned; records may straddle two pages of the pool.
+// record, without its raw values. Bytes moved: a tile reads the tokens it sees once, from the L2 cache mostly, and its
+// queries once or twice, and writes its outputs once. All tensors and records are 16-byte aligned; records may straddle two pages of the pool.
 //
 // Deterministic: no atomics, and the order of sums is that of a row's tokens, whatever tile it is in.
 #include <algorithm>
 
 #include "attention/prefill.h"
-#include "attention/recent.cuh"
-#include "attention/tile.cuh"
+#include "attention/prefill_packed.cuh"
 #include "device/device_cuda.h"
 
 namespace ph::attention {
@@ -37,73 +44,16 @@ namespace {
 
 using kv::CacheView;
 using kv::kBlockTokens;
-using kv::kPageUnits;
 using kv::kParamsBytes;
 using kv::kUnitBytes;
 using kv::StepSequence;
 using kv::StepView;
 using kv::window_begin;
 
-constexpr uint32_t kWarps = 4;
-constexpr uint32_t kThreads = kWarps * kWarpThreads;
-constexpr uint32_t kRunsHeld = 64;    // blocks whose places are looked up at a time
 constexpr uint32_t kKeyPadding = 32;  // bytes after a row of keys: 8-byte loads of 4 x 4 lanes meet all banks
-constexpr uint32_t kValuePadding = 16;                 // after one of values: ldmatrix meets all banks
-constexpr int32_t kLeastZero = -512, kMostZero = 511;  // zero points that are added to codes in float16
-constexpr float kNoReference = -1e30f;
-constexpr float kLog2OfE = 1.4426950408889634f;
-
-// ---- tensor cores ----
-
-template <bool kBfloat>
-__device__ __forceinline__ void multiply_add_16(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1) {
-  if constexpr (kBfloat) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-  }
-}
-
-// Four 8 x 8 matrices of 16-bit values, transposed; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ uint4 load_transposed(const uint8_t* row) {
-  uint4 r;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
-               : "memory");
-  return r;
-}
+constexpr uint32_t kValuePadding = 16;  // after one of values: ldmatrix meets all banks
 
 // ---- shared memory ----
-
-// A run of bytes in a stream, in one or two pages.
-struct Run {
-  uint32_t unit, units;  // the first within its page
-  uint32_t pages[2];
-};
-
-__device__ __forceinline__ Run make_run(const uint32_t* page_table, uint32_t begin, uint32_t end) {
-  return {
-      begin % kPageUnits, end - begin, {page_table[begin / kPageUnits], page_table[(end - 1) / kPageUnits]}};
-}
-
-struct BlockRuns {
-  Run params, record;
-};
-
-struct PrefillShared {
-  BlockRuns runs[kRunsHeld];
-  // Of a packed block's tokens. Scales of values are relative to `unit`; offsets are what zero points exceed.
-  alignas(16) float key_scales[kBlockTokens], value_scales[kBlockTokens];
-  alignas(16) float key_offsets[kBlockTokens], value_offsets[kBlockTokens];
-  float unit;
-};
 
 // Of the dynamic shared memory, in this order.
 template <int kDim, int kBands>
@@ -115,442 +65,6 @@ struct Parts {
   static constexpr uint32_t kChunk =
       kKeyRows + kValueRows > 2 * kFragments ? kKeyRows + kValueRows : 2 * kFragments;
 };
-
-// ---- the state of a warp's rows ----
-
-// Lane (g, i) has rows g and g + 8 of each band of 16.
-template <int kDim, int kBands>
-struct RowState {
-  float out[kBands][kDim / 8][4];  // C fragments: channels 8n + 2i and the next, of row g, then of row g + 8
-  float reference[kBands][2];      // exponents are relative to it
-  float sum[kBands][2];            // of this lane's probabilities
-  float shift[kBands][2];          // of this lane's weighted offsets: to be added to every channel
-};
-
-// What is known of a lane's rows from the start.
-template <int kBands>
-struct RowFacts {
-  uint32_t position[kBands][2];
-  float factor[kBands][2];     // makes a score of scaled queries one in bits
-  float query_sum[kBands][2];  // of the scaled queries
-};
-
-// Rows of a tile. A row past the last is the last once more.
-struct Tile16 {
-  const uint8_t* queries;
-  uint8_t* out;
-  uint32_t first, rows;  // of the sequence and kv head: the tile's first, and all
-  uint32_t group, query_heads, head, input;
-
-  __device__ __forceinline__ uint32_t row(uint32_t of_tile) const { return min(first + of_tile, rows - 1); }
-  __device__ __forceinline__ uint64_t place(uint32_t row) const {  // among queries and outputs, in heads
-    return static_cast<uint64_t>(input + row / group) * query_heads + head * group + row % group;
-  }
-};
-
-// Queries to A fragments in shared memory. kScaled: as float16 whatever they are, with a power of two per row.
-template <int kDim, int kBands, bool kBfloat, bool kScaled>
-__device__ __forceinline__ void load_queries(const Tile16& tile, uint32_t band_row, float scale,
-                                             uint4* fragments, RowFacts<kBands>& facts) {
-  const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
-#pragma unroll 1
-  for (int band = 0; band < kBands; ++band) {
-    uint2 pairs[2][kDim / 16];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const uint8_t* query = tile.queries + 2 * kDim * tile.place(tile.row(band_row + 16 * band + g + 8 * r));
-#pragma unroll
-      for (int x = 0; x < kDim / 16; ++x)
-        pairs[r][x] = *reinterpret_cast<const uint2*>(query + 2 * (16 * x + 4 * i));
-      float up = 1.0f, down = 1.0f;
-      if constexpr (kBfloat && kScaled) {
-        float largest = 0.0f;
-#pragma unroll
-        for (int x = 0; x < kDim / 16; ++x) {
-          const float2 a = to_floats<true>(pairs[r][x].x), b = to_floats<true>(pairs[r][x].y);
-          largest = fmaxf(largest, fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y))));
-        }
-        largest = fmaxf(largest, __shfl_xor_sync(kEveryLane, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(kEveryLane, largest, 2));
-        // To [2^14, 2^15), unless the row is all but 0.
-        const int exponent = max(static_cast<int>(__float_as_uint(largest) >> 23) - 127, -100);
-        up = __uint_as_float(static_cast<uint32_t>(127 + 14 - exponent) << 23);
-        down = __uint_as_float(static_cast<uint32_t>(127 - 14 + exponent) << 23);
-#pragma unroll
-        for (int x = 0; x < kDim / 16; ++x) {
-          const float2 a = to_floats<true>(pairs[r][x].x), b = to_floats<true>(pairs[r][x].y);
-          pairs[r][x] =
-              make_uint2(to_halves<false>(a.x * up, a.y * up), to_halves<false>(b.x * up, b.y * up));
-        }
-      }
-      if constexpr (kScaled) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int x = 0; x < kDim / 16; ++x) {
-          const float2 a = to_floats<false>(pairs[r][x].x), b = to_floats<false>(pairs[r][x].y);
-          sum += (a.x + a.y) + (b.x + b.y);
-        }
-        sum += __shfl_xor_sync(kEveryLane, sum, 1);
-        sum += __shfl_xor_sync(kEveryLane, sum, 2);
-#pragma unroll
-        for (int of = 0; of < kBands; ++of) {
-          if (of == band) facts.query_sum[of][r] = sum;
-        }
-      }
-#pragma unroll
-      for (int of = 0; of < kBands; ++of) {
-        if (of == band) facts.factor[of][r] = scale * kLog2OfE * down;
-      }
-    }
-#pragma unroll
-    for (int x = 0; x < kDim / 16; ++x) {
-      fragments[(band * (kDim / 16) + x) * kWarpThreads + lane] =
-          make_uint4(pairs[0][x].x, pairs[1][x].x, pairs[0][x].y, pairs[1][x].y);
-    }
-  }
-}
-
-// A step of the online softmax. `scores` become probabilities; `rescale` is what the outputs so far are worth.
-template <int kDim, int kBands>
-__device__ __forceinline__ void soften(float (&scores)[kBands][8][4], const float (&factor)[kBands][2],
-                                       RowState<kDim, kBands>& state, float (&rescale)[kBands][2]) {
-#pragma unroll
-  for (int band = 0; band < kBands; ++band) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float most = -INFINITY;
-#pragma unroll
-      for (int m = 0; m < 8; ++m)
-        most = fmaxf(most, fmaxf(scores[band][m][2 * r], scores[band][m][2 * r + 1]));
-      most = fmaxf(most, __shfl_xor_sync(kEveryLane, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(kEveryLane, most, 2));
-      const float next = fmaxf(state.reference[band][r], most * factor[band][r]);
-      rescale[band][r] = exponential(state.reference[band][r] - next);
-      state.reference[band][r] = next;
-      float sum = 0.0f;
-#pragma unroll
-      for (int m = 0; m < 8; ++m) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& score = scores[band][m][2 * r + c];
-          score = exponential(__fmaf_rn(score, factor[band][r], -next));
-          sum += score;
-        }
-      }
-      state.sum[band][r] = __fmaf_rn(state.sum[band][r], rescale[band][r], sum);
-      state.shift[band][r] *= rescale[band][r];
-    }
-  }
-}
-
-template <int kDim, int kBands>
-__device__ __forceinline__ void scale_out(RowState<kDim, kBands>& state, const float (&rescale)[kBands][2]) {
-  bool changes = false;
-#pragma unroll
-  for (int band = 0; band < kBands; ++band) changes |= rescale[band][0] != 1.0f || rescale[band][1] != 1.0f;
-  if (!__any_sync(kEveryLane, changes)) return;
-#pragma unroll
-  for (int band = 0; band < kBands; ++band) {
-#pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) {
-      state.out[band][n][0] *= rescale[band][0];
-      state.out[band][n][1] *= rescale[band][0];
-      state.out[band][n][2] *= rescale[band][1];
-      state.out[band][n][3] *= rescale[band][1];
-    }
-  }
-}
-
-// Score u of a lane's sixteen, of row g + 8 * r of a band.
-template <int kBands>
-__device__ __forceinline__ float score_of(const float (&scores)[kBands][8][4], int band, int r, int u) {
-  return scores[band][u % 8][2 * r + u / 8];
-}
-
-// The A fragment of k step s of probabilities.
-template <bool kBfloat, int kBands>
-__device__ __forceinline__ uint4 weights_of(const float (&scores)[kBands][8][4], int band, int s) {
-  uint32_t a[4];
-#pragma unroll
-  for (int x = 0; x < 4; ++x) {
-    const int u = 4 * s + 2 * (x / 2);
-    a[x] = to_halves<kBfloat>(score_of(scores, band, x % 2, u), score_of(scores, band, x % 2, u + 1));
-  }
-  return make_uint4(a[0], a[1], a[2], a[3]);
-}
-
-// ---- packed blocks ----
-
-// Starts the copy of a block's params and record, one behind the other.
-__device__ __forceinline__ void fetch_block(const uint8_t* pool, const BlockRuns& runs, uint8_t* slot) {
-  const auto copy = [&](const Run& run, uint8_t* target) {
-    for (uint32_t at = threadIdx.x; at < run.units; at += kThreads) {
-      const uint32_t unit = run.unit + at;
-      const uint8_t* page = pool + run.pages[unit >= kPageUnits ? 1 : 0] * kv::kPageBytes;
-      kv::copy_async(reinterpret_cast<uint4*>(target + at * kUnitBytes),
-                     page + unit % kPageUnits * kUnitBytes);
-    }
-  };
-  copy(runs.params, slot);
-  copy(runs.record, slot + kParamsBytes);
-}
-
-// Nibble words N (tile.h) of a lane of a group of `width` 0 to 4.
-__device__ __forceinline__ void load_nibbles(const uint8_t* group, uint32_t width, uint32_t (&nibbles)[8]) {
-  Nibbles<0> loaded;
-  load_group<0>(group, threadIdx.x % kWarpThreads, width, loaded);
-  ph::attention::unpack_group(width, loaded);
-#pragma unroll
-  for (int x = 0; x < 8; ++x) nibbles[x] = loaded.words[x] & loaded.mask * 0x11u;
-}
-
-// Eight zero points, cut to what codes can be added to, minus 1024, in float16.
-__device__ __forceinline__ void load_zero_pairs(const uint8_t* source, __half2 (&pairs)[4]) {
-  const uint4 words = *reinterpret_cast<const uint4*>(source);
-  const uint32_t zeros[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const uint32_t cut = __vmaxs2(__vmins2(zeros[k], 0x01ff01ffu), 0xfe00fe00u);
-    const uint32_t bits = __vadd2(cut, 0x02000200u) | 0x64006400u;  // 1024 + (zero + 512)
-    pairs[k] = __hsub2(*reinterpret_cast<const __half2*>(&bits), __float2half2_rn(2560.0f));
-  }
-}
-
-// Two bytes of a word of codes, plus zero points: 0x6400 | code is 1024 + code.
-__device__ __forceinline__ uint32_t codes_to_halves(uint32_t codes, int pair, __half2 zeros) {
-  const uint32_t bits = __byte_perm(codes, 0x64646464u, pair == 0 ? 0x4140 : 0x4342);
-  const __half2 sum = __hadd2(*reinterpret_cast<const __half2*>(&bits), zeros);
-  return *reinterpret_cast<const uint32_t*>(&sum);
-}
-
-// Unpacks one group of keys or values to B fragments, which are those of the lane that unpacks them.
-//   keys    [group][fragment m of tokens][lane]: k steps 2 * group and 2 * group + 1
-//   values  [group][j, of eight channels][half][lane]: k steps 2 * half and 2 * half + 1
-template <int kDim>
-__device__ __forceinline__ void unpack_group(const kv::TileShape& shape, const TileLayout& layout,
-                                             const Tile& tile, uint32_t part, uint32_t group,
-                                             uint4* fragments) {
-  const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
-  const uint2 widths = *reinterpret_cast<const uint2*>(tile.record);
-  const uint32_t of_part = part == PH_KV_KEYS ? widths.x : widths.y, width = of_part >> 4 * group & 15;
-  uint32_t before = kv::width_sum(of_part & (1u << 4 * group) - 1);
-  if (part == PH_KV_VALUES) before += kv::width_sum(widths.x);
-  const uint8_t* source = tile.record + layout.groups + kv::kGroupBytes * before;
-  uint32_t low[8], high[8];
-  load_nibbles(source, digit_width(width, 0), low);
-  load_nibbles(source + 4 * kv::kGroupBytes, digit_width(width, 1), high);
-
-  uint32_t codes[4][4];  // [s][j]
-#pragma unroll
-  for (int s = 0; s < 4; ++s) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int x = 2 * s + j % 2, shift = 4 * (j / 2);
-      codes[s][j] = (low[x] >> shift & 0x0f0f0f0fu) | (high[x] >> shift & 0x0f0f0f0fu) << 4;
-    }
-  }
-  // No byte overflows: the sums are codes.
-  if (part == PH_KV_KEYS) {
-    __half2 zeros[4];  // of tokens 8g + 0..7
-    load_zero_pairs(tile.params + kv::zero_position(part, 8 * g), zeros);
-    const uint32_t bases[2] = {
-        base_word(tile.record + kv::kTileHeaderBytes, layout.narrow_bases[0], kDim / 16, i, 2 * group),
-        base_word(tile.record + kv::kTileHeaderBytes, layout.narrow_bases[0], kDim / 16, i, 2 * group + 1)};
-#pragma unroll
-    for (int m = 0; m < 8; ++m) {
-      const __half2 zero = m % 2 == 0 ? __low2half2(zeros[m / 2]) : __high2half2(zeros[m / 2]);
-      const uint32_t even = codes[2 * (m / 4)][m % 4] + bases[0],
-                     odd = codes[2 * (m / 4) + 1][m % 4] + bases[1];
-      fragments[(group * 8 + m) * kWarpThreads + lane] =
-          make_uint4(codes_to_halves(even, 0, zero), codes_to_halves(even, 1, zero),
-                     codes_to_halves(odd, 0, zero), codes_to_halves(odd, 1, zero));
-    }
-  } else {
-    __half2 zeros[2][4];  // of tokens 16i + 0..15
-    load_zero_pairs(tile.params + kv::zero_position(part, 16 * i), zeros[0]);
-    load_zero_pairs(tile.params + kv::zero_position(part, 16 * i + 8), zeros[1]);
-    const uint32_t bases =
-        base_word(tile.record + layout.value_bases, layout.narrow_bases[1], kDim / 32, g, group);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t base = __byte_perm(bases, 0, 0x1111 * j);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t even = codes[2 * half][j] + base, odd = codes[2 * half + 1][j] + base;
-        fragments[((group * 4 + j) * 2 + half) * kWarpThreads + lane] =
-            make_uint4(codes_to_halves(even, 0, zeros[half][0]), codes_to_halves(even, 1, zeros[half][1]),
-                       codes_to_halves(odd, 0, zeros[half][2]), codes_to_halves(odd, 1, zeros[half][3]));
-      }
-    }
-  }
-}
-
-// Unpacks a record, and what its tokens share; returns whether a zero point of this thread's has an offset.
-template <int kDim, bool kBfloat>
-__device__ __forceinline__ bool unpack_block(const kv::TileShape& shape, const TileLayout& layout,
-                                             const Tile& tile, uint4* keys, uint4* values,
-                                             PrefillShared& shared) {
-  constexpr uint32_t kGroups = kDim / 32;
-  for (uint32_t task = threadIdx.x / kWarpThreads; task < 2 * kGroups; task += kWarps) {
-    if (task < kGroups) unpack_group<kDim>(shape, layout, tile, PH_KV_KEYS, task, keys);
-    else unpack_group<kDim>(shape, layout, tile, PH_KV_VALUES, task - kGroups, values);
-  }
-  static_assert(kThreads == kv::kParts * kBlockTokens);
-  const uint32_t part = threadIdx.x / kBlockTokens, token = threadIdx.x % kBlockTokens;
-  const uint16_t bits = *reinterpret_cast<const uint16_t*>(tile.params + kv::scale_position(part, token));
-  const float scale = kBfloat ? bf16_to_float(bits) : __half2float(__ushort_as_half(bits));
-  const int32_t zero = *reinterpret_cast<const int16_t*>(tile.params + kv::zero_position(part, token));
-  const int32_t offset = zero - min(max(zero, kLeastZero), kMostZero);
-  if (part == PH_KV_KEYS) {
-    shared.key_scales[token] = scale;
-    shared.key_offsets[token] = static_cast<float>(offset);
-  } else {
-    // Away from the subnormals, which the reciprocal does not know.
-    const float unit =
-        fmaxf(*reinterpret_cast<const float*>(tile.params + kv::kLargestScalePosition), 0x1p-120f);
-    shared.value_scales[token] = scale * reciprocal(unit);
-    shared.value_offsets[token] = static_cast<float>(offset);
-    if (token == 0) shared.unit = unit;
-  }
-  return offset != 0;
-}
-
-// Sixteen floats of a lane's tokens.
-__device__ __forceinline__ void load_sixteen(const float* source, float (&x)[16]) {
-  const uint32_t i = threadIdx.x % 4;
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const float4 four = *reinterpret_cast<const float4*>(source + 16 * i + 4 * k);
-    x[4 * k] = four.x;
-    x[4 * k + 1] = four.y;
-    x[4 * k + 2] = four.z;
-    x[4 * k + 3] = four.w;
-  }
-}
-
-// A warp's rows against a packed block whose first token is at `start`. window: 0, or that of a layer where some row does
-// not see all of the block.
-template <int kDim, int kBands>
-__device__ __forceinline__ void attend_packed(const uint4* queries, const uint4* keys, const uint4* values,
-                                              const PrefillShared& shared, bool offsets, uint32_t start,
-                                              uint32_t window, const RowFacts<kBands>& facts,
-                                              RowState<kDim, kBands>& state) {
-  const uint32_t lane = threadIdx.x % kWarpThreads, i = lane % 4;
-  float scores[kBands][8][4] = {};
-#pragma unroll
-  for (int group = 0; group < kDim / 32; ++group) {
-    uint4 a[kBands][2];
-#pragma unroll
-    for (int band = 0; band < kBands; ++band) {
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd)
-        a[band][odd] = queries[(band * (kDim / 16) + 2 * group + odd) * kWarpThreads + lane];
-    }
-#pragma unroll
-    for (int m = 0; m < 8; ++m) {
-      const uint4 b = keys[(group * 8 + m) * kWarpThreads + lane];
-#pragma unroll
-      for (int band = 0; band < kBands; ++band) {
-        multiply_add_16<false>(scores[band][m], a[band][0], b.x, b.y);
-        multiply_add_16<false>(scores[band][m], a[band][1], b.z, b.w);
-      }
-    }
-  }
-
-  float of_token[16];
-  if (offsets) {
-    load_sixteen(shared.key_offsets, of_token);
-#pragma unroll
-    for (int band = 0; band < kBands; ++band) {
-#pragma unroll
-      for (int m = 0; m < 8; ++m) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          scores[band][m][c] =
-              __fmaf_rn(of_token[m + 8 * (c % 2)], facts.query_sum[band][c / 2], scores[band][m][c]);
-        }
-      }
-    }
-  }
-  load_sixteen(shared.key_scales, of_token);
-#pragma unroll
-  for (int band = 0; band < kBands; ++band) {
-#pragma unroll
-    for (int m = 0; m < 8; ++m) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) scores[band][m][c] *= of_token[m + 8 * (c % 2)];
-    }
-  }
-  if (window > 0) {
-#pragma unroll
-    for (int band = 0; band < kBands; ++band) {
-#pragma unroll
-      for (int m = 0; m < 8; ++m) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          if (start + 16 * i + m + 8 * (c % 2) < window_begin(window, facts.position[band][c / 2]))
-            scores[band][m][c] = -INFINITY;
-        }
-      }
-    }
-  }
-
-  float rescale[kBands][2];
-  soften(scores, facts.factor, state, rescale);
-  load_sixteen(shared.value_scales, of_token);
-  uint4 weights[kBands][4];
-#pragma unroll
-  for (int band = 0; band < kBands; ++band) {
-#pragma unroll
-    for (int m = 0; m < 8; ++m) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) scores[band][m][c] *= of_token[m + 8 * (c % 2)];
-    }
-#pragma unroll
-    for (int s = 0; s < 4; ++s) weights[band][s] = weights_of<false>(scores, band, s);
-  }
-  const float unit = shared.unit;
-  if (offsets) {
-    load_sixteen(shared.value_offsets, of_token);
-#pragma unroll
-    for (int band = 0; band < kBands; ++band) {
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        // As they are multiplied by the rest of the values.
-        const uint32_t pairs[4] = {weights[band][s].x, weights[band][s].y, weights[band][s].z,
-                                   weights[band][s].w};
-#pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          const float2 two = to_floats<false>(pairs[x]);
-          const int u = 4 * s + 2 * (x / 2);
-          float& shift = state.shift[band][x % 2];
-          shift = __fmaf_rn(two.x * unit, of_token[u], shift);
-          shift = __fmaf_rn(two.y * unit, of_token[u + 1], shift);
-        }
-      }
-    }
-  }
-  scale_out(state, rescale);
-#pragma unroll
-  for (int n = 0; n < kDim / 8; ++n) {
-    float sums[kBands][4] = {};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 b = values[(n * 2 + half) * kWarpThreads + lane];
-#pragma unroll
-      for (int band = 0; band < kBands; ++band) {
-        multiply_add_16<false>(sums[band], weights[band][2 * half], b.x, b.y);
-        multiply_add_16<false>(sums[band], weights[band][2 * half + 1], b.z, b.w);
-      }
-    }
-#pragma unroll
-    for (int band = 0; band < kBands; ++band) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c)
-        state.out[band][n][c] = __fmaf_rn(sums[band][c], unit, state.out[band][n][c]);
-    }
-  }
-}
 
 // ---- tokens in 16 bits ----
 
@@ -597,70 +111,25 @@ __device__ __forceinline__ Visible visible(const PlainTokens& list, uint32_t win
   return {list.before(max(window_begin(window, position), list.sinks)), list.before(position + 1)};
 }
 
-template <int kDim, int kBands, bool kBfloat>
-__device__ __forceinline__ void plain_scores(const uint4* queries, const uint8_t* rows,
-                                             float (&scores)[kBands][8][4]) {
+// Rows of keys and of values as plain_scores and plain_values load them.
+template <int kDim, int kBands>
+__device__ __forceinline__ uint4 load_keys(const uint8_t* rows, int x, int f) {
+  constexpr uint32_t kStride = Parts<kDim, kBands>::kKeyStride;
   const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
-  const uint8_t* keys = rows + g * Parts<kDim, kBands>::kKeyStride + 8 * i;
-#pragma unroll
-  for (int x = 0; x < kDim / 16; ++x) {
-    uint4 a[kBands];
-#pragma unroll
-    for (int band = 0; band < kBands; ++band)
-      a[band] = queries[(band * (kDim / 16) + x) * kWarpThreads + lane];
-#pragma unroll
-    for (int m = 0; m < 8; ++m) {
-      const uint2 b =
-          *reinterpret_cast<const uint2*>(keys + 8 * m * Parts<kDim, kBands>::kKeyStride + 32 * x);
-#pragma unroll
-      for (int band = 0; band < kBands; ++band) multiply_add_16<kBfloat>(scores[band][m], a[band], b.x, b.y);
-    }
-  }
+  const uint8_t* keys = rows + (16 * f + g) * kStride + 32 * x + 8 * i;
+  const uint2 even = *reinterpret_cast<const uint2*>(keys),
+              odd = *reinterpret_cast<const uint2*>(keys + 8 * kStride);
+  return make_uint4(even.x, even.y, odd.x, odd.y);
 }
 
-template <int kDim, int kBands, bool kBfloat>
-__device__ __forceinline__ void plain_values(const uint8_t* rows, float (&scores)[kBands][8][4],
-                                             RowState<kDim, kBands>& state) {
+template <int kDim, int kBands>
+__device__ __forceinline__ uint4 load_values(const uint8_t* rows, int pair, int s) {
   const uint32_t lane = threadIdx.x % kWarpThreads;
-  uint4 weights[kBands][4];
-  [[maybe_unused]] uint4 rest[kBands][4];  // what rounding the weights leaves
-#pragma unroll
-  for (int band = 0; band < kBands; ++band) {
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      weights[band][s] = weights_of<kBfloat>(scores, band, s);
-      if constexpr (kBfloat) {
-        const uint32_t pairs[4] = {weights[band][s].x, weights[band][s].y, weights[band][s].z,
-                                   weights[band][s].w};
-#pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          const float2 two = to_floats<true>(pairs[x]);
-          const int u = 4 * s + 2 * (x / 2);
-          scores[band][u % 8][2 * (x % 2) + u / 8] -= two.x;
-          scores[band][(u + 1) % 8][2 * (x % 2) + u / 8] -= two.y;
-        }
-        rest[band][s] = weights_of<kBfloat>(scores, band, s);
-      }
-    }
-  }
-  const uint8_t* values =
-      rows + (lane / 8 % 2 * 8 + lane % 8) * Parts<kDim, kBands>::kValueStride + lane / 16 * 16;
-#pragma unroll
-  for (int pair = 0; pair < kDim / 16; ++pair) {
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      const uint4 b = load_transposed(values + 16 * s * Parts<kDim, kBands>::kValueStride + 32 * pair);
-#pragma unroll
-      for (int band = 0; band < kBands; ++band) {
-        multiply_add_16<kBfloat>(state.out[band][2 * pair], weights[band][s], b.x, b.y);
-        multiply_add_16<kBfloat>(state.out[band][2 * pair + 1], weights[band][s], b.z, b.w);
-        if constexpr (kBfloat) {
-          multiply_add_16<kBfloat>(state.out[band][2 * pair], rest[band][s], b.x, b.y);
-          multiply_add_16<kBfloat>(state.out[band][2 * pair + 1], rest[band][s], b.z, b.w);
-        }
-      }
-    }
-  }
+  const uint8_t* values = rows + (16 * s + lane / 8 % 2 * 8 + lane % 8) * Parts<kDim, kBands>::kValueStride +
+                          lane / 16 * 16 + 32 * pair;
+  uint32_t b[4];
+  load_transposed(shared_address(values), b);
+  return make_uint4(b[0], b[1], b[2], b[3]);
 }
 
 // ---- kernel ----
@@ -677,17 +146,18 @@ struct PrefillParameters {
   float scale;
 };
 
-template <int kDim, int kBands, bool kBfloat>
+template <int kDim, int kBands, bool kBfloat, bool kMixed>
 __global__ void __launch_bounds__(kThreads, 2)
     PrefillKernel(const __grid_constant__ PrefillParameters parameters) {
   using Places = Parts<kDim, kBands>;
   constexpr uint32_t kTileRows = kWarps * 16 * kBands;
   extern __shared__ __align__(128) uint8_t dynamic[];
-  __shared__ PrefillShared shared;
+  __shared__ PrefillShared<kDim, kMixed> shared;
   uint8_t* const chunk = dynamic + Places::kQueries;
   uint8_t* const slot = chunk + Places::kChunk;
 
   const CacheView& cache = parameters.cache;
+  const kv::TileShape& shape = parameters.shape;
   const uint32_t window = parameters.window, head = blockIdx.y, group = cache.query_heads / cache.heads;
   const uint32_t number = entry_of_tile(parameters.step, blockIdx.x, group, kTileRows);
   const StepSequence entry = parameters.step.sequences[number];
@@ -722,6 +192,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       facts.position[band][r] = position_of(band_row + 16 * band + lane / 4 + 8 * r);
       state.reference[band][r] = kNoReference;
       state.sum[band][r] = state.shift[band][r] = 0.0f;
+      facts.query_sum[band][r] = 0.0f;
     }
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
@@ -729,7 +200,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int c = 0; c < 4; ++c) state.out[band][n][c] = 0.0f;
     }
   }
-  load_queries<kDim, kBands, kBfloat, true>(tile, band_row, parameters.scale, queries, facts);
+  const bool scaled = !kMixed || kv::is_per_token(shape.parts[PH_KV_KEYS]);
+  if (scaled) load_queries<kDim, kBands, kBfloat, true>(tile, band_row, parameters.scale, queries, facts);
+  else load_queries<kDim, kBands, kBfloat, false>(tile, band_row, parameters.scale, queries, facts);
 
   // Packed blocks, from the first that the tile sees on.
   const uint32_t sinks = cache.sinks, tile_begin = window_begin(window, tile_low);
@@ -738,35 +211,60 @@ __global__ void __launch_bounds__(kThreads, 2)
   uint4* const values = reinterpret_cast<uint4*>(chunk + Places::kFragments);
   const uint32_t* index = kv::index_of(cache, parameters.layer, entry.sequence);
   const uint32_t* page_table = kv::page_table_of(cache, parameters.layer, entry.sequence);
+  const uint32_t params_units = kMixed ? kv::params_bytes(shape) / kUnitBytes : kv::kParamsUnits;
+  const uint32_t raw_units[kv::kParts] = {kMixed ? kv::raw_bytes(shape, PH_KV_KEYS) / kUnitBytes : 0,
+                                          kMixed ? kv::raw_bytes(shape, PH_KV_VALUES) / kUnitBytes : 0};
 #pragma unroll 1
   for (; first_block < entry.first_block; first_block += kRunsHeld) {
     const uint32_t count = min(kRunsHeld, entry.first_block - first_block);
     __syncthreads();
     if (threadIdx.x < count) {
-      const kv::RecordSpan span = kv::record_span(cache, index, first_block + threadIdx.x, head);
-      shared.runs[threadIdx.x] = {make_run(page_table, span.params, span.params + kv::kParamsUnits),
-                                  make_run(page_table, span.begin, span.end)};
+      const kv::RecordSpan span =
+          kv::record_span(cache, index, first_block + threadIdx.x, head, params_units);
+      const uint32_t values_begin = span.end - raw_units[PH_KV_VALUES],
+                     keys_begin = values_begin - raw_units[PH_KV_KEYS];
+      shared.spans[threadIdx.x] = {make_span(page_table, span.params, span.params + params_units),
+                                   make_span(page_table, span.begin, keys_begin)};
+      if constexpr (kMixed) {
+        if (raw_units[PH_KV_KEYS] > 0)
+          shared.raw[threadIdx.x][PH_KV_KEYS] = make_span(page_table, keys_begin, values_begin);
+        if (raw_units[PH_KV_VALUES] > 0)
+          shared.raw[threadIdx.x][PH_KV_VALUES] = make_span(page_table, values_begin, span.end);
+      }
     }
     __syncthreads();
-    fetch_block(cache.pool, shared.runs[0], slot);
+    fetch_block(cache.pool, shared.spans[0], slot);
+    if (kMixed && raw_units[PH_KV_KEYS] > 0)
+      fetch_span(cache.pool, shared.raw[0][PH_KV_KEYS], reinterpret_cast<uint8_t*>(keys));
 #pragma unroll 1
     for (uint32_t at = 0; at < count; ++at) {
       kv::copy_wait();
-      __syncthreads();  // the record is there, and the fragments are free
-      const bool offset = unpack_block<kDim, kBfloat>(parameters.shape, parameters.layout,
-                                                      Tile{slot, slot + kParamsBytes}, keys, values, shared);
+      __syncthreads();  // the record is there, raw keys too, and the fragments are free but for these
+      if (kMixed && raw_units[PH_KV_VALUES] > 0)
+        fetch_span(cache.pool, shared.raw[at][PH_KV_VALUES], reinterpret_cast<uint8_t*>(values));
+      const bool offset = unpack_block<kDim, kBfloat>(
+          shape, parameters.layout, Tile{slot, slot + kParamsBytes, lane}, keys, values, shared);
       const bool offsets = __syncthreads_or(offset);  // the fragments are there, and the record is free
-      if (at + 1 < count) fetch_block(cache.pool, shared.runs[at + 1], slot);
+      if (at + 1 < count) fetch_block(cache.pool, shared.spans[at + 1], slot);
+      float scores[kBands][8][4] = {};
+      if (active) packed_scores<kDim, kBands, kBfloat>(shape, queries, keys, shared, offsets, facts, scores);
+      if (kMixed && raw_units[PH_KV_KEYS] + raw_units[PH_KV_VALUES] > 0) {
+        kv::copy_wait();
+        __syncthreads();  // raw values are there, and the place of the keys is free
+        if (raw_units[PH_KV_KEYS] > 0 && at + 1 < count)
+          fetch_span(cache.pool, shared.raw[at + 1][PH_KV_KEYS], reinterpret_cast<uint8_t*>(keys));
+      }
       const uint32_t start = sinks + (first_block + at) * kBlockTokens;
       if (active) {
-        attend_packed<kDim, kBands>(queries, keys, values, shared, offsets, start,
-                                    start < window_begin(window, warp_high) ? window : 0, facts, state);
+        packed_values<kDim, kBands, kBfloat>(shape, values, shared, offsets, start,
+                                             start < window_begin(window, warp_high) ? window : 0, facts,
+                                             scores, state);
       }
     }
   }
 
   // Tokens in 16 bits, up to the last that the tile sees.
-  if constexpr (kBfloat)
+  if (kBfloat && scaled)
     load_queries<kDim, kBands, kBfloat, false>(tile, band_row, parameters.scale, queries, facts);
   const PlainTokens list = plain_tokens(cache, entry);
   const uint32_t end = list.before(tile_high + 1), skipped = visible(list, window, tile_low).first;
@@ -794,7 +292,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();  // the keys are there, and the place of the values is free
     fetch_rows<kDim>(cache, value_source, list, begin, end, value_rows, Places::kValueStride, value_token);
     float scores[kBands][8][4] = {};
-    if (active) plain_scores<kDim, kBands, kBfloat>(queries, key_rows, scores);
+    if (active) {
+      plain_scores<kDim, kBands, kBfloat>(
+          queries, scores, [&](int x, int f) { return load_keys<kDim, kBands>(key_rows, x, f); });
+    }
     kv::copy_wait();
     __syncthreads();  // the values are there, and the place of the keys is free
     const uint32_t next = next_chunk(begin + kBlockTokens);
@@ -824,7 +325,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       float rescale[kBands][2];
       soften(scores, facts.factor, state, rescale);
       scale_out(state, rescale);
-      plain_values<kDim, kBands, kBfloat>(value_rows, scores, state);
+      plain_values<kDim, kBands, kBfloat>(
+          scores, state, [&](int pair, int s) { return load_values<kDim, kBands>(value_rows, pair, s); });
     }
     begin = next;
   }
@@ -853,12 +355,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- launch ----
 
-template <int kDim, int kBands>
+template <int kDim, int kBands, bool kMixed>
 void launch(ph_device& device, const PrefillParameters& parameters) {
   using Places = Parts<kDim, kBands>;
-  const uint32_t shared_bytes =
-      Places::kQueries + Places::kChunk + kParamsBytes + kv::largest_record_bytes(parameters.shape);
-  const uint32_t limit = static_cast<uint32_t>(device.shared_bytes - sizeof(PrefillShared));
+  const kv::TileShape& shape = parameters.shape;
+  const uint32_t record_bytes = kv::largest_record_bytes(shape) - kv::raw_bytes(shape);
+  const uint32_t shared_bytes = Places::kQueries + Places::kChunk + kParamsBytes + record_bytes;
+  const uint32_t limit = static_cast<uint32_t>(device.shared_bytes - sizeof(PrefillShared<kDim, kMixed>));
   if (shared_bytes > limit) {
     throw Error(
         PH_ERROR_UNSUPPORTED,
@@ -867,19 +370,23 @@ void launch(ph_device& device, const PrefillParameters& parameters) {
         kDim, shared_bytes, limit);
   }
   const CacheView& cache = parameters.cache;
-  const auto kernel =
-      cache.dtype == PH_BF16 ? PrefillKernel<kDim, kBands, true> : PrefillKernel<kDim, kBands, false>;
+  const auto kernel = cache.dtype == PH_BF16 ? PrefillKernel<kDim, kBands, true, kMixed>
+                                             : PrefillKernel<kDim, kBands, false, kMixed>;
   allow_shared(device, kernel, SharedMemory::kPrefer);
   const uint32_t tiles = tile_numbers(parameters.step, cache.query_heads / cache.heads, kWarps * 16 * kBands);
   kernel<<<dim3(tiles, cache.heads), kThreads, shared_bytes, device.stream>>>(parameters);
   PH_CUDA_TRY(cudaGetLastError());
 }
 
-}  // namespace
-
-bool prefills_packed(const kv::TileShape& shape) {
-  return kv::is_per_token(shape.parts[0]) && kv::is_per_token(shape.parts[1]);
+template <int kDim, int kBands>
+void launch_bands(ph_device& device, const PrefillParameters& parameters) {
+  const kv::TileShape& shape = parameters.shape;
+  if (kv::is_per_token(shape.parts[PH_KV_KEYS]) && kv::is_per_token(shape.parts[PH_KV_VALUES]))
+    launch<kDim, kBands, false>(device, parameters);
+  else launch<kDim, 1, true>(device, parameters);  // two bands take too many registers
 }
+
+}  // namespace
 
 void prefill(ph_device& device, const CacheView& cache, const kv::TileShape& shape, uint32_t layer,
              const StepView& step, kv::StepTensors tensors, const uint8_t* queries, uint8_t* out, float scale,
@@ -900,11 +407,13 @@ void prefill(ph_device& device, const CacheView& cache, const kv::TileShape& sha
   // More rows share what a warp loads, where there are so many; a row's results are the same. Wide heads take all
   // registers with one band.
   const bool many = step.most_queries * (cache.query_heads / cache.heads) > kWarps * 16;
-  if (cache.head_dim == 64) many ? launch<64, 2>(device, parameters) : launch<64, 1>(device, parameters);
-  else if (cache.head_dim == 96) many ? launch<96, 2>(device, parameters) : launch<96, 1>(device, parameters);
+  if (cache.head_dim == 64)
+    many ? launch_bands<64, 2>(device, parameters) : launch_bands<64, 1>(device, parameters);
+  else if (cache.head_dim == 96)
+    many ? launch_bands<96, 2>(device, parameters) : launch_bands<96, 1>(device, parameters);
   else if (cache.head_dim == 128)
-    many ? launch<128, 2>(device, parameters) : launch<128, 1>(device, parameters);
-  else launch<256, 1>(device, parameters);
+    many ? launch_bands<128, 2>(device, parameters) : launch_bands<128, 1>(device, parameters);
+  else launch_bands<256, 1>(device, parameters);
 }
 
 }  // namespace ph::attention

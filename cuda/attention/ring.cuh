@@ -43,9 +43,9 @@ constexpr uint32_t round_to_sectors(uint32_t bytes) {
   return (bytes + kSectorBytes - 1) / kSectorBytes * kSectorBytes;
 }
 
-// Where a tile's record and params are.
+// Where a tile's params and record are.
 struct TileSpans {
-  Span record, params;
+  Span params, record;
 
   // Where they come to lie in a slot: as far from a sector's begin as in the pool.
   __device__ __forceinline__ uint32_t params_position() const {
