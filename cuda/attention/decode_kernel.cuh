@@ -20,13 +20,13 @@
 #include <algorithm>
 
 #include "attention/decode.h"
+#include "attention/launch.cuh"
 #include "attention/queries.cuh"
 #include "attention/recent.cuh"
 #include "attention/ring.cuh"
 #include "attention/tile.cuh"
 #include "attention/tile_kivi.cuh"
 #include "attention/tile_raw16.cuh"
-#include "device/device_cuda.h"
 
 namespace ph::attention {
 
@@ -80,15 +80,6 @@ __device__ __forceinline__ void add_weighted(float4& sum, float weight, const fl
   sum.y = __fmaf_rn(weight, x.y, sum.y);
   sum.z = __fmaf_rn(weight, x.z, sum.z);
   sum.w = __fmaf_rn(weight, x.w, sum.w);
-}
-
-// A kernel may begin while the one before it in the stream ends (programmatic dependent launch): here it waits for that,
-// and lets the next one begin likewise.
-__device__ __forceinline__ void await_preceding() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 
 // All threads put queries into shared memory as they are; columns past the last are 0.
@@ -688,12 +679,7 @@ __global__ void __launch_bounds__(kThreads<kDim, kTiles>, 2)
                        (static_cast<uint64_t>(piece.entry) * cache.heads + work.head) * gridDim.y +
                        blockIdx.y;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    // One for all: the barriers order the other threads' writes before it, and their reads after it.
-    uint32_t before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(finished) : "memory");
-    shared.is_last = before == piece.pieces - 1;
-  }
+  if (threadIdx.x == 0) shared.is_last = is_last_arrival(finished, piece.pieces);
   __syncthreads();
   if (!shared.is_last) return;
   const uint64_t stride = static_cast<uint64_t>(cache.heads) * partials.columns;
@@ -756,18 +742,10 @@ void launch_kernel(const ph_device& device, DecodeParameters parameters, uint32_
   }
   const auto kernel = DecodeKernel<kDim, kTiles, kBfloat, kFlavour>;
   allow_shared(device, kernel, SharedMemory::kPrefer);
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim =
-      dim3(parameters.step.piece_count * parameters.cache.heads, (columns + 4 * kTiles - 1) / (4 * kTiles));
-  launch.blockDim = dim3(kThreads<kDim, kTiles>);
-  launch.dynamicSmemBytes = parameters.stages * warps_bytes;
-  launch.stream = device.stream;
-  launch.attrs = &overlap;
-  launch.numAttrs = device.major >= 9 ? 1 : 0;
-  PH_CUDA_TRY(cudaLaunchKernelEx(&launch, kernel, parameters));
+  const dim3 grid(parameters.step.piece_count * parameters.cache.heads,
+                  (columns + 4 * kTiles - 1) / (4 * kTiles));
+  launch_overlapping(device, kernel, grid, kThreads<kDim, kTiles>, parameters.stages * warps_bytes,
+                     parameters);
 }
 
 template <int kDim>

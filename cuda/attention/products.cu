@@ -4,11 +4,10 @@
 // tile.cuh, which share one unpacking. Its four warps share the piece's units evenly, and each works alone: packed blocks
 // first, which bulk copies bring to shared memory kProductStages ahead, then runs of 16 tokens in 16 bits.
 //
-// Of a block, `score` copies 256 bytes of params (the keys' scales and zeros), then the record up to the end of its key
-// groups: header, bases of both parts, 256 * (sum of the key widths) bytes. `weigh` copies 272 bytes of params (the
-// values' and the largest scale), header and bases of both parts, then the value groups. Before that both read
-// the key widths, 4 bytes of a sector that is copied then, to know these sizes. `score` writes, and `weigh` reads, 4 bytes
-// per token and query head.
+// Of a block, `score` copies 256 bytes of params (the keys' scales and zeros), then the record up to where its key groups
+// end at the latest: header, bases of both parts, 256 * (the largest width) bytes per group. `weigh` copies 272 bytes of
+// params (the values' and the largest scale), header and bases of both parts, then from where the value groups begin at the
+// earliest to the record's end. `score` writes, and `weigh` reads, 4 bytes per token and query head.
 //
 // The keys' scales, queries and scores are as in decode attention. Weights, of any sign, go in 16-bit fixed point, relative
 // to the tile's and column's largest product of weight and scale. Sums of warps, then of pieces, are added in their order,
@@ -16,10 +15,10 @@
 #include <algorithm>
 
 #include "attention/decode.h"
+#include "attention/launch.cuh"
 #include "attention/products.h"
 #include "attention/queries.cuh"
 #include "attention/ring.cuh"
-#include "device/device_cuda.h"
 
 namespace ph::attention {
 
@@ -43,6 +42,7 @@ struct ProductParameters {
   SequenceTokens tokens;
   uint32_t runs, pieces;
   uint32_t slot_bytes, stages;
+  uint32_t most_units;     // of the part's groups
   const uint8_t* queries;  // score
   const float* weights;    // weigh
   float* out;
@@ -51,9 +51,11 @@ struct ProductParameters {
   float* partials;     // weigh: [pieces][query_heads][kDim]
 };
 
-// What is copied of a block.
+// What is copied of a block. How many bytes its groups take is known from its header only, for which nobody waits: as many
+// are copied as there may be, those of keys together with what precedes them, those of values up to the record's end.
 struct PartSpans {
   Span params, bases, groups;  // of keys, `bases` includes the groups
+  uint32_t skipped;            // of values: bytes of key groups that are not copied
 };
 
 // A warp's part of a piece.
@@ -79,18 +81,18 @@ __device__ __forceinline__ PartSpans make_part_spans(const ProductParameters& pa
   const kv::RecordSpan span = kv::record_span(cache, kv::index_of(cache, tokens.layer, tokens.sequence),
                                               block, head, kv::kParamsUnits);
   const uint32_t* pages = kv::page_table_of(cache, tokens.layer, tokens.sequence);
-  const uint32_t key_widths = *reinterpret_cast<const uint32_t*>(
-      kv::stream_byte(cache, pages, static_cast<uint64_t>(span.begin) * kUnitBytes));
   const uint32_t groups = span.begin + parameters.layout.groups / kUnitBytes;
-  const uint32_t value_groups = groups + kv::width_sum(key_widths) * (kv::kGroupBytes / kUnitBytes);
   constexpr uint32_t kHalf = kHalfParams / kUnitBytes;
   if constexpr (kPart == PH_KV_KEYS) {
-    return {
-        make_span(pages, span.params, span.params + kHalf), make_span(pages, span.begin, value_groups), {}};
+    return {make_span(pages, span.params, span.params + kHalf),
+            make_span(pages, span.begin, min(span.end, groups + parameters.most_units)),
+            {},
+            0};
   } else {
+    const uint32_t first = max(groups, span.end - min(span.end, parameters.most_units));
     return {make_span(pages, span.params + kHalf, span.params + kv::kParamsUnits),
             make_span(pages, span.begin, groups),
-            value_groups < span.end ? make_span(pages, value_groups, span.end) : Span{}};
+            first < span.end ? make_span(pages, first, span.end) : Span{}, (first - groups) * kUnitBytes};
   }
 }
 
@@ -112,7 +114,7 @@ __device__ __forceinline__ void fetch_part(const Ring& ring, const ProductParame
                         piece.bytes, units * kUnitBytes);
 }
 
-// Calls use(at, tile, widths) for the warp's blocks, from units.first_block on; prepare() once the first are on their way.
+// Calls use(at, tile, widths, position of the part's groups) for the warp's blocks, from units.first_block on; prepare() once the first are on their way.
 template <uint32_t kPart, typename Prepare, typename Use>
 __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, const WarpUnits& units,
                                           const Ring& ring, PartSpans (&spans)[kWarpUnits], Prepare prepare,
@@ -137,9 +139,13 @@ __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, c
     asm volatile("" : "+r"(own_lane));
     const Tile tile = {slot, slot + kParamsBytes, own_lane};
     // The same in every lane: a reduction tells the compiler, which then branches on scalars.
-    const uint32_t widths =
-        __reduce_or_sync(kEveryLane, reinterpret_cast<const uint32_t*>(tile.record)[kPart]);
-    use(at, tile, widths);
+    const auto widths_of = [&](uint32_t part) {
+      return __reduce_or_sync(kEveryLane, reinterpret_cast<const uint32_t*>(tile.record)[part]);
+    };
+    const uint32_t before = kPart == PH_KV_VALUES
+                                ? kv::kGroupBytes * kv::width_sum(widths_of(PH_KV_KEYS)) - spans[at].skipped
+                                : 0;
+    use(at, tile, widths_of(kPart), parameters.layout.groups + before);
     __syncwarp();
     fetch(at + ring.stages, stage);
     if (++stage == ring.stages) stage = 0, phase ^= 1;
@@ -218,6 +224,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   __shared__ PartSpans spans[kProductWarps][kWarpUnits];
   __shared__ uint64_t barriers[kProductWarps][kProductStages];
   __shared__ __align__(16) float found[kProductWarps][kColumns][kBlockTokens];
+  await_preceding();
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
                  i = lane % 4;
   const uint32_t length = parameters.tokens.length;
@@ -239,7 +246,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
           state.query_scale[n] = queries.scale[4 * n + i];
         }
       },
-      [&](uint32_t at, const Tile& tile, uint32_t widths) {
+      [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t) {
         float scores[kTiles][8];
         with_width<kGroups, kWide>(widths, [&](auto width) {
           tile_scores<kDim, kTiles, kBfloat, kWide, decltype(width)::value>(tile, parameters.layout, widths,
@@ -360,6 +367,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   __shared__ PartSpans spans[kProductWarps][kWarpUnits];
   __shared__ uint64_t barriers[kProductWarps][kProductStages];
   __shared__ uint32_t is_last;
+  await_preceding();
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
                  i = lane % 4;
   const CacheView& cache = parameters.cache;
@@ -386,7 +394,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   }
   for_tiles<PH_KV_VALUES>(
       parameters, units, ring, spans[warp], [] {},
-      [&](uint32_t at, const Tile& tile, uint32_t widths) {
+      [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t groups) {
         const TileWeights<kTiles> own = next;
         load_weights(at + 1, next);
         float scales[8], zeros[8];
@@ -416,8 +424,8 @@ __global__ void __launch_bounds__(kProductThreads, 3)
           weight_fragments(tile.lane, fixed, fragments[n]);
         }
         with_width<kGroups, kWide>(widths, [&](auto width) {
-          tile_values<kDim, kTiles, kWide, decltype(width)::value>(
-              tile, parameters.layout, parameters.layout.groups, widths, state, fragments, weight_units);
+          tile_values<kDim, kTiles, kWide, decltype(width)::value>(tile, parameters.layout, groups, widths,
+                                                                   state, fragments, weight_units);
         });
       });
 
@@ -460,12 +468,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   // The last thread block of the head merges the pieces: each warp a quarter of them, then as above.
   uint32_t* finished = parameters.finished + blockIdx.y * gridDim.z + blockIdx.z;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    // One fence for all: the barrier orders the other threads' writes before it.
-    __threadfence();
-    is_last = atomicAdd(finished, 1u) == parameters.pieces - 1;
-    __threadfence();
-  }
+  if (threadIdx.x == 0) is_last = is_last_arrival(finished, parameters.pieces);
   __syncthreads();
   if (!is_last) return;
   const uint32_t first = parameters.pieces * warp / kProductWarps,
@@ -494,10 +497,15 @@ void dispatch_dim(uint32_t head_dim, Run run) {
   else run(std::integral_constant<int, 256>{});
 }
 
+// Of the groups of a part, at most.
+uint32_t group_bytes(const kv::TileShape& shape, uint32_t part) {
+  return kv::kGroupBytes * kv::tile_groups(shape) * kv::largest_width(shape.parts[part]);
+}
+
 // Shared memory of a block, at least `least`.
 uint32_t slot_bytes(const kv::TileShape& shape, uint32_t part, uint32_t least) {
-  const uint32_t groups = kv::kGroupBytes * kv::tile_groups(shape) * kv::largest_width(shape.parts[part]);
-  const uint32_t bytes = std::max(kParamsBytes + kv::bases_position(shape, kv::kParts) + groups, least);
+  const uint32_t bytes =
+      std::max(kParamsBytes + kv::bases_position(shape, kv::kParts) + group_bytes(shape, part), least);
   return (bytes + 127) / 128 * 128;
 }
 
@@ -536,13 +544,14 @@ void with_options(const CacheView& cache, const kv::TileShape& shape, Launch lau
 }
 
 ProductParameters parameters_of(const CacheView& cache, const kv::TileShape& shape,
-                                const SequenceTokens& tokens) {
+                                const SequenceTokens& tokens, uint32_t part) {
   ProductParameters parameters{};
   parameters.cache = cache;
   parameters.layout = {kv::bases_position(shape, PH_KV_VALUES),
                        kv::bases_position(shape, kv::kParts),
                        {shape.parts[0].base_bits == 4, shape.parts[1].base_bits == 4}};
   parameters.tokens = tokens;
+  parameters.most_units = group_bytes(shape, part) / kUnitBytes;
   parameters.runs = tokens.runs(cache);
   parameters.pieces = product_pieces(parameters.runs + tokens.packed);
   return parameters;
@@ -557,8 +566,8 @@ void launch(ph_device& device, ProductParameters& parameters, Kernel kernel, uin
   allow_shared(device, kernel, SharedMemory::kPrefer);
   const uint32_t group = cache.query_heads / cache.heads;
   const dim3 grid(parameters.pieces, cache.heads, (group + columns - 1) / columns);
-  kernel<<<grid, kProductThreads, kProductWarps * parameters.stages * slot, device.stream>>>(parameters);
-  PH_CUDA_TRY(cudaGetLastError());
+  launch_overlapping(device, kernel, grid, kProductThreads, kProductWarps * parameters.stages * slot,
+                     parameters);
 }
 
 }  // namespace
@@ -570,7 +579,7 @@ uint64_t products_workspace_bytes(const CacheView& cache) {
 
 void score(ph_device& device, const CacheView& cache, const kv::TileShape& shape,
            const SequenceTokens& tokens, const uint8_t* queries, float* out, float scale) {
-  ProductParameters parameters = parameters_of(cache, shape, tokens);
+  ProductParameters parameters = parameters_of(cache, shape, tokens, PH_KV_KEYS);
   parameters.queries = queries;
   parameters.out = out;
   parameters.scale = scale;
@@ -584,7 +593,7 @@ void score(ph_device& device, const CacheView& cache, const kv::TileShape& shape
 
 void weigh(ph_device& device, const CacheView& cache, const kv::TileShape& shape,
            const SequenceTokens& tokens, const float* weights, float* out, uint8_t* workspace) {
-  ProductParameters parameters = parameters_of(cache, shape, tokens);
+  ProductParameters parameters = parameters_of(cache, shape, tokens, PH_KV_VALUES);
   parameters.weights = weights;
   parameters.out = out;
   parameters.finished = reinterpret_cast<uint32_t*>(workspace);
