@@ -549,6 +549,81 @@ PH_API int32_t ph_kv_cache_import(ph_device* device, ph_kv_cache* cache, uint32_
                                   const uint8_t* recent, uint64_t recent_bytes, uint64_t* malformed,
                                   char* error, uint32_t error_bytes);
 
+/* ---- llm: what a language model computes beside attention ------------------------------------------ */
+/*
+ * Calls only enqueue, allocate nothing, and may be captured (ph_kv_cache_capture_begin). A tensor is a buffer, a byte
+ * offset and, where more than one will do, a dtype, of PH_F32, PH_F16 and PH_BF16; values are computed in float32 and
+ * rounded once, to nearest even, when stored. Results are the same bits every time. Unless it says so, an output must not
+ * overlap an input. Sizes are at least 1; tensors are dense, but for row strides, which are in elements.
+ */
+
+/* out[rows, out_features] = x[rows, in_features] . transposed weight[out_features, in_features], plus bias[out_features]
+ * unless it is NULL, plus what out holds if accumulate is 1. Sums are in float32.
+ * CPU: all dtypes; a row's results do not depend on the other rows, nor on the number of threads.
+ * CUDA: up to 8 rows are multiplied by a kernel of Packhorse's own, of which the same is true; more by cuBLAS, which is
+ * opened at the first such call: PACKHORSE_CUBLAS names the library, else libcublas.so.13, then .12; PH_ERROR_UNSUPPORTED
+ * without it, or if that first call is captured. x must have the weight's dtype, or up to 8 rows be f32; of more rows, out
+ * must be f32 or have x's dtype, and the bias is rounded to out's dtype before it is added. */
+PH_API int32_t ph_llm_linear(ph_device* device, const ph_buffer* x, uint64_t x_offset, uint32_t x_dtype,
+                             const ph_buffer* weight, uint64_t weight_offset, uint32_t weight_dtype,
+                             const ph_buffer* bias, uint64_t bias_offset, uint32_t bias_dtype, ph_buffer* out,
+                             uint64_t out_offset, uint32_t out_dtype, uint32_t rows, uint32_t in_features,
+                             uint32_t out_features, uint32_t accumulate, char* error, uint32_t error_bytes);
+/* Loads what multiplies more than 8 rows, if it is not loaded yet, and writes its name and version, NUL-terminated, cut
+ * at name_bytes. May wait for the device. PH_ERROR_UNSUPPORTED where it is missing; the message says what to install. */
+PH_API int32_t ph_llm_prepare_linear(ph_device* device, char* name, uint32_t name_bytes, char* error,
+                                     uint32_t error_bytes);
+
+/* out[i] = x[indices[i]] for i < rows; x [x_rows, width], indices i32. An index that is no row of x gives a row of NaN. */
+PH_API int32_t ph_llm_gather(ph_device* device, const ph_buffer* x, uint64_t x_offset, uint32_t x_dtype,
+                             uint32_t x_rows, const ph_buffer* indices, uint64_t indices_offset,
+                             ph_buffer* out, uint64_t out_offset, uint32_t out_dtype, uint32_t rows,
+                             uint32_t width, char* error, uint32_t error_bytes);
+
+/* out[row, group] = x[row, group] / sqrt(mean of x[row, group]^2 + epsilon) * weight[width]: x and out [rows, groups, width],
+ * where rows of x start x_stride elements apart and those of out out_stride. out may be x, with equal strides. */
+PH_API int32_t ph_llm_rms_norm(ph_device* device, const ph_buffer* x, uint64_t x_offset, uint32_t x_dtype,
+                               uint32_t x_stride, const ph_buffer* weight, uint64_t weight_offset,
+                               uint32_t weight_dtype, ph_buffer* out, uint64_t out_offset, uint32_t out_dtype,
+                               uint32_t out_stride, uint32_t rows, uint32_t groups, uint32_t width,
+                               float epsilon, char* error, uint32_t error_bytes);
+
+/* Rotary embedding of x [rows, heads, head_dim]: channels i and i + rotary_dim / 2 of a head, i < rotary_dim / 2, are
+ * turned by the angle positions[row] * frequencies[i] and multiplied by `scale`; those from rotary_dim on are copied.
+ * rotary_dim is even, up to head_dim and 1024; positions i32 [rows], frequencies f32 [rotary_dim / 2]; strides and out as in ph_llm_rms_norm. */
+PH_API int32_t ph_llm_rope(ph_device* device, const ph_buffer* x, uint64_t x_offset, uint32_t x_dtype,
+                           uint32_t x_stride, const ph_buffer* positions, uint64_t positions_offset,
+                           const ph_buffer* frequencies, uint64_t frequencies_offset, ph_buffer* out,
+                           uint64_t out_offset, uint32_t out_dtype, uint32_t out_stride, uint32_t rows,
+                           uint32_t heads, uint32_t head_dim, uint32_t rotary_dim, float scale, char* error,
+                           uint32_t error_bytes);
+
+/* out[rows, width] = gate / (1 + exp(-gate)) * up; gate and up of one dtype, their rows `stride` elements apart. */
+PH_API int32_t ph_llm_swiglu(ph_device* device, const ph_buffer* gate, uint64_t gate_offset,
+                             const ph_buffer* up, uint64_t up_offset, uint32_t dtype, uint32_t stride,
+                             ph_buffer* out, uint64_t out_offset, uint32_t out_dtype, uint32_t rows,
+                             uint32_t width, char* error, uint32_t error_bytes);
+
+/* out[rows, width] = x, whose rows start x_stride elements apart. */
+PH_API int32_t ph_llm_cast(ph_device* device, const ph_buffer* x, uint64_t x_offset, uint32_t x_dtype,
+                           uint32_t x_stride, ph_buffer* out, uint64_t out_offset, uint32_t out_dtype,
+                           uint32_t rows, uint32_t width, char* error, uint32_t error_bytes);
+
+/* x += y, `count` elements. */
+PH_API int32_t ph_llm_add(ph_device* device, ph_buffer* x, uint64_t x_offset, uint32_t x_dtype,
+                          const ph_buffer* y, uint64_t y_offset, uint32_t y_dtype, uint64_t count,
+                          char* error, uint32_t error_bytes);
+
+/* counters[i] += by for i < count, i32, wrapping. */
+PH_API int32_t ph_llm_advance(ph_device* device, ph_buffer* counters, uint64_t counters_offset,
+                              uint32_t count, int32_t by, char* error, uint32_t error_bytes);
+
+/* out[row] = the first index of the row's largest logit, i32 [rows]; logits [rows, vocabulary]. NaN counts as -infinity;
+ * a row of nothing else gives -1. */
+PH_API int32_t ph_llm_argmax(ph_device* device, const ph_buffer* logits, uint64_t logits_offset,
+                             uint32_t logits_dtype, ph_buffer* out, uint64_t out_offset, uint32_t rows,
+                             uint32_t vocabulary, char* error, uint32_t error_bytes);
+
 #ifdef __cplusplus
 }
 #endif

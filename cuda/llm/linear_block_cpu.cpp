@@ -1,0 +1,191 @@
+// Products of rows with a weight's rows on one CPU core; see operations_block_cpu.h.
+//
+// Both operands are contiguous along the features that are summed, so nothing is transposed: a lane of a vector sums every
+// kVectorLanes-th product, one after another, and the lanes are added at the end. Whatever the number of rows, the split
+// into blocks or the thread, an output is this sum, in this order. A micro-kernel keeps kRows x kTile such vectors in
+// registers. For more rows than that, a tile's weights are first converted to float32 and interleaved, kBlock features at a
+// time, in 24 KB of the first cache; for fewer, they are converted as they come from memory, which bounds that case.
+#include <cstring>
+#include <type_traits>
+
+#include "llm/elements_cpu.h"
+#include "llm/operations_block_cpu.h"
+
+namespace ph::llm::PH_INSTRUCTION_SET {
+
+using ph::PH_INSTRUCTION_SET::sum;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr uint32_t kRows = 4, kTile = 6;  // of 32 registers
+#elif defined(__AVX2__)
+constexpr uint32_t kRows = 3, kTile = 4;  // of 16
+#else
+constexpr uint32_t kRows = 2, kTile = 4;
+#endif
+constexpr uint32_t kBlock = 1024;                // features
+constexpr uint64_t kSecondCacheBytes = 1 << 20;  // what may be used of it
+constexpr uint32_t kMostRows = 256;
+
+using Sums = Floats[kTile];  // of one row
+
+uint32_t block_rows(uint32_t in_features) {
+  const uint64_t rows = kSecondCacheBytes / (4ull * in_features);
+  return static_cast<uint32_t>(rows < 4 * kRows ? 4 * kRows : (rows > kMostRows ? kMostRows : rows)) / kRows *
+         kRows;
+}
+
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Weights of a tile as they are in memory.
+template <typename Element>
+struct TileRows {
+  const uint8_t* rows[kTile];
+  Floats read(uint32_t out, uint32_t, uint32_t feature) const {
+    return Element::read(rows[out] + feature * kBytes<Element>);
+  }
+  Floats read_end(uint32_t out, uint32_t, uint32_t feature, uint32_t count) const {
+    return PH_INSTRUCTION_SET::read_end<Element>(rows[out] + feature * kBytes<Element>, count);
+  }
+};
+
+// Weights of a tile converted, [features / lanes][kTile] vectors of which the last are filled with zeros.
+struct ConvertedTile {
+  const Floats* vectors;
+  Floats read(uint32_t out, uint32_t vector, uint32_t) const { return vectors[vector * kTile + out]; }
+  Floats read_end(uint32_t out, uint32_t vector, uint32_t, uint32_t) const {
+    return vectors[vector * kTile + out];
+  }
+};
+
+// sums[row][out] += lanes of x[row] . weights[out] over `features`. x: the rows' features.
+template <uint32_t Rows, typename X, typename Weights>
+void micro_kernel(const uint8_t* const* x, const Weights& weights, uint32_t features, Sums* sums) {
+  Floats totals[Rows][kTile];
+  for (uint32_t row = 0; row < Rows; ++row)
+    for (uint32_t out = 0; out < kTile; ++out) totals[row][out] = sums[row][out];
+  uint32_t feature = 0, vector = 0;
+  for (; feature + kVectorLanes <= features; feature += kVectorLanes, ++vector) {
+    Floats values[Rows];
+#pragma GCC unroll 8
+    for (uint32_t row = 0; row < Rows; ++row) values[row] = X::read(x[row] + feature * kBytes<X>);
+#pragma GCC unroll 8
+    for (uint32_t out = 0; out < kTile; ++out) {
+      const Floats weight = weights.read(out, vector, feature);
+#pragma GCC unroll 8
+      for (uint32_t row = 0; row < Rows; ++row)
+        totals[row][out] = multiply_add(values[row], weight, totals[row][out]);
+    }
+  }
+  if (const uint32_t rest = features - feature; rest > 0) {
+    for (uint32_t row = 0; row < Rows; ++row) {
+      const Floats value = read_end<X>(x[row] + feature * kBytes<X>, rest);
+      for (uint32_t out = 0; out < kTile; ++out) {
+        totals[row][out] =
+            multiply_add(value, weights.read_end(out, vector, feature, rest), totals[row][out]);
+      }
+    }
+  }
+  for (uint32_t row = 0; row < Rows; ++row)
+    for (uint32_t out = 0; out < kTile; ++out) sums[row][out] = totals[row][out];
+}
+
+// The micro-kernel for 1 to kRows rows.
+template <typename X, typename Weights, uint32_t Rows = kRows>
+void multiply_rows(uint32_t rows, const uint8_t* const* x, const Weights& weights, uint32_t features,
+                   Sums* sums) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return multiply_rows<X, Weights, Rows - 1>(rows, x, weights, features, sums);
+  }
+  micro_kernel<Rows, X>(x, weights, features, sums);
+}
+
+template <typename Element>
+void convert_tile(const TileRows<Element>& tile, uint32_t first, uint32_t features, Floats* vectors) {
+  for (uint32_t feature = 0; feature < features; feature += kVectorLanes) {
+    for (uint32_t out = 0; out < kTile; ++out)
+      *vectors++ = read_at<Element>(tile.rows[out] + first * kBytes<Element>, feature, features);
+  }
+}
+
+// Adds the lanes, the bias, and what is there; stores the outputs [first, last) of a row.
+void finish(const Linear& call, uint32_t row, uint32_t first, uint32_t last, const Sums& sums) {
+  float values[kVectorLanes] = {};
+  for (uint32_t out = first; out < last; ++out) values[out - first] = sum(sums[out - first]);
+  Floats total = F32::read(reinterpret_cast<const uint8_t*>(values));
+  const uint32_t count = last - first;
+  if (call.bias.data != nullptr) {
+    with_float(call.bias.dtype, [&](auto element) {
+      using Bias = decltype(element);
+      total += read_end<Bias>(call.bias.data + first * kBytes<Bias>, count);
+    });
+  }
+  with_float(call.out.dtype, [&](auto element) {
+    using Out = decltype(element);
+    uint8_t* target = call.out.data + (static_cast<uint64_t>(row) * call.out_features + first) * kBytes<Out>;
+    if (call.accumulate) total += read_end<Out>(target, count);
+    write_end<Out>(target, total, count);
+  });
+}
+
+template <typename X, typename W>
+void multiply_tiles(const Linear& call, uint32_t first_row, uint32_t last_row, uint32_t first,
+                    uint32_t last) {
+  static_assert(kTile <= kVectorLanes, "a tile's outputs are finished as one vector");
+  const uint32_t rows = last_row - first_row, features = call.in_features;
+  const uint64_t x_bytes = features * kBytes<X>, weight_bytes = features * kBytes<W>;
+  const uint8_t* x[kMostRows];
+  for (uint32_t row = 0; row < rows; ++row) x[row] = call.x.data + (first_row + row) * x_bytes;
+  alignas(64) Sums sums[kMostRows];
+  alignas(64) Floats converted[kBlock / kVectorLanes * kTile];
+  for (uint32_t tile = first; tile < last; ++tile) {
+    const uint32_t first_out = tile * kTile,
+                   last_out = first_out + kTile < call.out_features ? first_out + kTile : call.out_features;
+    TileRows<W> weights;
+    // A last tile that is not full has its last output in the place of those that do not exist.
+    for (uint32_t out = 0; out < kTile; ++out) {
+      const uint64_t at = first_out + out < last_out ? first_out + out : last_out - 1;
+      weights.rows[out] = call.weight.data + at * weight_bytes;
+    }
+    memset(sums, 0, rows * sizeof(Sums));
+    if (rows <= kRows) {
+      multiply_rows<X>(rows, x, weights, features, sums);
+    } else {
+      for (uint32_t feature = 0; feature < features; feature += kBlock) {
+        const uint32_t count = features - feature < kBlock ? features - feature : kBlock;
+        convert_tile(weights, feature, count, converted);
+        for (uint32_t row = 0; row < rows; row += kRows) {
+          const uint8_t* from[kRows];
+          const uint32_t several = rows - row < kRows ? rows - row : kRows;
+          for (uint32_t i = 0; i < several; ++i) from[i] = x[row + i] + feature * kBytes<X>;
+          multiply_rows<X>(several, from, ConvertedTile{converted}, count, sums + row);
+        }
+      }
+    }
+    for (uint32_t row = 0; row < rows; ++row) finish(call, first_row + row, first_out, last_out, sums[row]);
+  }
+}
+
+void multiply(const Linear& call, uint32_t first_row, uint32_t last_row, uint32_t first, uint32_t last) {
+  with_float(call.x.dtype, [&](auto x) {
+    with_float(call.weight.dtype, [&](auto weight) {
+      multiply_tiles<decltype(x), decltype(weight)>(call, first_row, last_row, first, last);
+    });
+  });
+}
+
+}  // namespace
+
+extern const LinearKernels kLinearKernels;
+const LinearKernels kLinearKernels = {PH_STRING(PH_INSTRUCTION_SET), kTile, block_rows, multiply};
+
+}  // namespace ph::llm::PH_INSTRUCTION_SET
