@@ -118,8 +118,10 @@ const DEFAULT_CODEC: KvCacheCodec = {
 };
 
 const PAGE_BYTES = 65_536;
-const MOST_GROUP = 16;
-const HEAD_DIMS: readonly unknown[] = [64, 96, 128, 256];
+/** Most query heads that share a kv head. */
+export const MOST_GROUP = 16;
+/** Channels that a head may have. */
+export const CACHE_HEAD_DIMS: readonly number[] = [64, 96, 128, 256];
 const DTYPES: readonly unknown[] = ["f16", "bf16"];
 
 /** Checks options and fills in the defaults. Throws `invalid-argument`. */
@@ -137,7 +139,9 @@ export function resolveCacheOptions(options: KvCacheOptions): KvCacheConfig {
   if (queryHeads % kvHeads !== 0) {
     refuse(`queryHeads must be a multiple of the ${kvHeads} kvHeads, got ${queryHeads}`);
   }
-  if (!HEAD_DIMS.includes(headDim)) refuse(`headDim must be 64, 96, 128 or 256, got ${headDim}`);
+  if (!CACHE_HEAD_DIMS.includes(headDim)) {
+    refuse(`headDim must be 64, 96, 128 or 256, got ${headDim}`);
+  }
   if (!DTYPES.includes(dtype)) refuse(`dtype must be f16 or bf16, got ${dtype}`);
   within("sequences", sequences, 1, 65_536);
   within("tokens", tokens, 1, 2 ** 31 - 1);

@@ -1,6 +1,7 @@
 import { PackhorseError } from "../error.ts";
 import { isGiven, JsonFields, parseConfig, readConfigFile } from "../io/json_fields.ts";
 import { isCount, isObject } from "../io/untrusted_json.ts";
+import { CACHE_HEAD_DIMS, MOST_GROUP } from "../kv/cache_options.ts";
 import { modelFields, parseModelConfig } from "../kv/model_config.ts";
 import { parseRotary, type RotaryConfig } from "./rotary.ts";
 
@@ -163,6 +164,14 @@ export function parseLanguageModelConfig(bytes: Uint8Array, path: string): Langu
   const { layers, queryHeads, kvHeads, headDim } = shape;
   const rules = FAMILIES[family];
   const refuse = (what: string): never => refuseModel(path, what);
+  if (!CACHE_HEAD_DIMS.includes(headDim)) {
+    refuse(`its heads have ${headDim} channels, and the cache takes ${CACHE_HEAD_DIMS.join(", ")}`);
+  }
+  if (queryHeads > MOST_GROUP * kvHeads) {
+    refuse(
+      `${queryHeads / kvHeads} query heads share a kv head, and the cache takes ${MOST_GROUP}`,
+    );
+  }
 
   const activation = config.word("hidden_act") ?? "silu";
   if (activation !== "silu" && activation !== "swish") {

@@ -139,12 +139,31 @@ export class ModelRunner implements Disposable {
     });
   }
 
-  /** Logits `[count, vocabulary]` of tokens `first` on of the last step. They are there until the next call. */
-  logits(first: number, count: number): DeviceBuffer<"f32"> {
+  /** What the layers made of the last step's tokens: `[rows, hidden]`. */
+  states(rows: number): DeviceBuffer<"f32"> {
+    return this.#view(rows).x;
+  }
+
+  /** Where {@linkcode logits} of so many tokens are, until the next call. */
+  logitsOut(count: number): DeviceBuffer<"f32"> {
+    return this.#logits.view(0, count * this.config.vocabulary);
+  }
+
+  /**
+   * Computes logits `[count, vocabulary]` of tokens `first` on of the last step, or of other states `[count, hidden]`.
+   * Returns `out`.
+   */
+  logits(
+    first: number,
+    count: number,
+    { states, out = this.logitsOut(count) }: {
+      readonly states?: DeviceBuffer<"f32">;
+      readonly out?: DeviceBuffer<"f32">;
+    } = {},
+  ): DeviceBuffer<"f32"> {
     const { hidden, vocabulary, epsilon } = this.config;
-    const x = this.#all.x.view(first * hidden, count * hidden);
+    const x = states ?? this.#all.x.view(first * hidden, count * hidden);
     const normed = this.#lastNormed.view(0, count * hidden);
-    const out = this.#logits.view(0, count * vocabulary);
     rmsNorm(x, this.#weights.norm, normed, { rows: count, width: hidden, epsilon });
     linear(normed, this.#weights.head, out, {
       rows: count,

@@ -46,7 +46,7 @@ interface OuterWeights {
 /** All weights of a model, on a device. */
 export interface ModelWeights extends OuterWeights {
   readonly layers: readonly LayerWeights[];
-  /** Type of the matrices. */
+  /** Type of the matrices; norms and biases are f32. */
   readonly dtype: FloatDType;
   /** Bytes that they take. */
   readonly byteLength: number;
@@ -62,85 +62,128 @@ interface Slot {
 
 type Slots<Weights> = { readonly [Name in keyof Weights]: Slot | undefined };
 
-/** Options of {@linkcode loadWeights}. */
+/** Options of {@linkcode PlannedWeights.load}. */
 export interface LoadWeightsOptions {
-  /** Type of the matrices. Norms and biases are f32. */
-  readonly dtype?: WeightDType | undefined;
   /** Called with the bytes that are loaded, and how many there are. */
   readonly onProgress?: ((done: number, total: number) => void) | undefined;
   /** Stops the work. */
   readonly signal?: AbortSignal | undefined;
 }
 
-/**
- * Loads the weights of a model, tensor by tensor.
- *
- * Throws as {@linkcode Checkpoint.check} and {@linkcode Checkpoint.load}, `out-of-memory`, the signal's reason; then
- * nothing is left on the device.
- */
-export async function loadWeights(
+/** Weights that are known to be there, in the shapes that a model needs. */
+export interface PlannedWeights {
+  /** What the matrices become on the device. */
+  readonly dtype: FloatDType;
+  /**
+   * Loads them, tensor by tensor.
+   *
+   * Throws as {@linkcode Checkpoint.load}, `out-of-memory`, the signal's reason; then nothing is left on the device.
+   */
+  load(options?: LoadWeightsOptions): Promise<ModelWeights & Disposable>;
+}
+
+/** Finds the weights of a model in a checkpoint. Throws as {@linkcode Checkpoint.check}. */
+export function planWeights(
   device: Device,
   checkpoint: Checkpoint,
   config: LanguageModelConfig,
-  options: LoadWeightsOptions = {},
-): Promise<ModelWeights & Disposable> {
+  asked?: WeightDType,
+): PlannedWeights {
   const outer = outerSlots(config);
   const layers = Array.from({ length: config.layers }, (_, layer) => layerSlots(config, layer));
   const specs = [outer, ...layers].flatMap((slots) =>
     Object.values(slots).flatMap((slot: Slot | undefined) => slot?.parts ?? [])
   );
   checkpoint.check(specs, (name) => isSpare(name, config));
-  const total = sum(
-    specs,
-    (spec) => elementCount(spec.shape) * BYTES_PER_ELEMENT[checkpoint.dtypeOf(spec.name)],
-  );
-  // One for all: what a GPU multiplies must have the same type.
+  // One type for all: what a GPU multiplies must have the same.
   const projection = layers[0]!.queryKeyValue!.parts[0]!.name;
-  const dtype = weightDType(device, checkpoint.dtypeOf(projection), options.dtype);
-  let done = 0;
-  let byteLength = 0;
-  let parameters = 0;
-
-  using stack = new DisposableStack();
-  const loadSlot = async ({ kind, parts }: Slot): Promise<Matrix> => {
-    const elements = sum(parts, ({ shape }) => elementCount(shape));
-    const buffer: Matrix = stack.use(
-      device.createBuffer(kind === "vector" ? "f32" : dtype, elements),
-    );
-    let first = 0;
-    for (const { name, shape } of parts) {
-      const count = elementCount(shape);
-      await checkpoint.load(name, buffer.view(first, count), options.signal);
-      first += count;
-      done += count * BYTES_PER_ELEMENT[checkpoint.dtypeOf(name)];
-      options.onProgress?.(done, total);
-    }
-    byteLength += buffer.byteLength;
-    parameters += elements;
-    return buffer;
+  const dtype = weightDType(device, checkpoint.dtypeOf(projection), asked);
+  return {
+    dtype,
+    async load(options = {}) {
+      using stack = new DisposableStack();
+      const loader = new WeightLoader(device, checkpoint, { specs, dtype, stack, options });
+      const { embedding, norm, head } = await loader.load(outer);
+      const loadedLayers: LayerWeights[] = [];
+      for (const slots of layers) loadedLayers.push(await loader.load(slots));
+      const { byteLength, parameters } = loader;
+      const owner = stack.move();
+      return {
+        embedding,
+        norm,
+        head: head ?? embedding,
+        layers: loadedLayers,
+        dtype,
+        byteLength,
+        parameters,
+        [Symbol.dispose]: () => owner.dispose(),
+      };
+    },
   };
-  const loadAll = async <Weights>(slots: Slots<Weights>): Promise<Weights> => {
+}
+
+/** Loads tensors into buffers of a stack, and counts them. */
+class WeightLoader {
+  /** Bytes on the device so far. */
+  byteLength = 0;
+  /** Weights so far. */
+  parameters = 0;
+  readonly #device: Device;
+  readonly #checkpoint: Checkpoint;
+  readonly #dtype: FloatDType;
+  readonly #stack: DisposableStack;
+  readonly #options: LoadWeightsOptions;
+  readonly #total: number;
+  #done = 0;
+
+  constructor(
+    device: Device,
+    checkpoint: Checkpoint,
+    { specs, dtype, stack, options }: {
+      specs: readonly WeightSpec[];
+      dtype: FloatDType;
+      stack: DisposableStack;
+      options: LoadWeightsOptions;
+    },
+  ) {
+    this.#device = device;
+    this.#checkpoint = checkpoint;
+    this.#dtype = dtype;
+    this.#stack = stack;
+    this.#options = options;
+    this.#total = sum(specs, (spec) => this.#storedBytes(spec));
+  }
+
+  /** Loads what the slots name. */
+  async load<Weights>(slots: Slots<Weights>): Promise<Weights> {
     const loaded: Record<string, Matrix | undefined> = {};
     for (const [name, slot] of Object.entries<Slot | undefined>(slots)) {
-      loaded[name] = slot === undefined ? undefined : await loadSlot(slot);
+      loaded[name] = slot === undefined ? undefined : await this.#loadSlot(slot);
     }
     return loaded as Weights;
-  };
+  }
 
-  const { embedding, norm, head } = await loadAll(outer);
-  const loadedLayers: LayerWeights[] = [];
-  for (const slots of layers) loadedLayers.push(await loadAll(slots));
-  const owner = stack.move();
-  return {
-    embedding,
-    norm,
-    head: head ?? embedding,
-    layers: loadedLayers,
-    dtype,
-    byteLength,
-    parameters,
-    [Symbol.dispose]: () => owner.dispose(),
-  };
+  async #loadSlot({ kind, parts }: Slot): Promise<Matrix> {
+    const { signal, onProgress } = this.#options;
+    const elements = sum(parts, ({ shape }) => elementCount(shape));
+    const dtype = kind === "vector" ? "f32" : this.#dtype;
+    const buffer: Matrix = this.#stack.use(this.#device.createBuffer(dtype, elements));
+    let first = 0;
+    for (const spec of parts) {
+      const count = elementCount(spec.shape);
+      await this.#checkpoint.load(spec.name, buffer.view(first, count), signal);
+      first += count;
+      this.#done += this.#storedBytes(spec);
+      onProgress?.(this.#done, this.#total);
+    }
+    this.byteLength += buffer.byteLength;
+    this.parameters += elements;
+    return buffer;
+  }
+
+  #storedBytes({ name, shape }: WeightSpec): number {
+    return elementCount(shape) * BYTES_PER_ELEMENT[this.#checkpoint.dtypeOf(name)];
+  }
 }
 
 function outerSlots(
