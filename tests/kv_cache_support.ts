@@ -64,6 +64,8 @@ export function optionsOf(options: Partial<KvCacheOptions> = {}): KvCacheOptions
 
 export const packkv = (rel: number): KvCachePartCodec => ({ quantizer: "packkv", rel });
 export const fixed = (bits: number): KvCachePartCodec => ({ quantizer: "fixed", bits });
+export const raw16: KvCachePartCodec = { quantizer: "raw16" };
+export const kivi = (bits: number): KvCachePartCodec => ({ quantizer: "kivi", bits });
 export const bothParts = (codec: KvCachePartCodec): KvCacheCodec => ({
   keys: codec,
   values: codec,
@@ -134,6 +136,22 @@ export function attendLayer(
   using queries = upload(device, dtype, bits);
   using out: Buffer = device.createBuffer(dtype, bits.length);
   step.attend(layer, queries, out, options);
+  return out.download() as Bits;
+}
+
+/** One layer's prefill: bits [tokens, queryHeads, headDim]. */
+export function prefillLayer(
+  { device, config }: KvCache,
+  step: KvCacheStep,
+  layer: number,
+  { tokens, bits, scale }: { tokens: readonly Token[]; bits: Bits; scale?: number },
+): Bits {
+  const joined = joinTokens(config, tokens);
+  using queries = upload(device, config.dtype, bits);
+  using keys = upload(device, config.dtype, joined.keys);
+  using values = upload(device, config.dtype, joined.values);
+  using out: Buffer = device.createBuffer(config.dtype, bits.length);
+  step.prefill(layer, { queries, keys, values, out }, { scale });
   return out.download() as Bits;
 }
 

@@ -10,7 +10,6 @@ import {
   type KvCacheConfig,
   type KvCacheDType,
   type KvCacheOptions,
-  type KvCacheStep,
   type KvSequence,
 } from "../src/kv/mod.ts";
 import {
@@ -18,11 +17,15 @@ import {
   assertLayer,
   assertSameBits,
   bitsOf,
+  bothParts,
   type Buffer,
   type Data,
   fixed,
+  kivi,
   optionsOf,
   packkv,
+  prefillLayer,
+  raw16,
   readLayer,
   testOnDevices as test,
   throwsWith,
@@ -49,22 +52,6 @@ interface Part {
 /** What the queries are. */
 interface QueryData extends Data {
   readonly factor?: number;
-}
-
-/** One layer's prefill: bits [tokens, queryHeads, headDim]. */
-function prefillLayer(
-  { device, config }: KvCache,
-  step: KvCacheStep,
-  layer: number,
-  { tokens, bits, scale }: { tokens: readonly Token[]; bits: Bits; scale?: number },
-): Bits {
-  const joined = joinTokens(config, tokens);
-  using queries = upload(device, config.dtype, bits);
-  using keys = upload(device, config.dtype, joined.keys);
-  using values = upload(device, config.dtype, joined.values);
-  using out: Buffer = device.createBuffer(config.dtype, bits.length);
-  step.prefill(layer, { queries, keys, values, out }, { scale });
-  return out.download() as Bits;
 }
 
 /** Some of `count` query tokens: the first, the last, those around multiples of 64, and some more. */
@@ -299,7 +286,15 @@ test("prefill in chunks of every size, with a scale of one's own", (device) => {
 test("prefill over a past of more blocks than are looked up at a time", (device) => {
   const random = randomOf(4);
   const data: Data = { kind: "gaussian", random };
-  using cache = KvCache.create(device, optionsOf({ tokens: 9000, stepTokens: 9000 }));
+  const codec = [bothParts(packkv(0.1)), { keys: raw16, values: kivi(2) }, {
+    keys: kivi(3),
+    values: raw16,
+  }];
+  const tokens = 9000;
+  using cache = KvCache.create(
+    device,
+    optionsOf({ layers: 3, codec, tokens, stepTokens: tokens, poolBytes: 2 ** 23 }),
+  );
   const model = new ReferenceCache(cache.config);
   const sequence = { sequence: cache.add(), expected: model.add() };
   for (const count of [8700, 20]) {
@@ -311,11 +306,21 @@ test("prefill over a past of more blocks than are looked up at a time", (device)
 
 test("a sequence's prefill is the same, bit for bit, whatever else is in the batch", (device) => {
   for (
-    const [headDim, dtype] of [[64, "f16"], [96, "bf16"], [128, "bf16"], [256, "f16"]] as const
+    const [headDim, dtype, codec] of [
+      [64, "f16", bothParts(packkv(0.1))],
+      [96, "bf16", bothParts(packkv(0.2))],
+      [128, "bf16", bothParts(fixed(4))],
+      [256, "f16", bothParts(packkv(0.1))],
+      [64, "bf16", bothParts(raw16)],
+      [96, "f16", bothParts(kivi(2))],
+      [128, "f16", { keys: raw16, values: kivi(4) }],
+      [256, "bf16", { keys: kivi(8), values: raw16 }],
+    ] as const
   ) {
     const options = optionsOf({
       headDim,
       dtype,
+      codec,
       queryHeads: 6,
       kvHeads: 2,
       sequences: 8,
@@ -365,6 +370,16 @@ test("a sequence's prefill is the same, bit for bit, whatever else is in the bat
 // ---- windows ---------------------------------------------------------------------------------------
 
 test("windows hide all but the newest tokens and the sinks", (device) => {
+  const mixed = [
+    bothParts(raw16),
+    bothParts(kivi(4)),
+    { keys: kivi(2), values: packkv(0.2) },
+    { keys: fixed(4), values: kivi(8) },
+    { keys: raw16, values: kivi(3) },
+    { keys: kivi(5), values: raw16 },
+    { keys: raw16, values: fixed(6) },
+    { keys: packkv(0.1), values: raw16 },
+  ];
   let example = 0;
   for (const window of [1, 17, 64, 200]) {
     for (const sinks of [0, 4]) {
@@ -373,19 +388,23 @@ test("windows hide all but the newest tokens and the sinks", (device) => {
       using cache = KvCache.create(
         device,
         optionsOf({
-          layers: 2,
+          layers: 3,
           headDim: [64, 128, 96, 256][example % 4]!,
           dtype: example % 3 === 0 ? "bf16" : "f16",
           queryHeads: [3, 4, 16][example % 3]!,
           residual: [8, 64, 150][example % 3]!,
           sinks,
-          window: [window, 0],
-          codec: { keys: packkv(0.1), values: fixed(5) },
+          window: [window, 0, window],
+          codec: [
+            { keys: packkv(0.1), values: fixed(5) },
+            { keys: packkv(0.1), values: fixed(5) },
+            mixed[example]!,
+          ],
         }),
       );
       example++;
       const { config } = cache;
-      assertEquals(config.windows, [window, 0]);
+      assertEquals(config.windows, [window, 0, window]);
       const model = new ReferenceCache(config);
       const sequences = [0, 1].map(() => ({ sequence: cache.add(), expected: model.add() }));
       const what = `window ${window}, ${sinks} sinks`;

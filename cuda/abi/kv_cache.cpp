@@ -147,8 +147,7 @@ int32_t ph_kv_cache_prefill(ph_device* device, ph_kv_cache* cache, uint32_t laye
                             const ph_buffer* values, uint64_t values_offset, ph_buffer* out,
                             uint64_t out_offset, float scale, char* error, uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
-    checked(device);
-    ph_kv_cache& valid = checked_cache(cache);
+    ph_kv_cache& valid = checked_step(device, cache);
     const uint64_t kv_bytes = valid.step_tokens() * token_bytes(valid, valid.config().kv_heads);
     const uint64_t query_bytes = valid.step_tokens() * token_bytes(valid, valid.config().query_heads);
     valid.prefill(layer,

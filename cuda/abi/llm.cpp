@@ -37,6 +37,15 @@ uint64_t strided(uint32_t rows, uint64_t width, uint64_t stride, const char* wha
   return (positive(rows, "The number of rows") - 1ull) * stride + width;
 }
 
+// Tokens have numbers of 31 bits.
+uint64_t checked_vocabulary(uint32_t vocabulary) {
+  if (vocabulary > INT32_MAX) {
+    throw Error(PH_ERROR_INVALID_ARGUMENT, "The vocabulary must have at most %d tokens: it has %u", INT32_MAX,
+                vocabulary);
+  }
+  return positive(vocabulary, "The vocabulary");
+}
+
 // The bytes of `count` elements, or of more than any buffer holds.
 uint64_t bytes_of(uint64_t count, uint32_t dtype) {
   return count > UINT64_MAX / 4 ? UINT64_MAX : count * ph::llm::element_bytes(dtype);
@@ -205,7 +214,7 @@ int32_t ph_llm_argmax(ph_device* device, const ph_buffer* logits, uint64_t logit
                       uint32_t logits_dtype, ph_buffer* out, uint64_t out_offset, uint32_t rows,
                       uint32_t vocabulary, char* error, uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
-    const uint64_t columns = positive(vocabulary, "The vocabulary");
+    const uint64_t columns = checked_vocabulary(vocabulary);
     positive(rows, "The number of rows");
     ph::llm::argmax(checked_for_capture(device),
                     source(logits, logits_offset, logits_dtype, rows * columns, "The logits"),

@@ -1,4 +1,5 @@
-// Prefill attention over a growing cache on the GPU: one launch for a layer and step.
+// Prefill attention over a growing cache on the GPU: one launch for a layer and step, whose shape follows from the step's
+// (kv/step_graph.h).
 //
 // A thread block takes a tile of rows (prefill.h: query tokens times heads of the group) of one sequence and kv head, in
 // four warps of 16 * kBands rows each, and goes through the tokens that they see, 64 at a time, with an online softmax:
@@ -10,6 +11,13 @@
 // the scores, and those of values, over the block's largest, to the probabilities, so that only these are rounded. In
 // bfloat16, queries are brought to float16 by a power of two per row, exact but for what is below 2^-29 of the row's
 // largest value.
+// kMixed, for layers of which a part is kivi or raw16; keys and values are what they are independently of each other:
+//   kivi keys      a scale per channel: queries times scales, anew for every block, as sums of bfloat16s that are exact
+//                  (two of them, or three for float16), times codes; zero points, times the same, are one number per row
+//   kivi values    a scale per token and 64 channels: for each of these groups, probabilities times scales become
+//                  float16s relative to the row's largest, and are multiplied by codes and, in float32, by zero points
+//   raw16          as tokens in 16 bits, but in the order of the record, which is that of fragments already
+// Raw values come while scores are computed, the next block's raw keys while values are multiplied.
 // Tokens in 16 bits: keys and values come as they are, values while scores are computed, the next keys while the values
 // are multiplied. In bfloat16 probabilities are split into a high and a low part, for 8 bits would not do.
 //
@@ -20,15 +28,15 @@
 //
 // Shared memory: queries as A fragments, each read by the lane that wrote it; a chunk's keys and values, either as B
 // fragments, 16 bytes per lane (free of bank conflicts), or as rows, padded so that the fragments' loads are; the next
-// record. Bytes moved: a tile reads the tokens it sees once, from the L2 cache mostly, and its queries once or twice, and
+// record, without its raw values. Bytes moved: a tile reads the tokens it sees once, from the L2 cache mostly, and its queries once or twice, and
 // writes its outputs once. All tensors and records are 16-byte aligned; records may straddle two pages of the pool.
 //
 // Deterministic: no atomics, and the order of sums is that of a row's tokens, whatever tile it is in.
 #include <algorithm>
 
 #include "attention/prefill.h"
-#include "attention/recent.cuh"
-#include "attention/tile.cuh"
+#include "attention/ring.cuh"
+#include "attention/tile_raw16.cuh"
 #include "device/device_cuda.h"
 
 namespace ph::attention {
@@ -37,7 +45,6 @@ namespace {
 
 using kv::CacheView;
 using kv::kBlockTokens;
-using kv::kPageUnits;
 using kv::kParamsBytes;
 using kv::kUnitBytes;
 using kv::StepSequence;
@@ -53,55 +60,19 @@ constexpr int32_t kLeastZero = -512, kMostZero = 511;  // zero points that are a
 constexpr float kNoReference = -1e30f;
 constexpr float kLog2OfE = 1.4426950408889634f;
 
-// ---- tensor cores ----
-
-template <bool kBfloat>
-__device__ __forceinline__ void multiply_add_16(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1) {
-  if constexpr (kBfloat) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-  }
-}
-
-// Four 8 x 8 matrices of 16-bit values, transposed; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ uint4 load_transposed(const uint8_t* row) {
-  uint4 r;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
-               : "memory");
-  return r;
-}
-
 // ---- shared memory ----
 
-// A run of bytes in a stream, in one or two pages.
-struct Run {
-  uint32_t unit, units;  // the first within its page
-  uint32_t pages[2];
-};
-
-__device__ __forceinline__ Run make_run(const uint32_t* page_table, uint32_t begin, uint32_t end) {
-  return {
-      begin % kPageUnits, end - begin, {page_table[begin / kPageUnits], page_table[(end - 1) / kPageUnits]}};
-}
-
-struct BlockRuns {
-  Run params, record;
-};
-
+template <int kDim, bool kMixed>
 struct PrefillShared {
-  BlockRuns runs[kRunsHeld];
-  // Of a packed block's tokens. Scales of values are relative to `unit`; offsets are what zero points exceed.
-  alignas(16) float key_scales[kBlockTokens], value_scales[kBlockTokens];
-  alignas(16) float key_offsets[kBlockTokens], value_offsets[kBlockTokens];
+  // Of a part of a packed block: its tokens', or kivi's.
+  static constexpr uint32_t kScales =
+      kMixed ? (kDim + kBlockTokens - 1) / kBlockTokens * kBlockTokens : kBlockTokens;
+  static_assert(kv::kGroupChannels == kBlockTokens && kScales <= kv::kMostScales);
+  TileSpans spans[kRunsHeld];  // of the records, without raw values
+  Span raw[kMixed ? kRunsHeld : 1][kv::kParts];
+  // Scales of a token's values are relative to `unit`; offsets are what zero points of tokens exceed, or kivi's zero points.
+  alignas(16) float key_scales[kScales], value_scales[kScales];
+  alignas(16) float key_offsets[kScales], value_offsets[kScales];
   float unit;
 };
 
@@ -148,6 +119,14 @@ struct Tile16 {
   }
 };
 
+// Brings positive numbers up to `largest` to the range of float16, the largest to [2^14, 2^15) unless it is all but 0, and
+// down again.
+__device__ __forceinline__ void powers_of_two(float largest, float& up, float& down) {
+  const int exponent = max(static_cast<int>(__float_as_uint(largest) >> 23) - 127, -100);
+  up = __uint_as_float(static_cast<uint32_t>(127 + 14 - exponent) << 23);
+  down = __uint_as_float(static_cast<uint32_t>(127 - 14 + exponent) << 23);
+}
+
 // Queries to A fragments in shared memory. kScaled: as float16 whatever they are, with a power of two per row.
 template <int kDim, int kBands, bool kBfloat, bool kScaled>
 __device__ __forceinline__ void load_queries(const Tile16& tile, uint32_t band_row, float scale,
@@ -172,10 +151,7 @@ __device__ __forceinline__ void load_queries(const Tile16& tile, uint32_t band_r
         }
         largest = fmaxf(largest, __shfl_xor_sync(kEveryLane, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(kEveryLane, largest, 2));
-        // To [2^14, 2^15), unless the row is all but 0.
-        const int exponent = max(static_cast<int>(__float_as_uint(largest) >> 23) - 127, -100);
-        up = __uint_as_float(static_cast<uint32_t>(127 + 14 - exponent) << 23);
-        down = __uint_as_float(static_cast<uint32_t>(127 - 14 + exponent) << 23);
+        powers_of_two(largest, up, down);
 #pragma unroll
         for (int x = 0; x < kDim / 16; ++x) {
           const float2 a = to_floats<true>(pairs[r][x].x), b = to_floats<true>(pairs[r][x].y);
@@ -281,18 +257,20 @@ __device__ __forceinline__ uint4 weights_of(const float (&scores)[kBands][8][4],
 
 // ---- packed blocks ----
 
+// Starts the copy of a run of bytes.
+__device__ __forceinline__ void fetch_span(const uint8_t* pool, const Span& span, uint8_t* target) {
+#pragma unroll
+  for (int second = 0; second < 2; ++second) {
+    const SpanPiece piece = span.piece(pool, second == 1);
+    for (uint32_t at = threadIdx.x * kUnitBytes; at < piece.bytes; at += kThreads * kUnitBytes)
+      kv::copy_async(reinterpret_cast<uint4*>(target + piece.offset + at), piece.source + at);
+  }
+}
+
 // Starts the copy of a block's params and record, one behind the other.
-__device__ __forceinline__ void fetch_block(const uint8_t* pool, const BlockRuns& runs, uint8_t* slot) {
-  const auto copy = [&](const Run& run, uint8_t* target) {
-    for (uint32_t at = threadIdx.x; at < run.units; at += kThreads) {
-      const uint32_t unit = run.unit + at;
-      const uint8_t* page = pool + run.pages[unit >= kPageUnits ? 1 : 0] * kv::kPageBytes;
-      kv::copy_async(reinterpret_cast<uint4*>(target + at * kUnitBytes),
-                     page + unit % kPageUnits * kUnitBytes);
-    }
-  };
-  copy(runs.params, slot);
-  copy(runs.record, slot + kParamsBytes);
+__device__ __forceinline__ void fetch_block(const uint8_t* pool, const TileSpans& spans, uint8_t* slot) {
+  fetch_span(pool, spans.params, slot);
+  fetch_span(pool, spans.record, slot + kParamsBytes);
 }
 
 // Nibble words N (tile.h) of a lane of a group of `width` 0 to 4.
@@ -323,14 +301,17 @@ __device__ __forceinline__ uint32_t codes_to_halves(uint32_t codes, int pair, __
   return *reinterpret_cast<const uint32_t*>(&sum);
 }
 
-// Unpacks one group of keys or values to B fragments, which are those of the lane that unpacks them.
-//   keys    [group][fragment m of tokens][lane]: k steps 2 * group and 2 * group + 1
-//   values  [group][j, of eight channels][half][lane]: k steps 2 * half and 2 * half + 1
-template <int kDim>
-__device__ __forceinline__ void unpack_group(const kv::TileShape& shape, const TileLayout& layout,
-                                             const Tile& tile, uint32_t part, uint32_t group,
-                                             uint4* fragments) {
-  const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
+// Likewise without zero points, in bfloat16.
+__device__ __forceinline__ uint32_t codes_to_bfloats(uint32_t codes, int pair) {
+  const auto value = [&](int byte) {  // 0x4b000000 | code is 2^23 + code
+    return __uint_as_float(__byte_perm(codes, 0x4b000000u, 0x7540 + byte)) - 0x1p23f;
+  };
+  return to_halves<true>(value(2 * pair), value(2 * pair + 1));
+}
+
+// The codes, or without bases residuals, of a lane of a group: registers (s, j) of tile.h.
+__device__ __forceinline__ void load_codes(const TileLayout& layout, const Tile& tile, uint32_t part,
+                                           uint32_t group, uint32_t (&codes)[4][4]) {
   const uint2 widths = *reinterpret_cast<const uint2*>(tile.record);
   const uint32_t of_part = part == PH_KV_KEYS ? widths.x : widths.y, width = of_part >> 4 * group & 15;
   uint32_t before = kv::width_sum(of_part & (1u << 4 * group) - 1);
@@ -340,7 +321,6 @@ __device__ __forceinline__ void unpack_group(const kv::TileShape& shape, const T
   load_nibbles(source, digit_width(width, 0), low);
   load_nibbles(source + 4 * kv::kGroupBytes, digit_width(width, 1), high);
 
-  uint32_t codes[4][4];  // [s][j]
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
 #pragma unroll
@@ -349,6 +329,17 @@ __device__ __forceinline__ void unpack_group(const kv::TileShape& shape, const T
       codes[s][j] = (low[x] >> shift & 0x0f0f0f0fu) | (high[x] >> shift & 0x0f0f0f0fu) << 4;
     }
   }
+}
+
+// Unpacks one group of packkv or fixed keys or values to B fragments, which are those of the lane that unpacks them.
+//   keys    [group][fragment m of tokens][lane]: k steps 2 * group and 2 * group + 1
+//   values  [group][j, of eight channels][half][lane]: k steps 2 * half and 2 * half + 1
+template <int kDim>
+__device__ __forceinline__ void unpack_group(const TileLayout& layout, const Tile& tile, uint32_t part,
+                                             uint32_t group, uint4* fragments) {
+  const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
+  uint32_t codes[4][4];
+  load_codes(layout, tile, part, group, codes);
   // No byte overflows: the sums are codes.
   if (part == PH_KV_KEYS) {
     __half2 zeros[4];  // of tokens 8g + 0..7
@@ -385,20 +376,72 @@ __device__ __forceinline__ void unpack_group(const kv::TileShape& shape, const T
   }
 }
 
-// Unpacks a record, and what its tokens share; returns whether a zero point of this thread's has an offset.
-template <int kDim, bool kBfloat>
+// Unpacks one group of kivi to codes without zero points, keys in bfloat16 and values in float16, in the order of raw16.
+__device__ __forceinline__ void unpack_kivi_group(const TileLayout& layout, const Tile& tile, uint32_t part,
+                                                  uint32_t group, uint4* fragments) {
+  const uint32_t lane = threadIdx.x % kWarpThreads;
+  const __half2 none = __float2half2_rn(-1024.0f);
+  uint32_t codes[4][4];
+  load_codes(layout, tile, part, group, codes);
+#pragma unroll
+  for (int x = 0; x < 2; ++x) {  // sixteen channels
+#pragma unroll
+    for (int f = 0; f < 4; ++f) {
+      uint4 fragment;
+      if (part == PH_KV_KEYS) {  // of tokens 8g + 2f and the next
+        const uint32_t even = codes[2 * (f / 2) + x][2 * (f % 2)],
+                       odd = codes[2 * (f / 2) + x][2 * (f % 2) + 1];
+        fragment = make_uint4(codes_to_bfloats(even, 0), codes_to_bfloats(odd, 0), codes_to_bfloats(even, 1),
+                              codes_to_bfloats(odd, 1));
+      } else {  // of channels g and 8 + g
+        const uint32_t low = codes[f][2 * x], high = codes[f][2 * x + 1];
+        fragment = make_uint4(codes_to_halves(low, 0, none), codes_to_halves(high, 0, none),
+                              codes_to_halves(low, 1, none), codes_to_halves(high, 1, none));
+      }
+      fragments[((2 * group + x) * 4 + f) * kWarpThreads + lane] = fragment;
+    }
+  }
+}
+
+template <bool kBfloat>
+__device__ __forceinline__ float load_scale(const uint8_t* source) {
+  const uint16_t bits = *reinterpret_cast<const uint16_t*>(source);
+  return kBfloat ? bf16_to_float(bits) : __half2float(__ushort_as_half(bits));
+}
+
+// Unpacks a record but for raw16, and what its values share; returns whether a zero point of a token of this thread's has
+// an offset.
+template <int kDim, bool kBfloat, bool kMixed>
 __device__ __forceinline__ bool unpack_block(const kv::TileShape& shape, const TileLayout& layout,
                                              const Tile& tile, uint4* keys, uint4* values,
-                                             PrefillShared& shared) {
+                                             PrefillShared<kDim, kMixed>& shared) {
   constexpr uint32_t kGroups = kDim / 32;
+  const auto unpack = [&](uint32_t part, uint32_t group, uint4* fragments) {
+    if (!kMixed || kv::is_per_token(shape.parts[part]))
+      unpack_group<kDim>(layout, tile, part, group, fragments);
+    else if (kv::is_kivi(shape.parts[part])) unpack_kivi_group(layout, tile, part, group, fragments);
+  };
   for (uint32_t task = threadIdx.x / kWarpThreads; task < 2 * kGroups; task += kWarps) {
-    if (task < kGroups) unpack_group<kDim>(shape, layout, tile, PH_KV_KEYS, task, keys);
-    else unpack_group<kDim>(shape, layout, tile, PH_KV_VALUES, task - kGroups, values);
+    if (task < kGroups) unpack(PH_KV_KEYS, task, keys);
+    else unpack(PH_KV_VALUES, task - kGroups, values);
   }
   static_assert(kThreads == kv::kParts * kBlockTokens);
   const uint32_t part = threadIdx.x / kBlockTokens, token = threadIdx.x % kBlockTokens;
-  const uint16_t bits = *reinterpret_cast<const uint16_t*>(tile.params + kv::scale_position(part, token));
-  const float scale = kBfloat ? bf16_to_float(bits) : __half2float(__ushort_as_half(bits));
+  if constexpr (kMixed) {
+    if (kv::is_raw16(shape.parts[part])) return false;
+    if (kv::is_kivi(shape.parts[part])) {
+      const bool of_keys = part == PH_KV_KEYS;
+      const uint8_t* source = tile.record + (of_keys ? kv::kTileHeaderBytes : layout.value_bases);
+      const uint32_t count = kv::group_scales(shape, part);
+      for (uint32_t i = token; i < count; i += kBlockTokens) {
+        const float zero = *reinterpret_cast<const int16_t*>(source + 2 * (count + i));
+        (of_keys ? shared.key_scales : shared.value_scales)[i] = load_scale<kBfloat>(source + 2 * i);
+        (of_keys ? shared.key_offsets : shared.value_offsets)[i] = zero;
+      }
+      return false;
+    }
+  }
+  const float scale = load_scale<kBfloat>(tile.params + kv::scale_position(part, token));
   const int32_t zero = *reinterpret_cast<const int16_t*>(tile.params + kv::zero_position(part, token));
   const int32_t offset = zero - min(max(zero, kLeastZero), kMostZero);
   if (part == PH_KV_KEYS) {
@@ -428,15 +471,12 @@ __device__ __forceinline__ void load_sixteen(const float* source, float (&x)[16]
   }
 }
 
-// A warp's rows against a packed block whose first token is at `start`. window: 0, or that of a layer where some row does
-// not see all of the block.
+// Scores of packkv or fixed keys.
 template <int kDim, int kBands>
-__device__ __forceinline__ void attend_packed(const uint4* queries, const uint4* keys, const uint4* values,
-                                              const PrefillShared& shared, bool offsets, uint32_t start,
-                                              uint32_t window, const RowFacts<kBands>& facts,
-                                              RowState<kDim, kBands>& state) {
-  const uint32_t lane = threadIdx.x % kWarpThreads, i = lane % 4;
-  float scores[kBands][8][4] = {};
+__device__ __forceinline__ void token_scores(const uint4* queries, const uint4* keys, const float* scales,
+                                             const float* zero_offsets, bool offsets,
+                                             const RowFacts<kBands>& facts, float (&scores)[kBands][8][4]) {
+  const uint32_t lane = threadIdx.x % kWarpThreads;
 #pragma unroll
   for (int group = 0; group < kDim / 32; ++group) {
     uint4 a[kBands][2];
@@ -451,15 +491,15 @@ __device__ __forceinline__ void attend_packed(const uint4* queries, const uint4*
       const uint4 b = keys[(group * 8 + m) * kWarpThreads + lane];
 #pragma unroll
       for (int band = 0; band < kBands; ++band) {
-        multiply_add_16<false>(scores[band][m], a[band][0], b.x, b.y);
-        multiply_add_16<false>(scores[band][m], a[band][1], b.z, b.w);
+        multiply_fragment<false>(scores[band][m], a[band][0], b.x, b.y);
+        multiply_fragment<false>(scores[band][m], a[band][1], b.z, b.w);
       }
     }
   }
 
   float of_token[16];
   if (offsets) {
-    load_sixteen(shared.key_offsets, of_token);
+    load_sixteen(zero_offsets, of_token);
 #pragma unroll
     for (int band = 0; band < kBands; ++band) {
 #pragma unroll
@@ -472,7 +512,7 @@ __device__ __forceinline__ void attend_packed(const uint4* queries, const uint4*
       }
     }
   }
-  load_sixteen(shared.key_scales, of_token);
+  load_sixteen(scales, of_token);
 #pragma unroll
   for (int band = 0; band < kBands; ++band) {
 #pragma unroll
@@ -481,23 +521,111 @@ __device__ __forceinline__ void attend_packed(const uint4* queries, const uint4*
       for (int c = 0; c < 4; ++c) scores[band][m][c] *= of_token[m + 8 * (c % 2)];
     }
   }
-  if (window > 0) {
+}
+
+// Scores of 16-bit keys. load(x, f): of k step x, the B fragments of score fragments 2f and 2f + 1.
+template <int kDim, int kBands, bool kBfloat, typename Load>
+__device__ __forceinline__ void plain_scores(const uint4* queries, float (&scores)[kBands][8][4], Load load) {
+  const uint32_t lane = threadIdx.x % kWarpThreads;
+#pragma unroll
+  for (int x = 0; x < kDim / 16; ++x) {
+    uint4 a[kBands];
+#pragma unroll
+    for (int band = 0; band < kBands; ++band)
+      a[band] = queries[(band * (kDim / 16) + x) * kWarpThreads + lane];
+#pragma unroll
+    for (int f = 0; f < 4; ++f) {
+      const uint4 b = load(x, f);
+#pragma unroll
+      for (int band = 0; band < kBands; ++band) {
+        multiply_fragment<kBfloat>(scores[band][2 * f], a[band], b.x, b.y);
+        multiply_fragment<kBfloat>(scores[band][2 * f + 1], a[band], b.z, b.w);
+      }
+    }
+  }
+}
+
+// Fragment f of sixteen channels in the order of raw16 (tile.h): the B fragments of two rows of eight tokens or channels.
+__device__ __forceinline__ uint4 load_raw(const uint4* fragments, int channels, int f) {
+  const uint4 pairs = fragments[(4 * channels + f) * kWarpThreads + threadIdx.x % kWarpThreads];
+  return make_uint4(pairs.x, pairs.z, pairs.y, pairs.w);
+}
+
+// Scores of kivi keys.
+template <int kDim, int kBands, bool kBfloat>
+__device__ __forceinline__ void channel_scores(const uint4* queries, const uint4* keys, const float* scales,
+                                               const float* zeros, float (&scores)[kBands][8][4]) {
+  constexpr int kTerms = kBfloat ? 2 : 3;  // bfloat16s that a product of two values is exactly
+  const uint32_t lane = threadIdx.x % kWarpThreads, i = lane % 4;
+  float shift[kBands][2] = {};  // of the rows: this lane's channels' zero points
+#pragma unroll
+  for (int x = 0; x < kDim / 16; ++x) {
+    const float4 scale = *reinterpret_cast<const float4*>(scales + 16 * x + 4 * i),
+                 zero = *reinterpret_cast<const float4*>(zeros + 16 * x + 4 * i);
+    uint4 terms[kBands][kTerms];
 #pragma unroll
     for (int band = 0; band < kBands; ++band) {
+      const uint4 query = queries[(band * (kDim / 16) + x) * kWarpThreads + lane];
+      const uint32_t pairs[4] = {query.x, query.y, query.z, query.w};
+      uint32_t words[kTerms][4];
 #pragma unroll
-      for (int m = 0; m < 8; ++m) {
+      for (int k = 0; k < 4; ++k) {  // channels 16x + 4i + 2(k / 2) and the next, of row g + 8(k % 2)
+        float2 two = to_floats<kBfloat>(pairs[k]);
+        two.x *= k / 2 == 0 ? scale.x : scale.z;
+        two.y *= k / 2 == 0 ? scale.y : scale.w;
+        float& of_row = shift[band][k % 2];
+        of_row = __fmaf_rn(two.x, k / 2 == 0 ? zero.x : zero.z, of_row);
+        of_row = __fmaf_rn(two.y, k / 2 == 0 ? zero.y : zero.w, of_row);
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          if (start + 16 * i + m + 8 * (c % 2) < window_begin(window, facts.position[band][c / 2]))
-            scores[band][m][c] = -INFINITY;
+        for (int term = 0; term < kTerms; ++term) {
+          words[term][k] = to_halves<true>(two.x, two.y);
+          const float2 taken = to_floats<true>(words[term][k]);
+          two.x -= taken.x;
+          two.y -= taken.y;
+        }
+      }
+#pragma unroll
+      for (int term = 0; term < kTerms; ++term)
+        terms[band][term] = make_uint4(words[term][0], words[term][1], words[term][2], words[term][3]);
+    }
+#pragma unroll
+    for (int f = 0; f < 4; ++f) {
+      const uint4 b = load_raw(keys, x, f);
+#pragma unroll
+      for (int band = 0; band < kBands; ++band) {
+#pragma unroll
+        for (int term = 0; term < kTerms; ++term) {
+          multiply_fragment<true>(scores[band][2 * f], terms[band][term], b.x, b.y);
+          multiply_fragment<true>(scores[band][2 * f + 1], terms[band][term], b.z, b.w);
         }
       }
     }
   }
+#pragma unroll
+  for (int band = 0; band < kBands; ++band) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      shift[band][r] += __shfl_xor_sync(kEveryLane, shift[band][r], 1);
+      shift[band][r] += __shfl_xor_sync(kEveryLane, shift[band][r], 2);
+#pragma unroll
+      for (int m = 0; m < 8; ++m) {
+        scores[band][m][2 * r] += shift[band][r];
+        scores[band][m][2 * r + 1] += shift[band][r];
+      }
+    }
+  }
+}
 
-  float rescale[kBands][2];
-  soften(scores, facts.factor, state, rescale);
-  load_sixteen(shared.value_scales, of_token);
+// Adds packkv or fixed values, times the probabilities in `scores`, to the outputs, which `rescale` brings to the same
+// reference.
+template <int kDim, int kBands>
+__device__ __forceinline__ void token_values(const uint4* values, const float* scales,
+                                             const float* zero_offsets, float unit, bool offsets,
+                                             float (&scores)[kBands][8][4], const float (&rescale)[kBands][2],
+                                             RowState<kDim, kBands>& state) {
+  const uint32_t lane = threadIdx.x % kWarpThreads;
+  float of_token[16];
+  load_sixteen(scales, of_token);
   uint4 weights[kBands][4];
 #pragma unroll
   for (int band = 0; band < kBands; ++band) {
@@ -509,9 +637,8 @@ __device__ __forceinline__ void attend_packed(const uint4* queries, const uint4*
 #pragma unroll
     for (int s = 0; s < 4; ++s) weights[band][s] = weights_of<false>(scores, band, s);
   }
-  const float unit = shared.unit;
   if (offsets) {
-    load_sixteen(shared.value_offsets, of_token);
+    load_sixteen(zero_offsets, of_token);
 #pragma unroll
     for (int band = 0; band < kBands; ++band) {
 #pragma unroll
@@ -539,8 +666,8 @@ __device__ __forceinline__ void attend_packed(const uint4* queries, const uint4*
       const uint4 b = values[(n * 2 + half) * kWarpThreads + lane];
 #pragma unroll
       for (int band = 0; band < kBands; ++band) {
-        multiply_add_16<false>(sums[band], weights[band][2 * half], b.x, b.y);
-        multiply_add_16<false>(sums[band], weights[band][2 * half + 1], b.z, b.w);
+        multiply_fragment<false>(sums[band], weights[band][2 * half], b.x, b.y);
+        multiply_fragment<false>(sums[band], weights[band][2 * half + 1], b.z, b.w);
       }
     }
 #pragma unroll
@@ -549,6 +676,182 @@ __device__ __forceinline__ void attend_packed(const uint4* queries, const uint4*
       for (int c = 0; c < 4; ++c)
         state.out[band][n][c] = __fmaf_rn(sums[band][c], unit, state.out[band][n][c]);
     }
+  }
+}
+
+// Adds 16-bit values, times the probabilities in `scores`, to the outputs. load(pair, s): of k step s, the B fragments of
+// channels 16 * pair + 0..7 and of the next eight.
+template <int kDim, int kBands, bool kBfloat, typename Load>
+__device__ __forceinline__ void plain_values(float (&scores)[kBands][8][4], RowState<kDim, kBands>& state,
+                                             Load load) {
+  uint4 weights[kBands][4];
+  [[maybe_unused]] uint4 rest[kBands][4];  // what rounding the weights leaves
+#pragma unroll
+  for (int band = 0; band < kBands; ++band) {
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      weights[band][s] = weights_of<kBfloat>(scores, band, s);
+      if constexpr (kBfloat) {
+        const uint32_t pairs[4] = {weights[band][s].x, weights[band][s].y, weights[band][s].z,
+                                   weights[band][s].w};
+#pragma unroll
+        for (int x = 0; x < 4; ++x) {
+          const float2 two = to_floats<true>(pairs[x]);
+          const int u = 4 * s + 2 * (x / 2);
+          scores[band][u % 8][2 * (x % 2) + u / 8] -= two.x;
+          scores[band][(u + 1) % 8][2 * (x % 2) + u / 8] -= two.y;
+        }
+        rest[band][s] = weights_of<kBfloat>(scores, band, s);
+      }
+    }
+  }
+#pragma unroll
+  for (int pair = 0; pair < kDim / 16; ++pair) {
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      const uint4 b = load(pair, s);
+#pragma unroll
+      for (int band = 0; band < kBands; ++band) {
+        multiply_fragment<kBfloat>(state.out[band][2 * pair], weights[band][s], b.x, b.y);
+        multiply_fragment<kBfloat>(state.out[band][2 * pair + 1], weights[band][s], b.z, b.w);
+        if constexpr (kBfloat) {
+          multiply_fragment<kBfloat>(state.out[band][2 * pair], rest[band][s], b.x, b.y);
+          multiply_fragment<kBfloat>(state.out[band][2 * pair + 1], rest[band][s], b.z, b.w);
+        }
+      }
+    }
+  }
+}
+
+// Adds kivi values, times the probabilities in `scores`, to the outputs.
+template <int kDim, int kBands>
+__device__ __forceinline__ void group_values(const uint4* values, const float* scales, const float* zeros,
+                                             const float (&scores)[kBands][8][4],
+                                             RowState<kDim, kBands>& state) {
+  constexpr int kPairs = kv::kGroupChannels / 16;  // of eight channels, in a group of them
+#pragma unroll
+  for (int group = 0; group * kPairs < kDim / 16; ++group) {
+    float scale[16], zero[16];
+    load_sixteen(scales + group * kBlockTokens, scale);
+    load_sixteen(zeros + group * kBlockTokens, zero);
+    uint4 weights[kBands][4];
+    float units[kBands][2], shift[kBands][2] = {};
+#pragma unroll
+    for (int band = 0; band < kBands; ++band) {
+      float up[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float most = 0.0f;
+#pragma unroll
+        for (int u = 0; u < 16; ++u) most = fmaxf(most, score_of(scores, band, r, u) * scale[u]);
+        most = fmaxf(most, __shfl_xor_sync(kEveryLane, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(kEveryLane, most, 2));
+        powers_of_two(most, up[r], units[band][r]);
+      }
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int x = 0; x < 4; ++x) {
+          const int u = 4 * s + 2 * (x / 2), r = x % 2;
+          pairs[x] = to_halves<false>(score_of(scores, band, r, u) * scale[u] * up[r],
+                                      score_of(scores, band, r, u + 1) * scale[u + 1] * up[r]);
+          // As they are multiplied by the codes.
+          const float2 two = to_floats<false>(pairs[x]);
+          shift[band][r] = __fmaf_rn(two.x, zero[u], shift[band][r]);
+          shift[band][r] = __fmaf_rn(two.y, zero[u + 1], shift[band][r]);
+        }
+        weights[band][s] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        shift[band][r] += __shfl_xor_sync(kEveryLane, shift[band][r], 1);
+        shift[band][r] += __shfl_xor_sync(kEveryLane, shift[band][r], 2);
+      }
+    }
+#pragma unroll
+    for (int pair = group * kPairs; pair < (group + 1) * kPairs && pair < kDim / 16; ++pair) {
+      float sums[kBands][2][4];
+#pragma unroll
+      for (int band = 0; band < kBands; ++band) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sums[band][0][c] = sums[band][1][c] = shift[band][c / 2];
+      }
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        const uint4 b = load_raw(values, pair, s);
+#pragma unroll
+        for (int band = 0; band < kBands; ++band) {
+          multiply_fragment<false>(sums[band][0], weights[band][s], b.x, b.y);
+          multiply_fragment<false>(sums[band][1], weights[band][s], b.z, b.w);
+        }
+      }
+#pragma unroll
+      for (int band = 0; band < kBands; ++band) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+#pragma unroll
+          for (int odd = 0; odd < 2; ++odd) {
+            float& out = state.out[band][2 * pair + odd][c];
+            out = __fmaf_rn(sums[band][odd][c], units[band][c / 2], out);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Scores of a warp's rows and a packed block.
+template <int kDim, int kBands, bool kBfloat, bool kMixed>
+__device__ __forceinline__ void packed_scores(const kv::TileShape& shape, const uint4* queries,
+                                              const uint4* keys, const PrefillShared<kDim, kMixed>& shared,
+                                              bool offsets, const RowFacts<kBands>& facts,
+                                              float (&scores)[kBands][8][4]) {
+  const kv::TilePart& part = shape.parts[PH_KV_KEYS];
+  if (!kMixed || kv::is_per_token(part)) {
+    token_scores<kDim>(queries, keys, shared.key_scales, shared.key_offsets, offsets, facts, scores);
+  } else if (kv::is_kivi(part)) {
+    channel_scores<kDim, kBands, kBfloat>(queries, keys, shared.key_scales, shared.key_offsets, scores);
+  } else {
+    plain_scores<kDim, kBands, kBfloat>(queries, scores, [&](int x, int f) { return load_raw(keys, x, f); });
+  }
+}
+
+// Adds the block's values to the rows' outputs, weighted by the scores. `start` is the block's first token; window: 0, or
+// that of a layer where some row does not see all of the block.
+template <int kDim, int kBands, bool kBfloat, bool kMixed>
+__device__ __forceinline__ void packed_values(const kv::TileShape& shape, const uint4* values,
+                                              const PrefillShared<kDim, kMixed>& shared, bool offsets,
+                                              uint32_t start, uint32_t window, const RowFacts<kBands>& facts,
+                                              float (&scores)[kBands][8][4], RowState<kDim, kBands>& state) {
+  if (window > 0) {
+#pragma unroll
+    for (int band = 0; band < kBands; ++band) {
+#pragma unroll
+      for (int m = 0; m < 8; ++m) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const uint32_t token = start + 16 * (threadIdx.x % 4) + m + 8 * (c % 2);
+          if (token < window_begin(window, facts.position[band][c / 2])) scores[band][m][c] = -INFINITY;
+        }
+      }
+    }
+  }
+
+  float rescale[kBands][2];
+  soften(scores, facts.factor, state, rescale);
+  const kv::TilePart& part = shape.parts[PH_KV_VALUES];
+  if (!kMixed || kv::is_per_token(part)) {
+    token_values(values, shared.value_scales, shared.value_offsets, shared.unit, offsets, scores, rescale,
+                 state);
+    return;
+  }
+  scale_out(state, rescale);
+  if (kv::is_kivi(part)) {
+    group_values(values, shared.value_scales, shared.value_offsets, scores, state);
+  } else {
+    plain_values<kDim, kBands, kBfloat>(scores, state,
+                                        [&](int pair, int s) { return load_raw(values, pair, s); });
   }
 }
 
@@ -597,70 +900,25 @@ __device__ __forceinline__ Visible visible(const PlainTokens& list, uint32_t win
   return {list.before(max(window_begin(window, position), list.sinks)), list.before(position + 1)};
 }
 
-template <int kDim, int kBands, bool kBfloat>
-__device__ __forceinline__ void plain_scores(const uint4* queries, const uint8_t* rows,
-                                             float (&scores)[kBands][8][4]) {
+// Rows of keys and of values as plain_scores and plain_values load them.
+template <int kDim, int kBands>
+__device__ __forceinline__ uint4 load_keys(const uint8_t* rows, int x, int f) {
+  constexpr uint32_t kStride = Parts<kDim, kBands>::kKeyStride;
   const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
-  const uint8_t* keys = rows + g * Parts<kDim, kBands>::kKeyStride + 8 * i;
-#pragma unroll
-  for (int x = 0; x < kDim / 16; ++x) {
-    uint4 a[kBands];
-#pragma unroll
-    for (int band = 0; band < kBands; ++band)
-      a[band] = queries[(band * (kDim / 16) + x) * kWarpThreads + lane];
-#pragma unroll
-    for (int m = 0; m < 8; ++m) {
-      const uint2 b =
-          *reinterpret_cast<const uint2*>(keys + 8 * m * Parts<kDim, kBands>::kKeyStride + 32 * x);
-#pragma unroll
-      for (int band = 0; band < kBands; ++band) multiply_add_16<kBfloat>(scores[band][m], a[band], b.x, b.y);
-    }
-  }
+  const uint8_t* keys = rows + (16 * f + g) * kStride + 32 * x + 8 * i;
+  const uint2 even = *reinterpret_cast<const uint2*>(keys),
+              odd = *reinterpret_cast<const uint2*>(keys + 8 * kStride);
+  return make_uint4(even.x, even.y, odd.x, odd.y);
 }
 
-template <int kDim, int kBands, bool kBfloat>
-__device__ __forceinline__ void plain_values(const uint8_t* rows, float (&scores)[kBands][8][4],
-                                             RowState<kDim, kBands>& state) {
+template <int kDim, int kBands>
+__device__ __forceinline__ uint4 load_values(const uint8_t* rows, int pair, int s) {
   const uint32_t lane = threadIdx.x % kWarpThreads;
-  uint4 weights[kBands][4];
-  [[maybe_unused]] uint4 rest[kBands][4];  // what rounding the weights leaves
-#pragma unroll
-  for (int band = 0; band < kBands; ++band) {
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      weights[band][s] = weights_of<kBfloat>(scores, band, s);
-      if constexpr (kBfloat) {
-        const uint32_t pairs[4] = {weights[band][s].x, weights[band][s].y, weights[band][s].z,
-                                   weights[band][s].w};
-#pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          const float2 two = to_floats<true>(pairs[x]);
-          const int u = 4 * s + 2 * (x / 2);
-          scores[band][u % 8][2 * (x % 2) + u / 8] -= two.x;
-          scores[band][(u + 1) % 8][2 * (x % 2) + u / 8] -= two.y;
-        }
-        rest[band][s] = weights_of<kBfloat>(scores, band, s);
-      }
-    }
-  }
-  const uint8_t* values =
-      rows + (lane / 8 % 2 * 8 + lane % 8) * Parts<kDim, kBands>::kValueStride + lane / 16 * 16;
-#pragma unroll
-  for (int pair = 0; pair < kDim / 16; ++pair) {
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      const uint4 b = load_transposed(values + 16 * s * Parts<kDim, kBands>::kValueStride + 32 * pair);
-#pragma unroll
-      for (int band = 0; band < kBands; ++band) {
-        multiply_add_16<kBfloat>(state.out[band][2 * pair], weights[band][s], b.x, b.y);
-        multiply_add_16<kBfloat>(state.out[band][2 * pair + 1], weights[band][s], b.z, b.w);
-        if constexpr (kBfloat) {
-          multiply_add_16<kBfloat>(state.out[band][2 * pair], rest[band][s], b.x, b.y);
-          multiply_add_16<kBfloat>(state.out[band][2 * pair + 1], rest[band][s], b.z, b.w);
-        }
-      }
-    }
-  }
+  const uint8_t* values = rows + (16 * s + lane / 8 % 2 * 8 + lane % 8) * Parts<kDim, kBands>::kValueStride +
+                          lane / 16 * 16 + 32 * pair;
+  uint32_t b[4];
+  load_transposed(shared_address(values), b);
+  return make_uint4(b[0], b[1], b[2], b[3]);
 }
 
 // ---- kernel ----
@@ -677,17 +935,18 @@ struct PrefillParameters {
   float scale;
 };
 
-template <int kDim, int kBands, bool kBfloat>
+template <int kDim, int kBands, bool kBfloat, bool kMixed>
 __global__ void __launch_bounds__(kThreads, 2)
     PrefillKernel(const __grid_constant__ PrefillParameters parameters) {
   using Places = Parts<kDim, kBands>;
   constexpr uint32_t kTileRows = kWarps * 16 * kBands;
   extern __shared__ __align__(128) uint8_t dynamic[];
-  __shared__ PrefillShared shared;
+  __shared__ PrefillShared<kDim, kMixed> shared;
   uint8_t* const chunk = dynamic + Places::kQueries;
   uint8_t* const slot = chunk + Places::kChunk;
 
   const CacheView& cache = parameters.cache;
+  const kv::TileShape& shape = parameters.shape;
   const uint32_t window = parameters.window, head = blockIdx.y, group = cache.query_heads / cache.heads;
   const uint32_t number = entry_of_tile(parameters.step, blockIdx.x, group, kTileRows);
   const StepSequence entry = parameters.step.sequences[number];
@@ -722,6 +981,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       facts.position[band][r] = position_of(band_row + 16 * band + lane / 4 + 8 * r);
       state.reference[band][r] = kNoReference;
       state.sum[band][r] = state.shift[band][r] = 0.0f;
+      facts.query_sum[band][r] = 0.0f;
     }
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
@@ -729,7 +989,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int c = 0; c < 4; ++c) state.out[band][n][c] = 0.0f;
     }
   }
-  load_queries<kDim, kBands, kBfloat, true>(tile, band_row, parameters.scale, queries, facts);
+  const bool scaled = !kMixed || kv::is_per_token(shape.parts[PH_KV_KEYS]);
+  if (scaled) load_queries<kDim, kBands, kBfloat, true>(tile, band_row, parameters.scale, queries, facts);
+  else load_queries<kDim, kBands, kBfloat, false>(tile, band_row, parameters.scale, queries, facts);
 
   // Packed blocks, from the first that the tile sees on.
   const uint32_t sinks = cache.sinks, tile_begin = window_begin(window, tile_low);
@@ -738,35 +1000,60 @@ __global__ void __launch_bounds__(kThreads, 2)
   uint4* const values = reinterpret_cast<uint4*>(chunk + Places::kFragments);
   const uint32_t* index = kv::index_of(cache, parameters.layer, entry.sequence);
   const uint32_t* page_table = kv::page_table_of(cache, parameters.layer, entry.sequence);
+  const uint32_t params_units = kMixed ? kv::params_bytes(shape) / kUnitBytes : kv::kParamsUnits;
+  const uint32_t raw_units[kv::kParts] = {kMixed ? kv::raw_bytes(shape, PH_KV_KEYS) / kUnitBytes : 0,
+                                          kMixed ? kv::raw_bytes(shape, PH_KV_VALUES) / kUnitBytes : 0};
 #pragma unroll 1
   for (; first_block < entry.first_block; first_block += kRunsHeld) {
     const uint32_t count = min(kRunsHeld, entry.first_block - first_block);
     __syncthreads();
     if (threadIdx.x < count) {
-      const kv::RecordSpan span = kv::record_span(cache, index, first_block + threadIdx.x, head);
-      shared.runs[threadIdx.x] = {make_run(page_table, span.params, span.params + kv::kParamsUnits),
-                                  make_run(page_table, span.begin, span.end)};
+      const kv::RecordSpan span =
+          kv::record_span(cache, index, first_block + threadIdx.x, head, params_units);
+      const uint32_t values_begin = span.end - raw_units[PH_KV_VALUES],
+                     keys_begin = values_begin - raw_units[PH_KV_KEYS];
+      shared.spans[threadIdx.x] = {make_span(page_table, span.params, span.params + params_units),
+                                   make_span(page_table, span.begin, keys_begin)};
+      if constexpr (kMixed) {
+        if (raw_units[PH_KV_KEYS] > 0)
+          shared.raw[threadIdx.x][PH_KV_KEYS] = make_span(page_table, keys_begin, values_begin);
+        if (raw_units[PH_KV_VALUES] > 0)
+          shared.raw[threadIdx.x][PH_KV_VALUES] = make_span(page_table, values_begin, span.end);
+      }
     }
     __syncthreads();
-    fetch_block(cache.pool, shared.runs[0], slot);
+    fetch_block(cache.pool, shared.spans[0], slot);
+    if (kMixed && raw_units[PH_KV_KEYS] > 0)
+      fetch_span(cache.pool, shared.raw[0][PH_KV_KEYS], reinterpret_cast<uint8_t*>(keys));
 #pragma unroll 1
     for (uint32_t at = 0; at < count; ++at) {
       kv::copy_wait();
-      __syncthreads();  // the record is there, and the fragments are free
-      const bool offset = unpack_block<kDim, kBfloat>(parameters.shape, parameters.layout,
-                                                      Tile{slot, slot + kParamsBytes}, keys, values, shared);
+      __syncthreads();  // the record is there, raw keys too, and the fragments are free but for these
+      if (kMixed && raw_units[PH_KV_VALUES] > 0)
+        fetch_span(cache.pool, shared.raw[at][PH_KV_VALUES], reinterpret_cast<uint8_t*>(values));
+      const bool offset = unpack_block<kDim, kBfloat>(
+          shape, parameters.layout, Tile{slot, slot + kParamsBytes, lane}, keys, values, shared);
       const bool offsets = __syncthreads_or(offset);  // the fragments are there, and the record is free
-      if (at + 1 < count) fetch_block(cache.pool, shared.runs[at + 1], slot);
+      if (at + 1 < count) fetch_block(cache.pool, shared.spans[at + 1], slot);
+      float scores[kBands][8][4] = {};
+      if (active) packed_scores<kDim, kBands, kBfloat>(shape, queries, keys, shared, offsets, facts, scores);
+      if (kMixed && raw_units[PH_KV_KEYS] + raw_units[PH_KV_VALUES] > 0) {
+        kv::copy_wait();
+        __syncthreads();  // raw values are there, and the place of the keys is free
+        if (raw_units[PH_KV_KEYS] > 0 && at + 1 < count)
+          fetch_span(cache.pool, shared.raw[at + 1][PH_KV_KEYS], reinterpret_cast<uint8_t*>(keys));
+      }
       const uint32_t start = sinks + (first_block + at) * kBlockTokens;
       if (active) {
-        attend_packed<kDim, kBands>(queries, keys, values, shared, offsets, start,
-                                    start < window_begin(window, warp_high) ? window : 0, facts, state);
+        packed_values<kDim, kBands, kBfloat>(shape, values, shared, offsets, start,
+                                             start < window_begin(window, warp_high) ? window : 0, facts,
+                                             scores, state);
       }
     }
   }
 
   // Tokens in 16 bits, up to the last that the tile sees.
-  if constexpr (kBfloat)
+  if (kBfloat && scaled)
     load_queries<kDim, kBands, kBfloat, false>(tile, band_row, parameters.scale, queries, facts);
   const PlainTokens list = plain_tokens(cache, entry);
   const uint32_t end = list.before(tile_high + 1), skipped = visible(list, window, tile_low).first;
@@ -794,7 +1081,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();  // the keys are there, and the place of the values is free
     fetch_rows<kDim>(cache, value_source, list, begin, end, value_rows, Places::kValueStride, value_token);
     float scores[kBands][8][4] = {};
-    if (active) plain_scores<kDim, kBands, kBfloat>(queries, key_rows, scores);
+    if (active) {
+      plain_scores<kDim, kBands, kBfloat>(
+          queries, scores, [&](int x, int f) { return load_keys<kDim, kBands>(key_rows, x, f); });
+    }
     kv::copy_wait();
     __syncthreads();  // the values are there, and the place of the keys is free
     const uint32_t next = next_chunk(begin + kBlockTokens);
@@ -824,7 +1114,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       float rescale[kBands][2];
       soften(scores, facts.factor, state, rescale);
       scale_out(state, rescale);
-      plain_values<kDim, kBands, kBfloat>(value_rows, scores, state);
+      plain_values<kDim, kBands, kBfloat>(
+          scores, state, [&](int pair, int s) { return load_values<kDim, kBands>(value_rows, pair, s); });
     }
     begin = next;
   }
@@ -853,12 +1144,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- launch ----
 
-template <int kDim, int kBands>
+template <int kDim, int kBands, bool kMixed>
 void launch(ph_device& device, const PrefillParameters& parameters) {
   using Places = Parts<kDim, kBands>;
-  const uint32_t shared_bytes =
-      Places::kQueries + Places::kChunk + kParamsBytes + kv::largest_record_bytes(parameters.shape);
-  const uint32_t limit = static_cast<uint32_t>(device.shared_bytes - sizeof(PrefillShared));
+  const kv::TileShape& shape = parameters.shape;
+  const uint32_t record_bytes = kv::largest_record_bytes(shape) - kv::raw_bytes(shape);
+  const uint32_t shared_bytes = Places::kQueries + Places::kChunk + kParamsBytes + record_bytes;
+  const uint32_t limit = static_cast<uint32_t>(device.shared_bytes - sizeof(PrefillShared<kDim, kMixed>));
   if (shared_bytes > limit) {
     throw Error(
         PH_ERROR_UNSUPPORTED,
@@ -867,19 +1159,23 @@ void launch(ph_device& device, const PrefillParameters& parameters) {
         kDim, shared_bytes, limit);
   }
   const CacheView& cache = parameters.cache;
-  const auto kernel =
-      cache.dtype == PH_BF16 ? PrefillKernel<kDim, kBands, true> : PrefillKernel<kDim, kBands, false>;
+  const auto kernel = cache.dtype == PH_BF16 ? PrefillKernel<kDim, kBands, true, kMixed>
+                                             : PrefillKernel<kDim, kBands, false, kMixed>;
   allow_shared(device, kernel, SharedMemory::kPrefer);
   const uint32_t tiles = tile_numbers(parameters.step, cache.query_heads / cache.heads, kWarps * 16 * kBands);
   kernel<<<dim3(tiles, cache.heads), kThreads, shared_bytes, device.stream>>>(parameters);
   PH_CUDA_TRY(cudaGetLastError());
 }
 
-}  // namespace
-
-bool prefills_packed(const kv::TileShape& shape) {
-  return kv::is_per_token(shape.parts[0]) && kv::is_per_token(shape.parts[1]);
+template <int kDim, int kBands>
+void launch_bands(ph_device& device, const PrefillParameters& parameters) {
+  const kv::TileShape& shape = parameters.shape;
+  if (kv::is_per_token(shape.parts[PH_KV_KEYS]) && kv::is_per_token(shape.parts[PH_KV_VALUES]))
+    launch<kDim, kBands, false>(device, parameters);
+  else launch<kDim, 1, true>(device, parameters);  // two bands take too many registers
 }
+
+}  // namespace
 
 void prefill(ph_device& device, const CacheView& cache, const kv::TileShape& shape, uint32_t layer,
              const StepView& step, kv::StepTensors tensors, const uint8_t* queries, uint8_t* out, float scale,
@@ -900,11 +1196,13 @@ void prefill(ph_device& device, const CacheView& cache, const kv::TileShape& sha
   // More rows share what a warp loads, where there are so many; a row's results are the same. Wide heads take all
   // registers with one band.
   const bool many = step.most_queries * (cache.query_heads / cache.heads) > kWarps * 16;
-  if (cache.head_dim == 64) many ? launch<64, 2>(device, parameters) : launch<64, 1>(device, parameters);
-  else if (cache.head_dim == 96) many ? launch<96, 2>(device, parameters) : launch<96, 1>(device, parameters);
+  if (cache.head_dim == 64)
+    many ? launch_bands<64, 2>(device, parameters) : launch_bands<64, 1>(device, parameters);
+  else if (cache.head_dim == 96)
+    many ? launch_bands<96, 2>(device, parameters) : launch_bands<96, 1>(device, parameters);
   else if (cache.head_dim == 128)
-    many ? launch<128, 2>(device, parameters) : launch<128, 1>(device, parameters);
-  else launch<256, 1>(device, parameters);
+    many ? launch_bands<128, 2>(device, parameters) : launch_bands<128, 1>(device, parameters);
+  else launch_bands<256, 1>(device, parameters);
 }
 
 }  // namespace ph::attention

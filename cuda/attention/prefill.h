@@ -52,9 +52,6 @@ PH_HOST_DEVICE uint32_t entry_of_tile(const kv::StepView& step, uint32_t tile, u
   return low;
 }
 
-// Whether prefill takes packed blocks of a layer.
-bool prefills_packed(const kv::TileShape& shape);
-
 // queries and out: [tokens, query_heads, head_dim] of the cache's dtype; query head h reads kv head
 // h / (query_heads / heads). window: 0 for none. Deterministic; a sequence's results do not depend on the rest of the
 // batch.

@@ -39,8 +39,6 @@ const PrefillKernels& prefill_kernels() {
 
 }  // namespace
 
-bool prefills_packed(const kv::TileShape&) { return true; }
-
 void prefill(ph_device&, const kv::CacheView& cache, const kv::TileShape& shape, uint32_t layer,
              const kv::StepView& step, kv::StepTensors tensors, const uint8_t* queries, uint8_t* out,
              float scale, uint32_t window) {

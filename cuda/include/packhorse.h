@@ -446,9 +446,7 @@ PH_API int32_t ph_kv_cache_attend(ph_device* device, ph_kv_cache* cache, uint32_
 /* Attention of the step's tokens, any number per sequence, and their append, in one call in place of append and attend:
  * keys and values as append takes them, queries and out as attend does. The tokens attend to what their sequences held
  * before the step and, causally, to each other as they are in `keys` and `values`, in 16 bits; then they are appended,
- * with the very bytes that append writes. `out` must not overlap the other tensors. Error and determinism as attend.
- * PH_ERROR_UNSUPPORTED on CUDA for a layer with kivi or raw16 where a sequence of the step has packed tokens, or the step
- * is captured. */
+ * with the very bytes that append writes. `out` must not overlap the other tensors. Error and determinism as attend. */
 PH_API int32_t ph_kv_cache_prefill(ph_device* device, ph_kv_cache* cache, uint32_t layer,
                                    const ph_buffer* queries, uint64_t queries_offset, const ph_buffer* keys,
                                    uint64_t keys_offset, const ph_buffer* values, uint64_t values_offset,
@@ -488,10 +486,10 @@ PH_API int32_t ph_kv_cache_get_statistics(ph_device* device, ph_kv_cache* cache,
  * begins with ph_kv_cache_begin, which is not captured.
  *
  *   begin; shape; graph known?  yes: replay(graph)
- *                               no:  capture_begin; append and attend ...; graph = capture_end; replay(graph)
+ *                               no:  capture_begin; append and attend, or prefill ...; graph = capture_end; replay(graph)
  *
- * Between capture_begin and capture_end nothing runs. append and attend of this cache, ph_buffer_copy, ph_buffer_fill and
- * whatever the caller enqueues on the stream become part of the graph; buffers may be wrapped or destroyed (the memory is
+ * Between capture_begin and capture_end nothing runs. append, attend and prefill of this cache, ph_buffer_copy,
+ * ph_buffer_fill and whatever the caller enqueues on the stream become part of the graph; buffers may be wrapped or destroyed (the memory is
  * freed when the capture ends), a cache destroyed (its capture is abandoned). Every other call on the device is
  * PH_ERROR_INVALID_ARGUMENT and does no harm. A graph holds the addresses and the scale of the calls it captured:
  * their memory must stay as long as the graph is replayed.

@@ -658,7 +658,6 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
 
   std::vector<StepPiece> pieces;
   uint32_t most_pieces = 0;
-  most_packed_ = 0;
   // The longest first, so that short ones fill the gaps at the end.
   std::vector<uint32_t> order(count);
   std::iota(order.begin(), order.end(), 0);
@@ -676,7 +675,6 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
                         static_cast<uint32_t>(place), static_cast<uint32_t>(cuts)});
     }
     most_pieces = std::max(most_pieces, static_cast<uint32_t>(cuts));
-    most_packed_ = std::max(most_packed_, entries[i].first_block);
   }
 
   for (const StepSequence& entry : entries) {
@@ -747,14 +745,6 @@ void ph_kv_cache::prefill(uint32_t layer, StepTensors tensors, const uint8_t* qu
                           float scale) {
   require_missing(layer);
   require_scale(scale);
-  // A captured step may be replayed once there are packed tokens.
-  if ((most_packed_ > 0 || capturing()) && !attention::prefills_packed(shapes_[layer])) {
-    throw Error(PH_ERROR_UNSUPPORTED,
-                "Cannot prefill layer %u, which has kivi or raw16, on a GPU where sequences have packed "
-                "tokens or the step is "
-                "captured: append at most %u tokens of a sequence at a time, and attend",
-                layer, kMostQueries);
-  }
   attention::prefill(device_, view_, shapes_[layer], layer, step_, tensors, queries, out, scale,
                      windows_[layer]);
   append(layer, tensors);

@@ -188,7 +188,6 @@ struct ph_kv_cache {
   std::vector<ph::kv::Sequence> sequences_;
 
   ph::kv::StepView step_{};
-  uint32_t most_packed_ = 0;    // blocks of a sequence of the step, before it
   uint64_t steps_ = 0;          // begun so far
   std::vector<bool> appended_;  // layers, in this step
   bool planned_ = false;        // attention of this step

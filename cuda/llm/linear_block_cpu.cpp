@@ -4,7 +4,7 @@
 // kVectorLanes-th product, one after another, and the lanes are added at the end. Whatever the number of rows, the split
 // into blocks or the thread, an output is this sum, in this order. A micro-kernel keeps kRows x kTile such vectors in
 // registers. For more rows than that, a tile's weights are first converted to float32 and interleaved, kBlock features at a
-// time, in 24 KB of the first cache; for fewer, they are converted as they come from memory, which bounds that case.
+// time, in the first cache; for fewer, they are converted as they come from memory, which bounds that case.
 #include <cstring>
 #include <type_traits>
 
@@ -13,18 +13,18 @@
 
 namespace ph::llm::PH_INSTRUCTION_SET {
 
-using ph::PH_INSTRUCTION_SET::sum;
+using ph::PH_INSTRUCTION_SET::Integers;
 
 namespace {
 
 #if defined(__AVX512F__)
-constexpr uint32_t kRows = 4, kTile = 6;  // of 32 registers
+constexpr uint32_t kRows = 3, kTile = 8;  // of 32 registers
 #elif defined(__AVX2__)
 constexpr uint32_t kRows = 3, kTile = 4;  // of 16
 #else
 constexpr uint32_t kRows = 2, kTile = 4;
 #endif
-constexpr uint32_t kBlock = 1024;                // features
+constexpr uint32_t kBlock = 512;                 // features
 constexpr uint64_t kSecondCacheBytes = 1 << 20;  // what may be used of it
 constexpr uint32_t kMostRows = 256;
 
@@ -67,12 +67,13 @@ struct ConvertedTile {
   }
 };
 
-// sums[row][out] += lanes of x[row] . weights[out] over `features`. x: the rows' features.
+// sums[row][out] = lanes of x[row] . weights[out] over `features`, plus what they are if `continues`.
 template <uint32_t Rows, typename X, typename Weights>
-void micro_kernel(const uint8_t* const* x, const Weights& weights, uint32_t features, Sums* sums) {
+void micro_kernel(const uint8_t* const* x, const Weights& weights, uint32_t features, bool continues,
+                  Sums* sums) {
   Floats totals[Rows][kTile];
   for (uint32_t row = 0; row < Rows; ++row)
-    for (uint32_t out = 0; out < kTile; ++out) totals[row][out] = sums[row][out];
+    for (uint32_t out = 0; out < kTile; ++out) totals[row][out] = continues ? sums[row][out] : Floats{};
   uint32_t feature = 0, vector = 0;
   for (; feature + kVectorLanes <= features; feature += kVectorLanes, ++vector) {
     Floats values[Rows];
@@ -102,11 +103,11 @@ void micro_kernel(const uint8_t* const* x, const Weights& weights, uint32_t feat
 // The micro-kernel for 1 to kRows rows.
 template <typename X, typename Weights, uint32_t Rows = kRows>
 void multiply_rows(uint32_t rows, const uint8_t* const* x, const Weights& weights, uint32_t features,
-                   Sums* sums) {
+                   bool continues, Sums* sums) {
   if constexpr (Rows > 1) {
-    if (rows < Rows) return multiply_rows<X, Weights, Rows - 1>(rows, x, weights, features, sums);
+    if (rows < Rows) return multiply_rows<X, Weights, Rows - 1>(rows, x, weights, features, continues, sums);
   }
-  micro_kernel<Rows, X>(x, weights, features, sums);
+  micro_kernel<Rows, X>(x, weights, features, continues, sums);
 }
 
 template <typename Element>
@@ -117,30 +118,34 @@ void convert_tile(const TileRows<Element>& tile, uint32_t first, uint32_t featur
   }
 }
 
-// Adds the lanes, the bias, and what is there; stores the outputs [first, last) of a row.
-void finish(const Linear& call, uint32_t row, uint32_t first, uint32_t last, const Sums& sums) {
-  float values[kVectorLanes] = {};
-  for (uint32_t out = first; out < last; ++out) values[out - first] = sum(sums[out - first]);
-  Floats total = F32::read(reinterpret_cast<const uint8_t*>(values));
-  const uint32_t count = last - first;
-  if (call.bias.data != nullptr) {
-    with_float(call.bias.dtype, [&](auto element) {
-      using Bias = decltype(element);
-      total += read_end<Bias>(call.bias.data + first * kBytes<Bias>, count);
-    });
+// The lanes of a and b added in pairs that differ in the bit `Bit`: a's where the bit is 0, b's where it is 1.
+template <int32_t Bit>
+inline Floats add_lanes(Floats a, Floats b) {
+  constexpr int32_t kLanes = kVectorLanes;
+  Integers own, other;
+  for (int32_t lane = 0; lane < kLanes; ++lane) {
+    own[lane] = lane & Bit ? kLanes + lane : lane;
+    other[lane] = own[lane] ^ Bit;
   }
-  with_float(call.out.dtype, [&](auto element) {
-    using Out = decltype(element);
-    uint8_t* target = call.out.data + (static_cast<uint64_t>(row) * call.out_features + first) * kBytes<Out>;
-    if (call.accumulate) total += read_end<Out>(target, count);
-    write_end<Out>(target, total, count);
-  });
+  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+}
+
+// The lanes of each of a tile's vectors added: sum i in lane i.
+inline Floats add_all_lanes(const Sums& sums) {
+  Floats pairs[kTile / 2], fours[kTile / 4];
+  for (uint32_t i = 0; i < kTile / 2; ++i) pairs[i] = add_lanes<1>(sums[2 * i], sums[2 * i + 1]);
+  for (uint32_t i = 0; i < kTile / 4; ++i) fours[i] = add_lanes<2>(pairs[2 * i], pairs[2 * i + 1]);
+  Floats total = fours[0];
+  if constexpr (kTile == 8) total = add_lanes<4>(fours[0], fours[1]);
+  if constexpr (kTile == 4 && kVectorLanes == 8) total = add_lanes<4>(total, total);
+  if constexpr (kVectorLanes == 16) total = add_lanes<8>(total, total);
+  return total;
 }
 
 template <typename X, typename W>
 void multiply_tiles(const Linear& call, uint32_t first_row, uint32_t last_row, uint32_t first,
                     uint32_t last) {
-  static_assert(kTile <= kVectorLanes, "a tile's outputs are finished as one vector");
+  static_assert(kTile <= kVectorLanes, "a tile's sums are finished as one vector");
   const uint32_t rows = last_row - first_row, features = call.in_features;
   const uint64_t x_bytes = features * kBytes<X>, weight_bytes = features * kBytes<W>;
   const uint8_t* x[kMostRows];
@@ -156,9 +161,8 @@ void multiply_tiles(const Linear& call, uint32_t first_row, uint32_t last_row, u
       const uint64_t at = first_out + out < last_out ? first_out + out : last_out - 1;
       weights.rows[out] = call.weight.data + at * weight_bytes;
     }
-    memset(sums, 0, rows * sizeof(Sums));
     if (rows <= kRows) {
-      multiply_rows<X>(rows, x, weights, features, sums);
+      multiply_rows<X>(rows, x, weights, features, false, sums);
     } else {
       for (uint32_t feature = 0; feature < features; feature += kBlock) {
         const uint32_t count = features - feature < kBlock ? features - feature : kBlock;
@@ -167,11 +171,28 @@ void multiply_tiles(const Linear& call, uint32_t first_row, uint32_t last_row, u
           const uint8_t* from[kRows];
           const uint32_t several = rows - row < kRows ? rows - row : kRows;
           for (uint32_t i = 0; i < several; ++i) from[i] = x[row + i] + feature * kBytes<X>;
-          multiply_rows<X>(several, from, ConvertedTile{converted}, count, sums + row);
+          multiply_rows<X>(several, from, ConvertedTile{converted}, count, feature > 0, sums + row);
         }
       }
     }
-    for (uint32_t row = 0; row < rows; ++row) finish(call, first_row + row, first_out, last_out, sums[row]);
+    const uint32_t outs = last_out - first_out;
+    Floats bias = {};
+    if (call.bias.data != nullptr) {
+      bias = with_float(call.bias.dtype, [&](auto element) {
+        using Bias = decltype(element);
+        return read_end<Bias>(call.bias.data + first_out * kBytes<Bias>, outs);
+      });
+    }
+    with_float(call.out.dtype, [&](auto element) {
+      using Out = decltype(element);
+      uint8_t* target =
+          call.out.data + (static_cast<uint64_t>(first_row) * call.out_features + first_out) * kBytes<Out>;
+      for (uint32_t row = 0; row < rows; ++row, target += call.out_features * kBytes<Out>) {
+        Floats total = add_all_lanes(sums[row]) + bias;
+        if (call.accumulate) total += read_end<Out>(target, outs);
+        write_end<Out>(target, total, outs);
+      }
+    });
   }
 }
 

@@ -112,10 +112,11 @@ export class KvCacheStep {
   }
 
   /**
-   * Captures what `enqueue` enqueues on the device as a CUDA graph, without running any of it: {@linkcode append} and
-   * {@linkcode attend} of this step, {@linkcode DeviceBuffer.copyFrom}, {@linkcode DeviceBuffer.fill}, and whatever an
-   * engine enqueues on the device's stream. {@linkcode replay} then runs it, in this step and in later ones of the same
-   * {@linkcode shape}, with one launch for all layers. New values go to the same buffers before each replay.
+   * Captures what `enqueue` enqueues on the device as a CUDA graph, without running any of it: {@linkcode append},
+   * {@linkcode attend} and {@linkcode prefill} of this step, {@linkcode DeviceBuffer.copyFrom},
+   * {@linkcode DeviceBuffer.fill}, and whatever an engine enqueues on the device's stream. {@linkcode replay} then runs
+   * it, in this step and in later ones of the same {@linkcode shape}, with one launch for all layers. New values go to
+   * the same buffers before each replay.
    *
    * All other calls throw `invalid-argument` in `enqueue`, as they would wait, or allocate memory. What `enqueue` throws
    * ends the capture and is thrown again; the step goes on as if nothing had been called.
@@ -187,9 +188,7 @@ export class KvCacheStep {
    * appended: the cache holds the same, bit for bit, as after `append`. Errors are within those of `attend`, and a
    * sequence's results too are the same whatever else is in the step. A prompt may come in chunks of any size.
    *
-   * Throws as {@linkcode append}, `invalid-argument` for a scale that is not positive and finite, and on a GPU
-   * `unsupported` for a layer with `kivi` or `raw16` where a sequence of the step has packed tokens, or the step is
-   * captured.
+   * Throws as {@linkcode append}, and `invalid-argument` for a scale that is not positive and finite.
    *
    * @example
    * ```ts
