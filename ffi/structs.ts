@@ -154,6 +154,7 @@ export const KV_CACHE_CONFIG = new Struct("ph_kv_cache_config", 3, {
   kv_heads: "u32",
   head_dim: "u32",
   dtype: "u32",
+  query_dtype: "u32",
   sequences: "u32",
   residual: "u32",
   sinks: "u32",

@@ -46,6 +46,7 @@ std::vector<uint32_t> layout_of(uint32_t which) {
               FIELD(ph_kv_cache_config, kv_heads),
               FIELD(ph_kv_cache_config, head_dim),
               FIELD(ph_kv_cache_config, dtype),
+              FIELD(ph_kv_cache_config, query_dtype),
               FIELD(ph_kv_cache_config, sequences),
               FIELD(ph_kv_cache_config, residual),
               FIELD(ph_kv_cache_config, sinks),

@@ -710,6 +710,8 @@ void with_kernel(const ph_device& device, const CacheView& cache, const kv::Tile
 
 }  // namespace
 
+bool takes_queries(uint32_t) { return false; }
+
 uint64_t decode_workspace_bytes(const CacheView& cache, uint64_t pieces) {
   return workspace_layout(cache, pieces).bytes;
 }

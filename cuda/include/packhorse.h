@@ -358,7 +358,8 @@ typedef struct ph_kv_cache_config {
   uint32_t query_heads; /* kv_heads times a group of 1..16 */
   uint32_t kv_heads;    /* 1..1024 */
   uint32_t head_dim;    /* 64, 96, 128 or 256 */
-  uint32_t dtype;       /* PH_F16 or PH_BF16: of tokens, queries and outputs */
+  uint32_t dtype;       /* PH_F16 or PH_BF16: of tokens */
+  uint32_t query_dtype; /* of queries and outputs: dtype, or PH_F32 on the CPU (else PH_ERROR_UNSUPPORTED) */
   uint32_t sequences;   /* most at once, 1..65536 */
   uint32_t residual;    /* newest tokens that stay in 16 bits at least, 8..65536 */
   uint32_t sinks;       /* first tokens that stay in 16 bits, 0..65536 */
@@ -436,7 +437,7 @@ PH_API int32_t ph_kv_cache_append(ph_device* device, ph_kv_cache* cache, uint32_
                                   const ph_buffer* keys, uint64_t keys_offset, const ph_buffer* values,
                                   uint64_t values_offset, char* error, uint32_t error_bytes);
 /* Attention of the step's tokens over their sequences, after the layer's append: queries and out
- * [step tokens, query_heads, head_dim]. out = softmax(scale * q . K) . V, causal; query head h reads kv head
+ * [step tokens, query_heads, head_dim] of query_dtype. out = softmax(scale * q . K) . V, causal; query head h reads kv head
  * h / (query_heads / kv_heads). At most 8 tokens per sequence; ph_kv_cache_prefill takes any number. Relative error within 1e-3 of exact attention over the
  * unpacked values. Deterministic: a sequence's results do not depend on the rest of the batch. */
 PH_API int32_t ph_kv_cache_attend(ph_device* device, ph_kv_cache* cache, uint32_t layer,

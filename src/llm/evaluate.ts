@@ -190,8 +190,8 @@ class Scorer implements Disposable {
     this.#tokens = tokens;
     this.#rows = Math.max(1, Math.min(tokens, Math.floor(LOGITS_AT_ONCE / vocabulary)));
     using stack = new DisposableStack();
-    const { dtype: cacheDType } = cache.config;
-    const limits = { stepTokens: tokens, logitRows: this.#rows, tokens, cacheDType };
+    const { dtype: cacheDType, queryDType } = cache.config;
+    const limits = { stepTokens: tokens, logitRows: this.#rows, tokens, cacheDType, queryDType };
     this.runner = stack.use(new ModelRunner(device, config, weights, limits));
     this.#cache = stack.use(createWindowCache(parts, RAW16, { tokens, stepTokens: tokens }));
     this.#states = stack.use(device.createBuffer("f32", tokens * hidden));
@@ -361,6 +361,7 @@ class CachedCandidate implements Candidate {
         logitRows: 1,
         tokens,
         cacheDType: cache.config.dtype,
+        queryDType: cache.config.queryDType,
       }),
     );
     this.#stack = stack.move();
@@ -413,8 +414,8 @@ function createWindowCache(
   limits: Pick<KvCacheOptions, "tokens" | "stepTokens" | "residual" | "sinks">,
 ): KvCache {
   const { layers, queryHeads, kvHeads, headDim, windows } = config;
-  const { dtype } = cache.config;
-  const shape = { layers, queryHeads, kvHeads, headDim, dtype };
+  const { dtype, queryDType } = cache.config;
+  const shape = { layers, queryHeads, kvHeads, headDim, dtype, queryDType };
   const { residual, sinks = 0, stepTokens, tokens } = limits;
   const { poolBytes } = planKvCache({
     residual,

@@ -2,7 +2,7 @@ import type { Device } from "../device/device.ts";
 import { PackhorseError } from "../error.ts";
 import { KvCache, type KvCacheStatistics } from "../kv/cache.ts";
 import { parseCacheCodec } from "../kv/cache_codec.ts";
-import type { KvCacheCodec, KvCacheDType } from "../kv/cache_options.ts";
+import type { KvCacheCodec, KvCacheDType, KvQueryDType } from "../kv/cache_options.ts";
 import { planKvCache } from "../kv/plan_cache.ts";
 import { Checkpoint, type WeightDType } from "./checkpoint.ts";
 import { DecodeGraphs } from "./decode_graphs.ts";
@@ -149,11 +149,9 @@ export class LanguageModel implements Disposable {
     // Before the weights, which take long, for it may be refused.
     const cache = stack.use(createCache(device, config, planned.dtype, options));
     const weights = stack.use(await planned.load(options));
-    const { tokens, stepTokens, sequences, dtype: cacheDType } = cache.config;
-    const logitRows = sequences;
-    const runner = stack.use(
-      new ModelRunner(device, config, weights, { stepTokens, logitRows, tokens, cacheDType }),
-    );
+    const { tokens, stepTokens, sequences, dtype: cacheDType, queryDType } = cache.config;
+    const limits = { stepTokens, logitRows: sequences, tokens, cacheDType, queryDType };
+    const runner = stack.use(new ModelRunner(device, config, weights, limits));
     const graphs = stack.use(new DecodeGraphs());
     prepareLinear(device);
     const parts = { device, config, tokenizer, weights, cache, runner, graphs };
@@ -305,7 +303,9 @@ function createCache(
   const dtype = options.cacheDType ?? (weights === "f32" ? "f16" : weights);
   const sinks = options.sinks ?? (windows.some((window) => window > 0) ? 0 : undefined);
   const codec = typeof options.codec === "string" ? parseCacheCodec(options.codec) : options.codec;
-  const shape = { layers, queryHeads, kvHeads, headDim, dtype };
+  // On the CPU, queries and outputs are as exact as the rest.
+  const queryDType: KvQueryDType = device.backend === "cpu" ? "f32" : dtype;
+  const shape = { layers, queryHeads, kvHeads, headDim, dtype, queryDType };
   const limits = { residual, sinks, stepTokens: Math.max(stepTokens, sequences) };
   const poolFor = (each: KvCacheCodec | undefined) =>
     planKvCache({

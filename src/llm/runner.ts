@@ -2,7 +2,7 @@ import type { Device } from "../device/device.ts";
 import type { DeviceBuffer } from "../device/device_buffer.ts";
 import type { DType } from "../dtype.ts";
 import type { FloatDType } from "../float_conversion.ts";
-import type { KvCacheDType } from "../kv/cache_options.ts";
+import type { KvCacheDType, KvQueryDType } from "../kv/cache_options.ts";
 import type { KvCacheStep } from "../kv/cache_step.ts";
 import type { LanguageModelConfig } from "./model_config.ts";
 import { cast, gather, linear, rmsNorm, rope, swiglu } from "./operations.ts";
@@ -19,6 +19,8 @@ export interface RunnerOptions {
   readonly tokens: number;
   /** Type of the cache's keys and values. */
   readonly cacheDType: KvCacheDType;
+  /** Type of attention's queries and outputs. */
+  readonly queryDType: KvQueryDType;
 }
 
 /** What happens to a layer's keys and values between their projection and attention; for evaluation. */
@@ -43,10 +45,10 @@ interface Activations {
   readonly x: DeviceBuffer<"f32">;
   readonly normed: DeviceBuffer<FloatDType>;
   readonly projected: DeviceBuffer<"f32">;
-  readonly queries: DeviceBuffer<KvCacheDType>;
+  readonly queries: DeviceBuffer<KvQueryDType>;
   readonly keys: DeviceBuffer<KvCacheDType>;
   readonly values: DeviceBuffer<KvCacheDType>;
-  readonly attended: DeviceBuffer<KvCacheDType>;
+  readonly attended: DeviceBuffer<KvQueryDType>;
   readonly toOutput: DeviceBuffer<FloatDType>;
   readonly gateUp: DeviceBuffer<"f32">;
   readonly activated: DeviceBuffer<FloatDType>;
@@ -56,8 +58,8 @@ interface Activations {
  * The forward pass of a model: embedding, layers whose attention is a step of a cache, norm and head. Enqueues work and
  * waits for nothing; allocates nothing once it is made.
  *
- * The residual stream and all sums are f32. What matrices multiply is rounded to their type, on the CPU f32; queries,
- * keys, values and attention's output are of the cache's type.
+ * The residual stream and all sums are f32. What matrices multiply is rounded to their type, on the CPU f32; keys and
+ * values are of the cache's type, and on a GPU queries and what attention gives, too.
  */
 export class ModelRunner implements Disposable {
   readonly device: Device;
@@ -83,20 +85,20 @@ export class ModelRunner implements Disposable {
     this.options = options;
     this.#weights = weights;
     using stack = new DisposableStack();
-    const { stepTokens: rows, logitRows, cacheDType, tokens } = options;
+    const { stepTokens: rows, logitRows, cacheDType, queryDType, tokens } = options;
     const { hidden, intermediate, queryHeads, kvHeads, headDim, vocabulary } = config;
     const create = <T extends DType>(dtype: T, length: number) =>
       stack.use(device.createBuffer(dtype, length));
-    const attended = create(cacheDType, rows * queryHeads * headDim);
+    const attended = create(queryDType, rows * queryHeads * headDim);
     // A GPU multiplies what has the type of the weights; the CPU, anything.
-    const sameType = device.backend === "cpu" || weights.dtype === cacheDType;
+    const sameType = device.backend === "cpu" || weights.dtype === queryDType;
     this.#all = {
       tokens: create("i32", rows),
       positions: create("i32", rows),
       x: create("f32", rows * hidden),
       normed: create(weights.dtype, rows * hidden),
       projected: create("f32", rows * (queryHeads + 2 * kvHeads) * headDim),
-      queries: create(cacheDType, rows * queryHeads * headDim),
+      queries: create(queryDType, rows * queryHeads * headDim),
       keys: create(cacheDType, rows * kvHeads * headDim),
       values: create(cacheDType, rows * kvHeads * headDim),
       attended,
@@ -231,7 +233,7 @@ export class ModelRunner implements Disposable {
   /** Turns heads of queries or keys by their position, and rounds them to the cache's type. */
   #turn(
     part: DeviceBuffer<"f32">,
-    out: DeviceBuffer<KvCacheDType>,
+    out: DeviceBuffer<KvQueryDType>,
     { rows, heads, stride, positions }: {
       rows: number;
       heads: number;
