@@ -244,10 +244,10 @@ int32_t ph_llm_mark(ph_device* device, const ph_buffer* tokens, uint64_t tokens_
                     uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
     const uint64_t marks = checked_vocabulary(vocabulary);
-    ph::llm::mark(checked_for_capture(device),
-                  words<const int32_t>(tokens, tokens_offset, positive(count, "The number of tokens"),
-                                       "the tokens"),
-                  count, checked_tensor(seen, seen_offset, marks, "the seen tokens"), vocabulary);
+    ph::llm::mark(
+        checked_for_capture(device),
+        words<const int32_t>(tokens, tokens_offset, positive(count, "The number of tokens"), "the tokens"),
+        count, checked_tensor(seen, seen_offset, marks, "the seen tokens"), vocabulary);
   });
 }
 

@@ -627,13 +627,14 @@ PH_API int32_t ph_llm_argmax(ph_device* device, const ph_buffer* logits, uint64_
 
 /* How a row's next token is drawn. */
 typedef struct ph_llm_sampler {
-  uint64_t seed;            /* of the row's random numbers */
-  uint32_t step;            /* which of them is next; ph_llm_sample counts on */
-  uint32_t top_k;           /* tokens that may be drawn; 0: all */
-  float temperature;        /* what logits are divided by; 0: always the likeliest token */
-  float top_p;              /* probability that the likeliest tokens have to reach, above 0, up to 1: all */
-  float min_p;              /* least probability relative to the likeliest token's, 0: none, to 1 */
-  float repetition_penalty; /* above 0: logits of tokens that were seen are divided by it, negative ones multiplied */
+  uint64_t seed;     /* of the row's random numbers */
+  uint32_t step;     /* which of them is next; ph_llm_sample counts on */
+  uint32_t top_k;    /* tokens that may be drawn; 0: all */
+  float temperature; /* what logits are divided by; 0: always the likeliest token */
+  float top_p;       /* probability that the likeliest tokens have to reach, above 0, up to 1: all */
+  float min_p;       /* least probability relative to the likeliest token's, 0: none, to 1 */
+  float
+      repetition_penalty; /* above 0: logits of tokens that were seen are divided by it, negative ones multiplied */
 } ph_llm_sampler;
 
 /* out[row] = a token drawn from logits [rows, vocabulary] as samplers[row], a ph_llm_sampler of 32 bytes on the device,
