@@ -205,3 +205,79 @@ export function argmax(device: NativeDevice, logits: NativeLogits, out: NativeTe
   const { ph_llm_argmax } = device.library.symbols;
   call(ph_llm_argmax, device.handle, ...floats(logits), ...place(out), rows, vocabulary);
 }
+
+export interface SampleCall {
+  readonly logits: NativeLogits;
+  readonly samplers: NativeTensor;
+  readonly seen: NativeTensor | undefined;
+  readonly scratch: NativeTensor;
+  readonly out: NativeTensor;
+}
+
+export function sample(device: NativeDevice, parameters: SampleCall): void {
+  const { logits, samplers, seen, scratch, out } = parameters;
+  const [seenHandle, seenOffset] = seen ? place(seen) : [null, 0n];
+  call(
+    device.library.symbols.ph_llm_sample,
+    device.handle,
+    ...floats(logits),
+    ...place(samplers),
+    seenHandle,
+    seenOffset,
+    ...place(scratch),
+    ...place(out),
+    logits.rows,
+    logits.vocabulary,
+  );
+}
+
+export interface MarkCall {
+  readonly tokens: NativeTensor;
+  readonly count: number;
+  readonly seen: NativeTensor;
+  readonly vocabulary: number;
+}
+
+export function mark(device: NativeDevice, parameters: MarkCall): void {
+  const { tokens, count, seen, vocabulary } = parameters;
+  const { ph_llm_mark } = device.library.symbols;
+  call(ph_llm_mark, device.handle, ...place(tokens), count, ...place(seen), vocabulary);
+}
+
+export interface CrossEntropyCall {
+  readonly logits: NativeLogits;
+  readonly targets: NativeTensor;
+  readonly out: NativeTensor;
+}
+
+export function crossEntropy(device: NativeDevice, parameters: CrossEntropyCall): void {
+  const { logits, targets, out } = parameters;
+  call(
+    device.library.symbols.ph_llm_cross_entropy,
+    device.handle,
+    ...floats(logits),
+    ...place(targets),
+    ...place(out),
+    logits.rows,
+    logits.vocabulary,
+  );
+}
+
+export interface DivergenceCall {
+  readonly reference: NativeLogits;
+  readonly logits: NativeFloats;
+  readonly out: NativeTensor;
+}
+
+export function divergence(device: NativeDevice, parameters: DivergenceCall): void {
+  const { reference, logits, out } = parameters;
+  call(
+    device.library.symbols.ph_llm_divergence,
+    device.handle,
+    ...floats(reference),
+    ...floats(logits),
+    ...place(out),
+    reference.rows,
+    reference.vocabulary,
+  );
+}

@@ -222,4 +222,59 @@ int32_t ph_llm_argmax(ph_device* device, const ph_buffer* logits, uint64_t logit
   });
 }
 
+int32_t ph_llm_sample(ph_device* device, const ph_buffer* logits, uint64_t logits_offset,
+                      uint32_t logits_dtype, ph_buffer* samplers, uint64_t samplers_offset, ph_buffer* seen,
+                      uint64_t seen_offset, ph_buffer* scratch, uint64_t scratch_offset, ph_buffer* out,
+                      uint64_t out_offset, uint32_t rows, uint32_t vocabulary, char* error,
+                      uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    const uint64_t count = checked_vocabulary(vocabulary) * positive(rows, "The number of rows");
+    ph::llm::sample(checked_for_capture(device),
+                    {source(logits, logits_offset, logits_dtype, count, "The logits"),
+                     reinterpret_cast<ph_llm_sampler*>(checked_tensor(
+                         samplers, samplers_offset, rows * sizeof(ph_llm_sampler), "the samplers")),
+                     seen == nullptr ? nullptr : checked_tensor(seen, seen_offset, count, "the seen tokens"),
+                     words<float>(scratch, scratch_offset, count, "the scratch memory"),
+                     words<int32_t>(out, out_offset, rows, "the output"), rows, vocabulary});
+  });
+}
+
+int32_t ph_llm_mark(ph_device* device, const ph_buffer* tokens, uint64_t tokens_offset, uint32_t count,
+                    ph_buffer* seen, uint64_t seen_offset, uint32_t vocabulary, char* error,
+                    uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    const uint64_t marks = checked_vocabulary(vocabulary);
+    ph::llm::mark(
+        checked_for_capture(device),
+        words<const int32_t>(tokens, tokens_offset, positive(count, "The number of tokens"), "the tokens"),
+        count, checked_tensor(seen, seen_offset, marks, "the seen tokens"), vocabulary);
+  });
+}
+
+int32_t ph_llm_cross_entropy(ph_device* device, const ph_buffer* logits, uint64_t logits_offset,
+                             uint32_t logits_dtype, const ph_buffer* targets, uint64_t targets_offset,
+                             ph_buffer* out, uint64_t out_offset, uint32_t rows, uint32_t vocabulary,
+                             char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    const uint64_t count = checked_vocabulary(vocabulary) * positive(rows, "The number of rows");
+    ph::llm::cross_entropy(checked_for_capture(device),
+                           source(logits, logits_offset, logits_dtype, count, "The logits"),
+                           words<const int32_t>(targets, targets_offset, rows, "the targets"),
+                           words<float>(out, out_offset, rows, "the output"), rows, vocabulary);
+  });
+}
+
+int32_t ph_llm_divergence(ph_device* device, const ph_buffer* reference, uint64_t reference_offset,
+                          uint32_t reference_dtype, const ph_buffer* logits, uint64_t logits_offset,
+                          uint32_t logits_dtype, ph_buffer* out, uint64_t out_offset, uint32_t rows,
+                          uint32_t vocabulary, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    const uint64_t count = checked_vocabulary(vocabulary) * positive(rows, "The number of rows");
+    ph::llm::divergence(checked_for_capture(device),
+                        source(reference, reference_offset, reference_dtype, count, "The reference"),
+                        source(logits, logits_offset, logits_dtype, count, "The logits"),
+                        words<float>(out, out_offset, 2ull * rows, "the output"), rows, vocabulary);
+  });
+}
+
 }  // extern "C"

@@ -60,7 +60,8 @@ enum ph_struct {
   PH_STRUCT_KV_STATISTICS = 2,
   PH_STRUCT_KV_CACHE_CONFIG = 3,
   PH_STRUCT_KV_CACHE_CODEC = 4,
-  PH_STRUCT_KV_CACHE_STATISTICS = 5
+  PH_STRUCT_KV_CACHE_STATISTICS = 5,
+  PH_STRUCT_LLM_SAMPLER = 6
 };
 PH_API uint32_t ph_layout(uint32_t which, uint32_t* words, uint32_t capacity);
 
@@ -622,6 +623,56 @@ PH_API int32_t ph_llm_advance(ph_device* device, ph_buffer* counters, uint64_t c
 PH_API int32_t ph_llm_argmax(ph_device* device, const ph_buffer* logits, uint64_t logits_offset,
                              uint32_t logits_dtype, ph_buffer* out, uint64_t out_offset, uint32_t rows,
                              uint32_t vocabulary, char* error, uint32_t error_bytes);
+
+/* How a row's next token is drawn. */
+typedef struct ph_llm_sampler {
+  uint64_t seed;     /* of the row's random numbers */
+  uint32_t step;     /* which of them is next; ph_llm_sample counts on */
+  uint32_t top_k;    /* tokens that may be drawn; 0: all */
+  float temperature; /* what logits are divided by; 0: always the likeliest token */
+  float top_p;       /* probability that the likeliest tokens have to reach, above 0, up to 1: all */
+  float min_p;       /* least probability relative to the likeliest token's, 0: none, to 1 */
+  float
+      repetition_penalty; /* above 0: logits of tokens that were seen are divided by it, negative ones multiplied */
+} ph_llm_sampler;
+
+/* out[row] = a token drawn from logits [rows, vocabulary] as samplers[row], a ph_llm_sampler of 32 bytes on the device,
+ * says; i32 [rows]. The order, and the meaning, are those of Hugging Face's processors:
+ *   1. repetition_penalty, for tokens with seen[row, token] != 0; seen is u8 [rows, vocabulary], or NULL for none
+ *   2. division by the temperature; a temperature of 0 takes the first index of the largest logit now
+ *   3. top_k: tokens at least as likely as the k-th likeliest stay
+ *   4. top_p: a token goes if it and all less likely ones have a probability of at most 1 - top_p together
+ *   5. min_p, of what is left
+ *   6. with w = exp(logit - largest logit), in float32, rounded to multiples of 2^-31, and W the sum of those that are left:
+ *      the first token whose w and those of the tokens before it have a sum above u * W, where u < 1 is word 1 of
+ *      Philox4x32-10 for the counter (step, 0, 0, 0) and the key `seed`, and then its word 0, as a fraction of 64 bits
+ * Tokens that are equally likely stay or go together. w, and so the token, is the same bits on the CPU and on CUDA. A NaN
+ * counts as -infinity; a row of nothing else gives -1. Then seen[row, token] = 1, and the row's step is counted on.
+ * scratch: 4 bytes [rows, vocabulary]. */
+PH_API int32_t ph_llm_sample(ph_device* device, const ph_buffer* logits, uint64_t logits_offset,
+                             uint32_t logits_dtype, ph_buffer* samplers, uint64_t samplers_offset,
+                             ph_buffer* seen, uint64_t seen_offset, ph_buffer* scratch,
+                             uint64_t scratch_offset, ph_buffer* out, uint64_t out_offset, uint32_t rows,
+                             uint32_t vocabulary, char* error, uint32_t error_bytes);
+/* seen[tokens[i]] = 1 for i < count; tokens i32, seen u8 [vocabulary]. Those that are no token of the vocabulary are left
+ * out. */
+PH_API int32_t ph_llm_mark(ph_device* device, const ph_buffer* tokens, uint64_t tokens_offset, uint32_t count,
+                           ph_buffer* seen, uint64_t seen_offset, uint32_t vocabulary, char* error,
+                           uint32_t error_bytes);
+
+/* out[row] = log(sum of exp(logits[row])) - logits[row, targets[row]], in nats; targets i32 [rows], out f32 [rows]. NaN for
+ * a target that is no token. Sums are in float64, of exponentials in float32. */
+PH_API int32_t ph_llm_cross_entropy(ph_device* device, const ph_buffer* logits, uint64_t logits_offset,
+                                    uint32_t logits_dtype, const ph_buffer* targets, uint64_t targets_offset,
+                                    ph_buffer* out, uint64_t out_offset, uint32_t rows, uint32_t vocabulary,
+                                    char* error, uint32_t error_bytes);
+/* out[row] = {the Kullback-Leibler divergence of softmax(logits[row]) from softmax(reference[row]), sum of p * log(p / q)
+ * for p of the reference, in nats; 1 if the largest of both is at the same index, else 0}, f32 [rows, 2]. Its error is about
+ * 1e-7 at most. */
+PH_API int32_t ph_llm_divergence(ph_device* device, const ph_buffer* reference, uint64_t reference_offset,
+                                 uint32_t reference_dtype, const ph_buffer* logits, uint64_t logits_offset,
+                                 uint32_t logits_dtype, ph_buffer* out, uint64_t out_offset, uint32_t rows,
+                                 uint32_t vocabulary, char* error, uint32_t error_bytes);
 
 #ifdef __cplusplus
 }

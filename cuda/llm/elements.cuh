@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cmath>
 #include <initializer_list>
 #include <type_traits>
 
@@ -79,6 +80,13 @@ __device__ __forceinline__ void store(Target out, uint64_t index, const Values<N
 }
 
 __device__ __forceinline__ Source as_source(Target x) { return {x.data, x.dtype}; }
+
+// Orders floats as unsigned integers do; NaN below -infinity, and both at 0.
+__device__ __forceinline__ uint32_t order_of(float value) {
+  const uint32_t bits = __float_as_uint(value == value ? value + 0.0f : -INFINITY);  // one zero
+  const uint32_t order = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return order - 0x007fffffu;
+}
 
 // The values of a block's threads combined, for all of them; always in the same order. Threads is a multiple of 32. All
 // threads take part.

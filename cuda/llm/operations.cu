@@ -135,13 +135,6 @@ __global__ void __launch_bounds__(kThreads) RmsNormKernel(RmsNorm call) {
 
 constexpr uint32_t kArgmaxThreads = 1024;
 
-// Orders floats as unsigned integers do; NaN below -infinity, and both at 0.
-__device__ __forceinline__ uint32_t order_of(float value) {
-  const uint32_t bits = __float_as_uint(value == value ? value + 0.0f : -INFINITY);  // one zero
-  const uint32_t order = bits >> 31 ? ~bits : bits | 0x80000000u;
-  return order - 0x007fffffu;
-}
-
 template <int N>
 __global__ void __launch_bounds__(kArgmaxThreads)
     ArgmaxKernel(Source logits, int32_t* out, uint32_t vocabulary) {

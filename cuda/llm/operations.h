@@ -83,4 +83,26 @@ void advance(ph_device& device, int32_t* counters, uint32_t count, int32_t by);
 // logits: [rows, vocabulary]; out: [rows].
 void argmax(ph_device& device, Source logits, int32_t* out, uint32_t rows, uint32_t vocabulary);
 
+// logits: [rows, vocabulary]; samplers, out: [rows]; seen: null or [rows, vocabulary]; scratch: [rows, vocabulary].
+struct Sample {
+  Source logits;
+  ph_llm_sampler* samplers;
+  uint8_t* seen;
+  float* scratch;
+  int32_t* out;
+  uint32_t rows, vocabulary;
+};
+void sample(ph_device& device, const Sample& call);
+
+// tokens: [count]; seen: [vocabulary].
+void mark(ph_device& device, const int32_t* tokens, uint32_t count, uint8_t* seen, uint32_t vocabulary);
+
+// logits: [rows, vocabulary]; targets, out: [rows].
+void cross_entropy(ph_device& device, Source logits, const int32_t* targets, float* out, uint32_t rows,
+                   uint32_t vocabulary);
+
+// reference, logits: [rows, vocabulary]; out: [rows, 2].
+void divergence(ph_device& device, Source reference, Source logits, float* out, uint32_t rows,
+                uint32_t vocabulary);
+
 }  // namespace ph::llm

@@ -26,6 +26,8 @@ struct RowKernels {
                uint32_t rotary_dim);
   void (*swiglu)(Source gate, Source up, Target out, uint32_t width);
   int32_t (*argmax)(Source logits, uint32_t vocabulary);
+  float (*cross_entropy)(Source logits, int32_t target, uint32_t vocabulary);
+  float (*divergence)(Source reference, Source logits, uint32_t vocabulary);
 };
 
 // The tables of the instruction set that kv::block_kernels() chose.

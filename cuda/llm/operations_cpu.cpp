@@ -188,4 +188,23 @@ void argmax(ph_device&, Source logits, int32_t* out, uint32_t rows, uint32_t voc
   });
 }
 
+void cross_entropy(ph_device&, Source logits, const int32_t* targets, float* out, uint32_t rows,
+                   uint32_t vocabulary) {
+  const RowKernels& kernels = row_kernels();
+  for_rows(rows, vocabulary, [&](uint32_t row) {
+    out[row] =
+        kernels.cross_entropy(at(logits, static_cast<uint64_t>(row) * vocabulary), targets[row], vocabulary);
+  });
+}
+
+void divergence(ph_device&, Source reference, Source logits, float* out, uint32_t rows, uint32_t vocabulary) {
+  const RowKernels& kernels = row_kernels();
+  for_rows(rows, vocabulary, [&](uint32_t row) {
+    const Source p = at(reference, static_cast<uint64_t>(row) * vocabulary),
+                 q = at(logits, static_cast<uint64_t>(row) * vocabulary);
+    out[2ull * row] = kernels.divergence(p, q, vocabulary);
+    out[2ull * row + 1] = kernels.argmax(p, vocabulary) == kernels.argmax(q, vocabulary) ? 1.0f : 0.0f;
+  });
+}
+
 }  // namespace ph::llm

@@ -100,21 +100,30 @@ void swiglu(Source gate, Source up, Target out, uint32_t width) {
   });
 }
 
-int32_t argmax(Source logits, uint32_t vocabulary) {
+// Logits from i on, where NaN, and what is beyond the last one, are -infinity.
+template <typename From>
+Floats comparable_at(Source logits, uint32_t i, uint32_t vocabulary) {
   const Floats lowest = splat(-INFINITY);
+  Floats x = read_at<From>(logits.data, i, vocabulary);
+  for (uint32_t lane = vocabulary - i; lane < kVectorLanes; ++lane) x[lane] = -INFINITY;
+  return x == x ? x : lowest;
+}
+
+template <typename From>
+float largest_logit(Source logits, uint32_t vocabulary) {
+  Floats best = splat(-INFINITY);
+  for (uint32_t i = 0; i < vocabulary; i += kVectorLanes)
+    best = larger(comparable_at<From>(logits, i, vocabulary), best);
+  return largest(best);
+}
+
+int32_t argmax(Source logits, uint32_t vocabulary) {
   return with_float(logits.dtype, [&](auto from) -> int32_t {
     using From = decltype(from);
-    const auto comparable = [&](uint32_t i) {
-      Floats x = read_at<From>(logits.data, i, vocabulary);
-      for (uint32_t lane = vocabulary - i; lane < kVectorLanes; ++lane) x[lane] = -INFINITY;
-      return x == x ? x : lowest;
-    };
-    Floats best = lowest;
-    for (uint32_t i = 0; i < vocabulary; i += kVectorLanes) best = larger(comparable(i), best);
-    const float most = largest(best);
+    const float most = largest_logit<From>(logits, vocabulary);
     if (most == -INFINITY) return -1;
     for (uint32_t i = 0; i < vocabulary; i += kVectorLanes) {
-      const Floats x = comparable(i);
+      const Floats x = comparable_at<From>(logits, i, vocabulary);
       if (largest(x) != most) continue;
       for (uint32_t lane = 0; lane < kVectorLanes; ++lane)
         if (x[lane] == most) return static_cast<int32_t>(i + lane);
@@ -123,9 +132,69 @@ int32_t argmax(Source logits, uint32_t vocabulary) {
   });
 }
 
+// exp(x - largest); 0 beyond the last logit, NaN for NaN.
+Floats exponential(Floats x, float largest, uint32_t rest) {
+  const Floats difference = x - splat(largest);
+  Floats power = exp2(difference * kLog2E);
+  power = difference == difference ? power : difference;
+  for (uint32_t lane = rest; lane < kVectorLanes; ++lane) power[lane] = 0.0f;
+  return power;
+}
+
+// Vectors that are added in float32 before they are in float64.
+constexpr uint32_t kRun = 16 * kVectorLanes;
+
+float cross_entropy(Source logits, int32_t target, uint32_t vocabulary) {
+  if (static_cast<uint32_t>(target) >= vocabulary) return NAN;
+  return with_float(logits.dtype, [&](auto from) {
+    using From = decltype(from);
+    const float most = largest_logit<From>(logits, vocabulary);
+    double total = 0.0;
+    for (uint32_t run = 0; run < vocabulary; run += kRun) {
+      Floats some = {};
+      for (uint32_t i = run; i < vocabulary && i < run + kRun; i += kVectorLanes)
+        some += exponential(read_at<From>(logits.data, i, vocabulary), most, vocabulary - i);
+      total += sum(some);
+    }
+    const double logit = read_end<From>(logits.data + static_cast<uint64_t>(target) * kBytes<From>, 1)[0];
+    return static_cast<float>(std::log(total) - (logit - most));
+  });
+}
+
+// With p and q up to their sums: sum p (log p - log q) = weighted / sum p + log(sum q / sum p).
+float divergence(Source reference, Source logits, uint32_t vocabulary) {
+  return with_float(reference.dtype, [&](auto first) {
+    return with_float(logits.dtype, [&](auto second) {
+      using First = decltype(first);
+      using Second = decltype(second);
+      const float expected = largest_logit<First>(reference, vocabulary),
+                  actual = largest_logit<Second>(logits, vocabulary);
+      double weighted = 0.0, p_sum = 0.0, q_sum = 0.0;
+      for (uint32_t run = 0; run < vocabulary; run += kRun) {
+        Floats some_weighted = {}, some_p = {}, some_q = {};
+        for (uint32_t i = run; i < vocabulary && i < run + kRun; i += kVectorLanes) {
+          const Floats a = read_at<First>(reference.data, i, vocabulary),
+                       b = read_at<Second>(logits.data, i, vocabulary);
+          const Floats p = exponential(a, expected, vocabulary - i);
+          const Floats product = p * ((a - splat(expected)) - (b - splat(actual)));
+          some_p += p;
+          some_q += exponential(b, actual, vocabulary - i);
+          some_weighted += p == 0.0f ? Floats{} : product;
+        }
+        weighted += sum(some_weighted);
+        p_sum += sum(some_p);
+        q_sum += sum(some_q);
+      }
+      const double found = weighted / p_sum + std::log(q_sum / p_sum);
+      return static_cast<float>(found < 0.0 ? 0.0 : found);
+    });
+  });
+}
+
 }  // namespace
 
 extern const RowKernels kRowKernels;
-const RowKernels kRowKernels = {PH_STRING(PH_INSTRUCTION_SET), convert, add, rms_norm, rope, swiglu, argmax};
+const RowKernels kRowKernels = {
+    PH_STRING(PH_INSTRUCTION_SET), convert, add, rms_norm, rope, swiglu, argmax, cross_entropy, divergence};
 
 }  // namespace ph::llm::PH_INSTRUCTION_SET

@@ -179,4 +179,74 @@ export const LLM_SYMBOLS = {
     ],
     result: "i32",
   },
+  ph_llm_sample: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // const ph_buffer* logits
+      "u64", // uint64_t logits_offset
+      "u32", // uint32_t logits_dtype
+      "pointer", // ph_buffer* samplers
+      "u64", // uint64_t samplers_offset
+      "pointer", // ph_buffer* seen
+      "u64", // uint64_t seen_offset
+      "pointer", // ph_buffer* scratch
+      "u64", // uint64_t scratch_offset
+      "pointer", // ph_buffer* out
+      "u64", // uint64_t out_offset
+      "u32", // uint32_t rows
+      "u32", // uint32_t vocabulary
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
+  ph_llm_mark: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // const ph_buffer* tokens
+      "u64", // uint64_t tokens_offset
+      "u32", // uint32_t count
+      "pointer", // ph_buffer* seen
+      "u64", // uint64_t seen_offset
+      "u32", // uint32_t vocabulary
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
+  ph_llm_cross_entropy: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // const ph_buffer* logits
+      "u64", // uint64_t logits_offset
+      "u32", // uint32_t logits_dtype
+      "pointer", // const ph_buffer* targets
+      "u64", // uint64_t targets_offset
+      "pointer", // ph_buffer* out
+      "u64", // uint64_t out_offset
+      "u32", // uint32_t rows
+      "u32", // uint32_t vocabulary
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
+  ph_llm_divergence: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // const ph_buffer* reference
+      "u64", // uint64_t reference_offset
+      "u32", // uint32_t reference_dtype
+      "pointer", // const ph_buffer* logits
+      "u64", // uint64_t logits_offset
+      "u32", // uint32_t logits_dtype
+      "pointer", // ph_buffer* out
+      "u64", // uint64_t out_offset
+      "u32", // uint32_t rows
+      "u32", // uint32_t vocabulary
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
 } as const satisfies Deno.ForeignLibraryInterface;
