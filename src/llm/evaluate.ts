@@ -7,9 +7,9 @@ import { BLOCK_TOKENS } from "../kv/codec.ts";
 import { planKvCache } from "../kv/plan_cache.ts";
 import { encodePrompt, type Prompt } from "./generate.ts";
 import type { ModelParts } from "./language_model.ts";
-import { crossEntropy, divergence } from "./tmp_scores.ts";
 import { RestoreCache } from "./restore_cache.ts";
 import { type ForwardOptions, ModelRunner } from "./runner.ts";
+import { crossEntropy, divergence } from "./score_logits.ts";
 
 /** Options of {@linkcode LanguageModel.evaluate}. */
 export interface EvaluationOptions {
@@ -76,6 +76,8 @@ const RAW16: KvCacheCodec = { keys: { quantizer: "raw16" }, values: { quantizer:
 
 /** Logits that are in memory at once, twice. */
 const LOGITS_AT_ONCE = 2 ** 25;
+/** Scores of so many rows take 16 bytes, at multiples of which operations start. */
+const ROWS_ALIGNMENT = 4;
 /** Tokens of a step that attend to packed blocks: what one call of attention takes. */
 const STEP_TOKENS = 8;
 /** What says where a record of a block and head ends. */
@@ -179,8 +181,8 @@ class Scorer implements Disposable {
   readonly #referenceLogits: DeviceBuffer<"f32">;
   readonly #targets: DeviceBuffer<"i32">;
   readonly #losses: DeviceBuffer<"f32">;
+  /** A divergence and an agreement for each token. */
   readonly #divergences: DeviceBuffer<"f32">;
-  readonly #agreements: DeviceBuffer<"i32">;
   #ids: readonly number[] = [];
 
   constructor(parts: ModelParts, tokens: number) {
@@ -188,7 +190,8 @@ class Scorer implements Disposable {
     const { vocabulary, hidden } = config;
     this.#parts = parts;
     this.#tokens = tokens;
-    this.#rows = Math.max(1, Math.min(tokens, Math.floor(LOGITS_AT_ONCE / vocabulary)));
+    const most = Math.floor(LOGITS_AT_ONCE / vocabulary / ROWS_ALIGNMENT) * ROWS_ALIGNMENT;
+    this.#rows = Math.min(tokens, Math.max(ROWS_ALIGNMENT, most));
     using stack = new DisposableStack();
     const { dtype: cacheDType, queryDType } = cache.config;
     const limits = { stepTokens: tokens, logitRows: this.#rows, tokens, cacheDType, queryDType };
@@ -198,8 +201,7 @@ class Scorer implements Disposable {
     this.#referenceLogits = stack.use(device.createBuffer("f32", this.#rows * vocabulary));
     this.#targets = stack.use(device.createBuffer("i32", tokens));
     this.#losses = stack.use(device.createBuffer("f32", tokens));
-    this.#divergences = stack.use(device.createBuffer("f32", tokens));
-    this.#agreements = stack.use(device.createBuffer("i32", tokens));
+    this.#divergences = stack.use(device.createBuffer("f32", 2 * tokens));
     this.#stack = stack.move();
   }
 
@@ -250,17 +252,14 @@ class Scorer implements Disposable {
         states: this.#states.view(first * hidden, rows * hidden),
         out: this.#referenceLogits.view(0, rows * vocabulary),
       });
-      divergence(reference, logits, {
-        rows,
-        vocabulary,
-        divergences: this.#divergences.view(first, rows),
-        agreements: this.#agreements.view(first, rows),
-      });
+      const out = this.#divergences.view(2 * first, 2 * rows);
+      divergence(reference, logits, out, { rows, vocabulary });
     });
+    const pairs = this.#divergences.download(new Float32Array(2 * this.#tokens));
     return {
       loss: sum(this.#losses.download()),
-      divergence: sum(this.#divergences.download()),
-      agreements: sum(this.#agreements.download()),
+      divergence: sum(pairs.filter((_, i) => i % 2 === 0)),
+      agreements: sum(pairs.filter((_, i) => i % 2 === 1)),
     };
   }
 

@@ -2,8 +2,7 @@ import { PackhorseError } from "../error.ts";
 import type { KvSequence } from "../kv/cache.ts";
 import type { ModelParts } from "./language_model.ts";
 import type { PromptMemory } from "./prompt_memory.ts";
-import { createSampler, type Sampler } from "./sampler.ts";
-import { resolveSampling, type SamplingOptions } from "./sampling.ts";
+import { Sampler, type SamplingOptions } from "./sampler.ts";
 import { StopStrings } from "./stop_strings.ts";
 import type { Tokenizer, TokenStream } from "./tokenizer.ts";
 
@@ -73,7 +72,6 @@ export async function* generateTokens(
   options: GenerationOptions,
 ): AsyncGenerator<GeneratedPiece, void> {
   const { signal, memory } = options;
-  const sampling = resolveSampling(options);
   const stops = typeof options.stop === "string" ? [options.stop] : options.stop ?? [];
   if (prompts.length === 0) refuse("there is no prompt");
   if (stops.length > 0) requireTokenizer(parts.tokenizer, "stop strings");
@@ -87,11 +85,11 @@ export async function* generateTokens(
     refuse(`maxTokens must be an integer of 1 or more, got ${maxTokens}`);
   }
   const endTokens = new Set(options.endTokens ?? parts.config.endTokens);
+  using sampler = new Sampler(parts, options);
   signal?.throwIfAborted();
 
   const waiting = [...encoded.entries()].reverse();
   const active = new Set<Continuation>();
-  using sampler = createSampler(parts, sampling);
   // Several would not know which of them is to be remembered.
   const remembering = prompts.length === 1 ? memory : undefined;
   try {

@@ -25,7 +25,7 @@ export {
 } from "./model_config.ts";
 export { PromptMemory } from "./prompt_memory.ts";
 export type { RotaryConfig, RotaryScaling } from "./rotary.ts";
-export type { SamplingOptions } from "./sampling.ts";
+export type { SamplingOptions } from "./sampler.ts";
 export {
   type ChatMessage,
   type ChatOptions,
