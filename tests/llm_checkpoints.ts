@@ -17,6 +17,16 @@ export function familyCases(): { readonly tokens: number; readonly cases: readon
   return JSON.parse(Deno.readTextFileSync(new URL("cases.json", FAMILIES)));
 }
 
+/** Logits of the last tokens of each case by transformers, if tests/oracles/llm_families.py has been run. */
+export function familyLogits(): Record<string, number[][]> | undefined {
+  try {
+    return JSON.parse(Deno.readTextFileSync(new URL("logits.json", FAMILIES))).logits;
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) return undefined;
+    throw error;
+  }
+}
+
 /** Token `i` of the texts of family cases. */
 export function familyToken(i: number): number {
   return (i * 37 + 11) % 251 + 3;
@@ -79,7 +89,7 @@ export function weightsOf(name: string, shape: readonly number[]): Float32Array<
     : name.endsWith(".bias")
     ? [0.2, 0]
     : name.includes("embed_tokens") || name.includes("lm_head")
-    ? [0.5, 0]
+    ? [0.04, 0]
     : [1.5 / Math.sqrt(shape[1]!), 0];
   return Float32Array.from({ length: shape.reduce((count, size) => count * size, 1) }, (_, i) => {
     const state = (seed + Math.imul(i + 1, 0x6d2b79f5)) >>> 0;

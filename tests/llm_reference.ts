@@ -96,10 +96,15 @@ export class ReferenceModel {
   readonly #config: Json;
   readonly #tensors = new Map<string, Values>();
   readonly #tokens: number;
+  readonly #store: (x: Float64Array) => Float64Array;
 
-  /** `tokens`: how long sequences may get, which some rotary embeddings depend on. */
-  constructor(folder: string, tokens: number) {
+  /**
+   * `tokens`: how long sequences may get, which some rotary embeddings depend on. `cache`: type that keys and values are
+   * rounded to.
+   */
+  constructor(folder: string, tokens: number, cache?: "f16") {
     this.#tokens = tokens;
+    this.#store = (x) => cache === undefined ? x : Float64Array.from(new Float16Array(x));
     this.#config = JSON.parse(Deno.readTextFileSync(join(folder, "config.json")));
     const files = new Set<string>(["model.safetensors"]);
     try {
@@ -147,8 +152,8 @@ export class ReferenceModel {
           });
         return {
           queries: turn(q!, "q_norm"),
-          keys: turn(k!, "k_norm"),
-          values: cut(v!, Array(kvHeads).fill(headDim)),
+          keys: turn(k!, "k_norm").map(this.#store),
+          values: cut(v!, Array(kvHeads).fill(headDim)).map(this.#store),
         };
       });
       const window = this.#window(layer);

@@ -96,7 +96,7 @@ export async function* generateTokens(
     while (waiting.length > 0 || active.size > 0) {
       if (waiting.length > 0 && hasRoom(parts, active)) {
         const [prompt, tokens] = waiting.pop()!;
-        const { sequence, logits } = await prefill(parts, tokens, { memory, signal });
+        const { sequence, token } = await prefill(parts, { prompt, tokens }, sampler, options);
         const continuation: Continuation = {
           prompt,
           sequence,
@@ -108,8 +108,7 @@ export async function* generateTokens(
           finish: undefined,
         };
         active.add(continuation);
-        const [token] = await sampler.choose(logits, [continuation]);
-        const piece = take(continuation, token!, endTokens);
+        const piece = take(continuation, token, endTokens);
         endFinished(parts, active, remembering);
         yield piece;
         continue;
@@ -170,12 +169,13 @@ function hasRoom({ cache }: ModelParts, active: ReadonlySet<Continuation>): bool
   return cache.statistics().sequences < cache.config.sequences;
 }
 
-/** Starts a sequence with a prompt, and computes the logits of the token after it. */
+/** Starts a sequence with a prompt, and chooses the token after it. */
 async function prefill(
   { cache, runner, device }: ModelParts,
-  tokens: readonly number[],
+  { prompt, tokens }: { readonly prompt: number; readonly tokens: readonly number[] },
+  sampler: Sampler,
   { memory, signal }: Pick<GenerationOptions, "memory" | "signal">,
-) {
+): Promise<{ sequence: KvSequence; token: number }> {
   const known = memory?.fork(tokens);
   const sequence = known?.sequence ?? cache.add();
   try {
@@ -191,7 +191,10 @@ async function prefill(
       // So that an abort is heard, and not too much is enqueued.
       if (first + rows < tokens.length) await device.synchronize();
     }
-    return { sequence, logits: runner.logits(rows - 1, 1) };
+    // No turn of others until the choice is enqueued: they work in the same memory.
+    const logits = runner.logits(rows - 1, 1);
+    const [token] = await sampler.choose(logits, [{ prompt, tokens, chosen: 0 }]);
+    return { sequence, token: token! };
   } catch (error) {
     try {
       cache.remove(sequence);

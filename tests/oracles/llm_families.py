@@ -27,7 +27,7 @@ def weights(name, shape):
     elif name.endswith(".bias"):
         scale, offset = 0.2, 0.0
     elif "embed_tokens" in name or "lm_head" in name:
-        scale, offset = 0.5, 0.0
+        scale, offset = 0.04, 0.0
     else:
         scale, offset = 1.5 / math.sqrt(shape[1]), 0.0
     mask = numpy.uint64(0xFFFFFFFF)
