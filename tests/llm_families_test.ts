@@ -68,7 +68,8 @@ for (const { name, config } of cases) {
       if (backend === "cuda") return;
       // Nearly all of which comes from keys and values in 16 bits.
       const rounded = new ReferenceModel(folder.path, tokens, "f16").logits(IDS);
-      assertLess(distance(logits, rounded)[0], 1e-4, name);
+      const [rest] = distance(logits, rounded);
+      assertLess(rest, 3e-4, `${name}: off by ${rest}`);
     });
   }
 

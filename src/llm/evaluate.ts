@@ -4,9 +4,9 @@ import { KvCache } from "../kv/cache.ts";
 import { parseCacheCodec } from "../kv/cache_codec.ts";
 import type { KvCacheCodec, KvCacheOptions } from "../kv/cache_options.ts";
 import { BLOCK_TOKENS } from "../kv/codec.ts";
-import { planKvCache } from "../kv/plan_cache.ts";
 import { encodePrompt, type Prompt } from "./generate.ts";
 import type { ModelParts } from "./language_model.ts";
+import { poolBytesFor } from "./pool_bytes.ts";
 import { RestoreCache } from "./restore_cache.ts";
 import { type ForwardOptions, ModelRunner } from "./runner.ts";
 import { crossEntropy, divergence } from "./score_logits.ts";
@@ -412,33 +412,14 @@ function createWindowCache(
   codec: KvCacheCodec,
   limits: Pick<KvCacheOptions, "tokens" | "stepTokens" | "residual" | "sinks">,
 ): KvCache {
-  const { layers, queryHeads, kvHeads, headDim, windows } = config;
+  const { layers, queryHeads, kvHeads, headDim, windows: window } = config;
   const { dtype, queryDType } = cache.config;
-  const shape = { layers, queryHeads, kvHeads, headDim, dtype, queryDType };
-  const { residual, sinks = 0, stepTokens, tokens } = limits;
-  const { poolBytes } = planKvCache({
-    residual,
-    sinks,
-    stepTokens,
-    model: shape,
-    memoryBytes: 2 ** 50,
-    weightBytes: 0,
-    context: tokens,
-    codec,
-    widths: { keys: 8, values: 8 },
-    backend: device.backend,
-  }).options;
-  return KvCache.create(device, {
-    ...shape,
-    tokens,
-    stepTokens,
-    residual,
-    sinks,
-    codec,
-    sequences: 1,
-    poolBytes,
-    window: windows,
-  });
+  const { tokens, stepTokens, residual, sinks = 0 } = limits;
+  const options = {
+    ...{ layers, queryHeads, kvHeads, headDim, dtype, queryDType, window, codec },
+    ...{ sequences: 1, tokens, stepTokens, residual, sinks },
+  };
+  return KvCache.create(device, { ...options, poolBytes: poolBytesFor(device, options) });
 }
 
 function sum(values: Iterable<number>): number {

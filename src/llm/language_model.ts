@@ -2,8 +2,12 @@ import type { Device } from "../device/device.ts";
 import { PackhorseError } from "../error.ts";
 import { KvCache, type KvCacheStatistics } from "../kv/cache.ts";
 import { parseCacheCodec } from "../kv/cache_codec.ts";
-import type { KvCacheCodec, KvCacheDType, KvQueryDType } from "../kv/cache_options.ts";
-import { planKvCache } from "../kv/plan_cache.ts";
+import {
+  type KvCacheCodec,
+  type KvCacheDType,
+  type KvQueryDType,
+  resolveCacheOptions,
+} from "../kv/cache_options.ts";
 import { Checkpoint, type WeightDType } from "./checkpoint.ts";
 import { DecodeGraphs } from "./decode_graphs.ts";
 import { evaluateModel, type Evaluation, type EvaluationOptions } from "./evaluate.ts";
@@ -16,6 +20,7 @@ import {
 } from "./generate.ts";
 import { type LanguageModelConfig, readLanguageModelConfig } from "./model_config.ts";
 import { prepareLinear } from "./operations.ts";
+import { poolBytesFor } from "./pool_bytes.ts";
 import { PromptMemory } from "./prompt_memory.ts";
 import { ModelRunner } from "./runner.ts";
 import { Tokenizer } from "./tokenizer.ts";
@@ -286,6 +291,9 @@ export class LanguageModel implements Disposable {
   }
 }
 
+/** The least that a cache takes. */
+const LEAST_POOL_BYTES = 65_536;
+
 function isPrompt(prompt: Prompt | readonly Prompt[]): prompt is Prompt {
   return typeof prompt === "string" || typeof prompt[0] === "number";
 }
@@ -307,31 +315,9 @@ function createCache(
   const queryDType: KvQueryDType = device.backend === "cpu" ? "f32" : dtype;
   const shape = { layers, queryHeads, kvHeads, headDim, dtype, queryDType };
   const limits = { residual, sinks, stepTokens: Math.max(stepTokens, sequences) };
-  const poolFor = (each: KvCacheCodec | undefined) =>
-    planKvCache({
-      ...limits,
-      model: shape,
-      memoryBytes: 2 ** 50,
-      weightBytes: 0,
-      batch: sequences,
-      context: Math.ceil(cacheTokens / sequences),
-      codec: each,
-      widths: { keys: 8, values: 8 }, // the most that packkv can take
-      backend: device.backend,
-    }).options.poolBytes;
-  const codecs: readonly (KvCacheCodec | undefined)[] = isList(codec) ? codec : [codec];
-  const poolBytes = cacheBytes ?? Math.max(...codecs.map(poolFor));
-  return KvCache.create(device, {
-    ...shape,
-    ...limits,
-    sequences,
-    tokens,
-    poolBytes,
-    codec,
-    window: windows,
-  });
-}
-
-function isList<T>(value: T | readonly T[]): value is readonly T[] {
-  return Array.isArray(value);
+  const cache = { ...shape, ...limits, sequences, tokens, codec, window: windows };
+  // Here its own messages name what is wrong.
+  resolveCacheOptions({ ...cache, poolBytes: cacheBytes ?? LEAST_POOL_BYTES });
+  const poolBytes = cacheBytes ?? poolBytesFor(device, cache, Math.ceil(cacheTokens / sequences));
+  return KvCache.create(device, { ...cache, poolBytes });
 }

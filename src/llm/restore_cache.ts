@@ -3,8 +3,8 @@ import type { DeviceBuffer } from "../device/device_buffer.ts";
 import { KvCache } from "../kv/cache.ts";
 import type { KvCacheCodec, KvCacheDType } from "../kv/cache_options.ts";
 import { BLOCK_TOKENS } from "../kv/codec.ts";
-import { planKvCache } from "../kv/plan_cache.ts";
 import { gather } from "./operations.ts";
+import { poolBytesFor } from "./pool_bytes.ts";
 
 /** The fewest tokens that a cache keeps in 16 bits after what it packs. */
 const LEAST_RESIDUAL = 8;
@@ -42,21 +42,12 @@ export class RestoreCache implements Disposable {
     const rows = sinks + blocks * BLOCK_TOKENS + LEAST_RESIDUAL;
     this.#rows = rows;
     using stack = new DisposableStack();
-    const layer = { layers: 1, queryHeads: kvHeads, kvHeads, headDim, dtype };
-    const limits = { residual: LEAST_RESIDUAL, sinks, stepTokens: rows };
-    const { poolBytes } = planKvCache({
-      ...limits,
-      model: layer,
-      memoryBytes: 2 ** 50,
-      weightBytes: 0,
-      context: rows,
-      codec,
-      widths: { keys: 8, values: 8 },
-      backend: device.backend,
-    }).options;
-    this.#cache = stack.use(
-      KvCache.create(device, { ...layer, ...limits, sequences: 1, tokens: rows, poolBytes, codec }),
-    );
+    const cache = {
+      ...{ layers: 1, queryHeads: kvHeads, kvHeads, headDim, dtype, codec },
+      ...{ sequences: 1, tokens: rows, stepTokens: rows, residual: LEAST_RESIDUAL, sinks },
+    };
+    const poolBytes = poolBytesFor(device, cache);
+    this.#cache = stack.use(KvCache.create(device, { ...cache, poolBytes }));
     this.#indices = stack.use(device.createBuffer("i32", rows));
     this.#indices.upload(Int32Array.from({ length: rows }, (_, i) => Math.min(i, tokens - 1)));
     const create = () => stack.use(device.createBuffer(dtype, rows * kvHeads * headDim));
