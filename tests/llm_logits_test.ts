@@ -96,7 +96,7 @@ function fraction(seed: number, step: number): number {
  */
 function chooseToken(
   logits: Float32Array,
-  options: Required<SamplerOptions>,
+  options: { readonly [Name in keyof SamplerOptions]-?: number },
   seen: Uint8Array,
 ): { token: number; margin: number } {
   const { temperature, topK, topP, minP, repetitionPenalty } = options;
@@ -112,7 +112,7 @@ function chooseToken(
     const rivals = scores.filter((score) => score < largest && score > largest - 1e-5).length;
     return { token: scores.indexOf(largest), margin: rivals > 0 ? 0 : 1 };
   }
-  let likelihoods = scores.map((score) => Math.exp(score - largest));
+  let likelihoods = scores.map((score) => score === largest ? 1 : Math.exp(score - largest));
   let margin = 1;
   if (topK > 0 && topK < logits.length) {
     const sorted = likelihoods.toSorted((a, b) => b - a);
@@ -135,7 +135,9 @@ function chooseToken(
   }
   if (minP > 0) {
     const least = Math.fround(minP);
-    for (const value of likelihoods) margin = Math.min(margin, Math.abs(value - least) / least);
+    for (const value of likelihoods) {
+      if (value < 1) margin = Math.min(margin, Math.abs(value - least) / least);
+    }
     likelihoods = likelihoods.map((value) => value >= least ? value : 0);
   }
   const total = likelihoods.reduce((a, b) => a + b);
@@ -162,7 +164,7 @@ test("sample chooses as Hugging Face's processors and Philox do", (device) => {
     const samplers = Array.from({ length: rows }, () => ({
       temperature: pick(random, [0, 0.3, 1, 1, 1.7]),
       topK: pick(random, [0, 0, 1, 5, 50, 1e6]),
-      topP: pick(random, [1, 1, 0.95, 0.5, 1e-6]),
+      topP: pick(random, [1, 1, 0.95, 0.5, 1e-3]),
       minP: pick(random, [0, 0, 0.05, 1]),
       repetitionPenalty: pick(random, [1, 1.3, 0.8]),
       seed: Math.floor(random() * 2 ** 53),
@@ -184,14 +186,10 @@ test("sample chooses as Hugging Face's processors and Philox do", (device) => {
     const tokens = out.download();
     tokens.forEach((token, row) => {
       const own = [row * vocabulary, (row + 1) * vocabulary] as const;
-      const unseen = new Uint8Array(vocabulary);
-      const values = logits.values.slice(...own);
       const expected = chooseToken(
-        values.some((value) => value === Infinity)
-          ? values.map((value) => value === Infinity ? 1e6 : Math.max(value, -1e6) || value)
-          : values,
+        logits.values.slice(...own),
         samplers[row]!,
-        seed % 3 ? marks.subarray(...own) : unseen,
+        seed % 3 ? marks.subarray(...own) : new Uint8Array(vocabulary),
       );
       drawn++;
       if (expected.margin < 1e-6) close++;
@@ -202,7 +200,7 @@ test("sample chooses as Hugging Face's processors and Philox do", (device) => {
     const next = samplers.map((sampler) => ({ ...sampler, step: (sampler.step + 1) % 2 ** 32 }));
     assertEquals(states.download(), encodeSamplers(next), `seed ${seed}: steps are counted`);
   }
-  assertLess(close, 0.1 * drawn);
+  assertLess(close, 0.05 * drawn);
 });
 
 test("what is drawn is as frequent as it is likely", (device) => {

@@ -491,7 +491,8 @@ PH_API int32_t ph_kv_cache_get_statistics(ph_device* device, ph_kv_cache* cache,
  *                               no:  capture_begin; append and attend, or prefill ...; graph = capture_end; replay(graph)
  *
  * Between capture_begin and capture_end nothing runs. append, attend and prefill of this cache, ph_buffer_copy,
- * ph_buffer_fill and whatever the caller enqueues on the stream become part of the graph; buffers may be wrapped or destroyed (the memory is
+ * ph_buffer_fill, the functions of section "llm" that only enqueue, and whatever the caller enqueues on the stream become
+ * part of the graph; buffers may be wrapped or destroyed (the memory is
  * freed when the capture ends), a cache destroyed (its capture is abandoned). Every other call on the device is
  * PH_ERROR_INVALID_ARGUMENT and does no harm. A graph holds the addresses and the scale of the calls it captured:
  * their memory must stay as long as the graph is replayed.
@@ -551,7 +552,8 @@ PH_API int32_t ph_kv_cache_import(ph_device* device, ph_kv_cache* cache, uint32_
 
 /* ---- llm: what a language model computes beside attention ------------------------------------------ */
 /*
- * Calls only enqueue, allocate nothing, and may be captured (ph_kv_cache_capture_begin). A tensor is a buffer, a byte
+ * Calls only enqueue, but for ph_llm_prepare_linear, allocate nothing, and may be captured (ph_kv_cache_capture_begin). A
+ * tensor is a buffer, a byte
  * offset and, where more than one will do, a dtype, of PH_F32, PH_F16 and PH_BF16; values are computed in float32 and
  * rounded once, to nearest even, when stored. Results are the same bits every time. Unless it says so, an output must not
  * overlap an input. Sizes are at least 1; tensors are dense, but for row strides, which are in elements.
