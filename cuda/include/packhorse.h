@@ -488,14 +488,13 @@ PH_API int32_t ph_kv_cache_get_statistics(ph_device* device, ph_kv_cache* cache,
  * begins with ph_kv_cache_begin, which is not captured.
  *
  *   begin; shape; graph known?  yes: replay(graph)
- *                               no:  capture_begin; append and attend, or prefill ...; graph = capture_end; replay(graph)
+ *                               no:  capture_begin; append and attend, or prefill; graph = capture_end; replay(graph)
  *
  * Between capture_begin and capture_end nothing runs. append, attend and prefill of this cache, ph_buffer_copy,
  * ph_buffer_fill, the functions of section "llm" that only enqueue, and whatever the caller enqueues on the stream become
- * part of the graph; buffers may be wrapped or destroyed (the memory is
- * freed when the capture ends), a cache destroyed (its capture is abandoned). Every other call on the device is
- * PH_ERROR_INVALID_ARGUMENT and does no harm. A graph holds the addresses and the scale of the calls it captured:
- * their memory must stay as long as the graph is replayed.
+ * part of the graph; buffers may be wrapped or destroyed (the memory is freed when the capture ends), a cache destroyed
+ * (its capture is abandoned). Every other call on the device is PH_ERROR_INVALID_ARGUMENT and does no harm. A graph holds
+ * the addresses and the scale of the calls it captured: their memory must stay as long as the graph is replayed.
  */
 typedef struct ph_kv_cache_graph ph_kv_cache_graph;
 
