@@ -121,7 +121,7 @@ export async function evaluateModel(
   let done = 0;
   const advance = async () => {
     onProgress?.(++done, windows * (1 + named.length));
-    await parts.device.synchronize(); // so that an abort is heard
+    await parts.turns.take(() => parts.device.synchronize()); // so that an abort is heard
     signal?.throwIfAborted();
   };
   for (let window = 0; window < windows; window++) {
@@ -369,7 +369,8 @@ class CachedCandidate implements Candidate {
   async run(signal: AbortSignal | undefined): Promise<void> {
     const { ids, runner } = this.#scorer;
     const cache = this.#cache;
-    const { hidden, layers, kvHeads, headDim } = this.#parts.config;
+    const { device, turns, config } = this.#parts;
+    const { hidden, layers, kvHeads, headDim } = config;
     const states = runner.states(ids.length);
     const sequence = cache.add();
     try {
@@ -382,7 +383,7 @@ class CachedCandidate implements Candidate {
         own.forward(step, { attention: "attend" });
         states.view(first * hidden, rows * hidden).copyFrom(own.states(rows));
         if (first % (32 * STEP_TOKENS) === 0) {
-          await this.#parts.device.synchronize();
+          await turns.take(() => device.synchronize());
           signal?.throwIfAborted();
         }
       }

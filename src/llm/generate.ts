@@ -171,7 +171,7 @@ function hasRoom({ cache }: ModelParts, active: ReadonlySet<Continuation>): bool
 
 /** Starts a sequence with a prompt, and chooses the token after it. */
 async function prefill(
-  { cache, runner, device }: ModelParts,
+  { cache, runner, device, turns }: ModelParts,
   { prompt, tokens }: { readonly prompt: number; readonly tokens: readonly number[] },
   sampler: Sampler,
   { memory, signal }: Pick<GenerationOptions, "memory" | "signal">,
@@ -179,22 +179,23 @@ async function prefill(
   const known = memory?.fork(tokens);
   const sequence = known?.sequence ?? cache.add();
   try {
-    let first = known?.tokens ?? 0;
-    let rows = 0;
-    for (; first < tokens.length; first += rows) {
+    const { stepTokens } = cache.config;
+    for (let first = known?.tokens ?? 0;; first += stepTokens) {
       signal?.throwIfAborted();
-      rows = Math.min(cache.config.stepTokens, tokens.length - first);
-      const step = cache.begin([{ sequence, tokens: rows }]);
-      runner.tokens(rows).upload(Int32Array.from(tokens.slice(first, first + rows)));
-      runner.positions(rows).upload(Int32Array.from({ length: rows }, (_, i) => first + i));
-      runner.forward(step, { attention: "prefill" });
-      // So that an abort is heard, and not too much is enqueued.
-      if (first + rows < tokens.length) await device.synchronize();
+      const rows = Math.min(stepTokens, tokens.length - first);
+      const chosen = await turns.take(async () => {
+        const step = cache.begin([{ sequence, tokens: rows }]);
+        runner.tokens(rows).upload(Int32Array.from(tokens.slice(first, first + rows)));
+        runner.positions(rows).upload(Int32Array.from({ length: rows }, (_, i) => first + i));
+        runner.forward(step, { attention: "prefill" });
+        if (first + rows === tokens.length) {
+          return await sampler.choose(runner.logits(rows - 1, 1), [{ prompt, tokens, chosen: 0 }]);
+        }
+        await device.synchronize(); // so that an abort is heard, and not too much is enqueued
+        return [];
+      });
+      if (chosen.length > 0) return { sequence, token: chosen[0]! };
     }
-    // No turn of others until the choice is enqueued: they work in the same memory.
-    const logits = runner.logits(rows - 1, 1);
-    const [token] = await sampler.choose(logits, [{ prompt, tokens, chosen: 0 }]);
-    return { sequence, token: token! };
   } catch (error) {
     try {
       cache.remove(sequence);
@@ -206,23 +207,25 @@ async function prefill(
 }
 
 /** Gives every sequence its latest token, and chooses the next ones. */
-async function decode(
-  { cache, runner, graphs, device }: ModelParts,
+function decode(
+  { cache, runner, graphs, device, turns }: ModelParts,
   batch: readonly Continuation[],
   sampler: Sampler,
 ): Promise<readonly number[]> {
   const rows = batch.length;
-  const positions = batch.map(({ sequence }) => cache.length(sequence));
-  const step = cache.begin(batch.map(({ sequence }) => ({ sequence })));
-  runner.tokens(rows).upload(Int32Array.from(batch, ({ tokens }) => tokens.at(-1)!));
-  runner.positions(rows).upload(Int32Array.from(positions));
-  const enqueue = () => {
-    runner.forward(step, { attention: "attend" });
-    runner.logits(0, rows);
-  };
-  if (device.backend === "cpu") enqueue();
-  else graphs.run(step, enqueue);
-  return await sampler.choose(runner.logitsOut(rows), batch);
+  return turns.take(() => {
+    const positions = batch.map(({ sequence }) => cache.length(sequence));
+    const step = cache.begin(batch.map(({ sequence }) => ({ sequence })));
+    runner.tokens(rows).upload(Int32Array.from(batch, ({ tokens }) => tokens.at(-1)!));
+    runner.positions(rows).upload(Int32Array.from(positions));
+    const enqueue = () => {
+      runner.forward(step, { attention: "attend" });
+      runner.logits(0, rows);
+    };
+    if (device.backend === "cpu") enqueue();
+    else graphs.run(step, enqueue);
+    return sampler.choose(runner.logitsOut(rows), batch);
+  });
 }
 
 /** Adds a token to a continuation, and says what of its text is new. */

@@ -24,6 +24,7 @@ import { poolBytesFor } from "./pool_bytes.ts";
 import { PromptMemory } from "./prompt_memory.ts";
 import { ModelRunner } from "./runner.ts";
 import { Tokenizer } from "./tokenizer.ts";
+import { Turns } from "./turns.ts";
 import { type ModelWeights, planWeights } from "./weights.ts";
 
 /** Options of {@linkcode LanguageModel.load}. */
@@ -77,6 +78,8 @@ export interface ModelParts {
   readonly cache: KvCache;
   readonly runner: ModelRunner;
   readonly graphs: DecodeGraphs;
+  /** Whose turn it is, where several generate at a time. */
+  readonly turns: Turns;
 }
 
 /**
@@ -159,7 +162,8 @@ export class LanguageModel implements Disposable {
     const runner = stack.use(new ModelRunner(device, config, weights, limits));
     const graphs = stack.use(new DecodeGraphs());
     prepareLinear(device);
-    const parts = { device, config, tokenizer, weights, cache, runner, graphs };
+    const turns = new Turns();
+    const parts = { device, config, tokenizer, weights, cache, runner, graphs, turns };
     return new LanguageModel(parts, stack.move());
   }
 
