@@ -258,6 +258,15 @@ for (const backend of backends()) {
     assertEquals((await load(folder.path, { dtype: "bf16" })).tokens.length, 8);
   });
 
+  test("a model can do without weights, to measure speed", async (folder) => {
+    await folder.write("config.json", JSON.stringify(LLAMA));
+    const options = { randomWeights: true };
+    const found = await load(folder.path, options);
+    assertEquals(found.tokens.length, 8);
+    assertEquals(await load(folder.path, options), found);
+    await rejectsWith(() => load(folder.path), "not-found", "model.safetensors");
+  });
+
   test("weights are loaded one after another, and can be aborted", async (folder) => {
     await writeCheckpoint(folder.path, LLAMA);
     const controller = new AbortController();

@@ -25,7 +25,7 @@ import { PromptMemory } from "./prompt_memory.ts";
 import { ModelRunner } from "./runner.ts";
 import { Tokenizer } from "./tokenizer.ts";
 import { Turns } from "./turns.ts";
-import { type ModelWeights, planWeights } from "./weights.ts";
+import { type ModelWeights, planRandomWeights, planWeights } from "./weights.ts";
 
 /** Options of {@linkcode LanguageModel.load}. */
 export interface LanguageModelOptions {
@@ -61,6 +61,11 @@ export interface LanguageModelOptions {
   readonly dtype?: WeightDType | undefined;
   /** Type of cached keys and values. Default: that of the weights, or f16 if they are f32. */
   readonly cacheDType?: KvCacheDType | undefined;
+  /**
+   * Whether weights are random numbers instead of those of a checkpoint, so that the folder needs only a `config.json`: to
+   * measure speed, which does not depend on them. Default: false.
+   */
+  readonly randomWeights?: boolean | undefined;
   /** Whether to load a tokenizer; without one, prompts and results are tokens. Default: true. */
   readonly tokenizer?: boolean | undefined;
   /** Called with the bytes of weights that are loaded, and how many there are. */
@@ -151,9 +156,11 @@ export class LanguageModel implements Disposable {
         `${tokenizer.vocabulary} tokens, but config.json has a vocab_size of ${config.vocabulary}`;
       throw new PackhorseError("corrupt", message);
     }
-    using checkpoint = await Checkpoint.open(folder);
-    const planned = planWeights(device, checkpoint, config, options.dtype);
     using stack = new DisposableStack();
+    using files = new DisposableStack();
+    const planned = options.randomWeights === true
+      ? planRandomWeights(device, config, options.dtype)
+      : planWeights(device, files.use(await Checkpoint.open(folder)), config, options.dtype);
     // Before the weights, which take long, for it may be refused.
     const cache = stack.use(createCache(device, config, planned.dtype, options));
     const weights = stack.use(await planned.load(options));

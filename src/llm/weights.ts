@@ -4,6 +4,7 @@ import { BYTES_PER_ELEMENT, elementCount } from "../dtype.ts";
 import type { FloatDType } from "../float_conversion.ts";
 import { type Checkpoint, type WeightDType, weightDType, type WeightSpec } from "./checkpoint.ts";
 import type { LanguageModelConfig } from "./model_config.ts";
+import { RandomWeights } from "./random_weights.ts";
 
 /** A matrix `[outputs, inputs]`, row by row. */
 export type Matrix = DeviceBuffer<FloatDType>;
@@ -89,101 +90,112 @@ export function planWeights(
   config: LanguageModelConfig,
   asked?: WeightDType,
 ): PlannedWeights {
+  const slots = modelSlots(config);
+  checkpoint.check(slots.specs, (name) => isSpare(name, config));
+  // One type for all: what a GPU multiplies must have the same.
+  const projection = slots.layers[0]!.queryKeyValue!.parts[0]!.name;
+  const dtype = weightDType(device, checkpoint.dtypeOf(projection), asked);
+  return {
+    dtype,
+    load(options = {}) {
+      const { signal } = options;
+      const source: WeightSource = {
+        byteLength: ({ name, shape }) =>
+          elementCount(shape) * BYTES_PER_ELEMENT[checkpoint.dtypeOf(name)],
+        load: ({ name }, target) => checkpoint.load(name, target, signal),
+      };
+      return loadModel(device, slots, { dtype, source, options });
+    },
+  };
+}
+
+/** Random weights for a model, which compute numbers of ordinary size: to measure speed. */
+export function planRandomWeights(
+  device: Device,
+  config: LanguageModelConfig,
+  asked?: WeightDType,
+): PlannedWeights {
+  const slots = modelSlots(config);
+  const dtype = weightDType(device, "bf16", asked);
+  return {
+    dtype,
+    async load(options = {}) {
+      using source = new RandomWeights(device);
+      return await loadModel(device, slots, { dtype, source, options });
+    },
+  };
+}
+
+/** Where weights come from. */
+interface WeightSource {
+  /** Bytes that a tensor takes there. */
+  byteLength(spec: WeightSpec): number;
+  /** Copies it to the device. */
+  load(spec: WeightSpec, target: Matrix): Promise<void>;
+}
+
+/** All slots of a model. */
+interface ModelSlots {
+  readonly outer: ReturnType<typeof outerSlots>;
+  readonly layers: readonly Slots<LayerWeights>[];
+  /** The tensors of all. */
+  readonly specs: readonly WeightSpec[];
+}
+
+function modelSlots(config: LanguageModelConfig): ModelSlots {
   const outer = outerSlots(config);
   const layers = Array.from({ length: config.layers }, (_, layer) => layerSlots(config, layer));
   const specs = [outer, ...layers].flatMap((slots) =>
     Object.values(slots).flatMap((slot: Slot | undefined) => slot?.parts ?? [])
   );
-  checkpoint.check(specs, (name) => isSpare(name, config));
-  // One type for all: what a GPU multiplies must have the same.
-  const projection = layers[0]!.queryKeyValue!.parts[0]!.name;
-  const dtype = weightDType(device, checkpoint.dtypeOf(projection), asked);
-  return {
-    dtype,
-    async load(options = {}) {
-      using stack = new DisposableStack();
-      const loader = new WeightLoader(device, checkpoint, { specs, dtype, stack, options });
-      const { embedding, norm, head } = await loader.load(outer);
-      const loadedLayers: LayerWeights[] = [];
-      for (const slots of layers) loadedLayers.push(await loader.load(slots));
-      const { byteLength, parameters } = loader;
-      const owner = stack.move();
-      return {
-        embedding,
-        norm,
-        head: head ?? embedding,
-        layers: loadedLayers,
-        dtype,
-        byteLength,
-        parameters,
-        [Symbol.dispose]: () => owner.dispose(),
-      };
-    },
-  };
+  return { outer, layers, specs };
 }
 
-/** Loads tensors into buffers of a stack, and counts them. */
-class WeightLoader {
-  /** Bytes on the device so far. */
-  byteLength = 0;
-  /** Weights so far. */
-  parameters = 0;
-  readonly #device: Device;
-  readonly #checkpoint: Checkpoint;
-  readonly #dtype: FloatDType;
-  readonly #stack: DisposableStack;
-  readonly #options: LoadWeightsOptions;
-  readonly #total: number;
-  #done = 0;
-
-  constructor(
-    device: Device,
-    checkpoint: Checkpoint,
-    { specs, dtype, stack, options }: {
-      specs: readonly WeightSpec[];
-      dtype: FloatDType;
-      stack: DisposableStack;
-      options: LoadWeightsOptions;
-    },
-  ) {
-    this.#device = device;
-    this.#checkpoint = checkpoint;
-    this.#dtype = dtype;
-    this.#stack = stack;
-    this.#options = options;
-    this.#total = sum(specs, (spec) => this.#storedBytes(spec));
-  }
-
-  /** Loads what the slots name. */
-  async load<Weights>(slots: Slots<Weights>): Promise<Weights> {
-    const loaded: Record<string, Matrix | undefined> = {};
-    for (const [name, slot] of Object.entries<Slot | undefined>(slots)) {
-      loaded[name] = slot === undefined ? undefined : await this.#loadSlot(slot);
-    }
-    return loaded as Weights;
-  }
-
-  async #loadSlot({ kind, parts }: Slot): Promise<Matrix> {
-    const { signal, onProgress } = this.#options;
+async function loadModel(
+  device: Device,
+  { outer, layers, specs }: ModelSlots,
+  { dtype, source, options: { onProgress } }: {
+    dtype: FloatDType;
+    source: WeightSource;
+    options: LoadWeightsOptions;
+  },
+): Promise<ModelWeights & Disposable> {
+  using stack = new DisposableStack();
+  const total = sum(specs, (spec) => source.byteLength(spec));
+  let [done, byteLength, parameters] = [0, 0, 0];
+  const loadSlot = async ({ kind, parts }: Slot): Promise<Matrix> => {
     const elements = sum(parts, ({ shape }) => elementCount(shape));
-    const dtype = kind === "vector" ? "f32" : this.#dtype;
-    const buffer: Matrix = this.#stack.use(this.#device.createBuffer(dtype, elements));
+    const buffer: Matrix = stack.use(
+      device.createBuffer(kind === "vector" ? "f32" : dtype, elements),
+    );
     let first = 0;
     for (const spec of parts) {
       const count = elementCount(spec.shape);
-      await this.#checkpoint.load(spec.name, buffer.view(first, count), signal);
+      await source.load(spec, buffer.view(first, count));
       first += count;
-      this.#done += this.#storedBytes(spec);
-      onProgress?.(this.#done, this.#total);
+      done += source.byteLength(spec);
+      onProgress?.(done, total);
     }
-    this.byteLength += buffer.byteLength;
-    this.parameters += elements;
+    byteLength += buffer.byteLength;
+    parameters += elements;
     return buffer;
-  }
-
-  #storedBytes({ name, shape }: WeightSpec): number {
-    return elementCount(shape) * BYTES_PER_ELEMENT[this.#checkpoint.dtypeOf(name)];
-  }
+  };
+  const load = async <Weights>(slots: Slots<Weights>): Promise<Weights> => {
+    const loaded: Record<string, Matrix | undefined> = {};
+    for (const [name, slot] of Object.entries<Slot | undefined>(slots)) {
+      loaded[name] = slot === undefined ? undefined : await loadSlot(slot);
+    }
+    return loaded as Weights;
+  };
+  const { embedding, norm, head } = await load(outer);
+  const loadedLayers: LayerWeights[] = [];
+  for (const slots of layers) loadedLayers.push(await load(slots));
+  const owner = stack.move();
+  return {
+    ...{ embedding, norm, head: head ?? embedding, layers: loadedLayers },
+    ...{ dtype, byteLength, parameters },
+    [Symbol.dispose]: () => owner.dispose(),
+  };
 }
 
 function outerSlots(
