@@ -239,16 +239,15 @@ function take(
   continuation.chosen++;
   if (endTokens.has(token)) {
     continuation.finish = "end";
-  } else {
-    const { text: shown, stopped } = stop.push(text?.push(token) ?? "");
-    if (stopped) continuation.finish = "stop";
-    else if (continuation.chosen === most) continuation.finish = "length";
-    if (continuation.finish !== "length") {
-      return { prompt, text: shown, tokens: [token], finish: continuation.finish };
-    }
+    return finishText(continuation, "", [token]);
+  }
+  const { text: shown, stopped } = stop.push(text?.push(token) ?? "");
+  if (!stopped && continuation.chosen === most) {
+    continuation.finish = "length";
     return finishText(continuation, shown, [token]);
   }
-  return finishText(continuation, "", [token]);
+  if (stopped) continuation.finish = "stop";
+  return { prompt, text: shown, tokens: [token], finish: continuation.finish };
 }
 
 /** The last piece: with text that was held back. */
@@ -264,7 +263,7 @@ function finishText(
   return { prompt, text: shown + rest.text + held, tokens, finish: continuation.finish };
 }
 
-/** Ends the sequences that are finished. */
+/** Ends the sequences that are finished. Throws `non-finite` if keys or values were beyond what their type holds. */
 function endFinished(
   parts: ModelParts,
   active: Set<Continuation>,
@@ -274,6 +273,7 @@ function endFinished(
     if (continuation.finish === undefined) continue;
     active.delete(continuation);
     end(parts, continuation, memory);
+    parts.cache.check();
   }
 }
 

@@ -198,7 +198,8 @@ export class LanguageModel implements Disposable {
    *
    * Throws `invalid-argument` for options outside their range, a prompt without tokens, or one longer than the model was
    * loaded for; `unsupported` for a text, or stop strings, without a tokenizer; `out-of-memory` if the cache is
-   * exhausted; `disposed`; the signal's reason.
+   * exhausted; `non-finite` if the model computes what is no number, or keys and values that the cache's type cannot
+   * hold; `disposed`; the signal's reason.
    *
    * @example
    * ```ts
