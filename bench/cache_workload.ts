@@ -1,13 +1,11 @@
 /** Growing caches to measure, filled with keys and values that are a real model's. */
 import type { Device, DeviceBuffer } from "../src/device/mod.ts";
-import { SafetensorsReader } from "../src/io/mod.ts";
 import { KvCache, type KvCacheCodec, type KvCacheStep, type KvSequence } from "../src/kv/mod.ts";
+import { KvSampler } from "../src/kv/sample.ts";
+import { withWholePool } from "../src/kv/whole_pool.ts";
 
 const DUMP = new URL("../tests/fixtures/tiny/kv.safetensors", import.meta.url).pathname;
-const DUMP_HEADS = 2;
-const DUMP_TOKENS = 1024;
-const DUMP_CHANNELS = 64;
-/** Tokens of one step while a cache is filled. */
+/** Tokens of one step while a cache is filled, unless said otherwise. */
 const STEP_TOKENS = 8192;
 
 /** Shape of the attention that is measured. */
@@ -28,62 +26,34 @@ export interface Tokens {
   readonly count: number;
 }
 
-/**
- * Tokens put together from the fixture dump: every head, and every 64 channels of it, is a run of consecutive tokens
- * of a head of the dump, from a place of its own, so that the values vary over tokens and channels as a model's do.
- */
+/** Tokens drawn from the first layer of the fixture dump. */
 export async function createTokens(
   device: Device,
   { kvHeads, headDim, count }: { kvHeads: number; headDim: number; count: number },
 ): Promise<Tokens & Disposable> {
-  using reader = await SafetensorsReader.open(DUMP);
+  const sampler = await KvSampler.open({ input: DUMP }, { dtype: "bf16" });
+  const sample = sampler.sample(0, { tokens: count, heads: kvHeads, headDim });
   using stack = new DisposableStack();
-  const part = async (name: string, seed: number) => {
-    const layers = await Promise.all([0, 2].map((layer) => reader.read(`layers.${layer}.${name}`)));
-    const dumps = layers.map((bytes) => new Float16Array(bytes.buffer, bytes.byteOffset));
-    const mixed = mixTokens(dumps, { kvHeads, headDim, count, seed });
-    const buffer = stack.use(device.createBuffer("bf16", mixed.length));
-    buffer.upload(mixed);
+  const upload = (bits: Uint16Array<ArrayBuffer>) => {
+    const buffer = stack.use(device.createBuffer("bf16", bits.length));
+    buffer.upload(bits);
     return buffer;
   };
-  const tokens = { keys: await part("key", 1), values: await part("value", 2), count };
+  const tokens = { keys: upload(sample.keys), values: upload(sample.values), count };
   const owner = stack.move();
   return { ...tokens, [Symbol.dispose]: () => owner.dispose() };
 }
 
-function mixTokens(
-  dumps: readonly Float16Array[],
-  { kvHeads, headDim, count, seed }: {
-    kvHeads: number;
-    headDim: number;
-    count: number;
-    seed: number;
-  },
-): Uint16Array<ArrayBuffer> {
-  const tokens = new Uint16Array(count * kvHeads * headDim);
-  const single = new Float32Array(1);
-  const word = new Uint32Array(single.buffer);
-  // Every part of a layer comes from the same layer of the dump, as scales are shared over heads.
-  const dump = dumps[0]!;
-  let state = seed;
-  for (let head = 0; head < kvHeads; head++) {
-    for (let channel = 0; channel < headDim; channel += DUMP_CHANNELS) {
-      state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
-      const start = state >>> 8;
-      const from = (head + channel / DUMP_CHANNELS) % DUMP_HEADS;
-      const width = Math.min(DUMP_CHANNELS, headDim - channel);
-      for (let token = 0; token < count; token++) {
-        const source = (from * DUMP_TOKENS + (start + token) % DUMP_TOKENS) * DUMP_CHANNELS;
-        const target = (token * kvHeads + head) * headDim + channel;
-        for (let c = 0; c < width; c++) {
-          single[0] = dump[source + c]!;
-          const bits = word[0]!;
-          tokens[target + c] = (bits + 0x7fff + (bits >>> 16 & 1)) >>> 16;
-        }
-      }
-    }
-  }
-  return tokens;
+/** How a {@linkcode CacheWorkload} is filled. */
+export interface CacheFilling {
+  readonly tokens: Tokens;
+  readonly codec: KvCacheCodec;
+  readonly layers: number;
+  readonly residual: number;
+  /** Most tokens of a step. */
+  readonly stepTokens?: number;
+  /** For how many more tokens each sequence has room. Default: 0. */
+  readonly room?: number;
 }
 
 /** A filled cache whose layers are all alike, in a decode step of one token per sequence. */
@@ -91,62 +61,51 @@ export class CacheWorkload implements Disposable {
   readonly cache: KvCache;
   readonly layers: number;
   readonly sequences: readonly KvSequence[];
-  readonly step: KvCacheStep;
+  readonly #shape: CacheCase;
+  readonly #tokens: Tokens;
   readonly #queries: DeviceBuffer<"bf16">;
   readonly #out: DeviceBuffer<"bf16">;
   readonly #stack: DisposableStack;
+  #step: KvCacheStep;
+  #steps = 0;
 
   constructor(
     device: Device,
     shape: CacheCase,
-    { tokens, codec, layers, residual }: {
-      tokens: Tokens;
-      codec: KvCacheCodec;
-      layers: number;
-      residual: number;
-    },
+    { tokens, codec, layers, residual, stepTokens = STEP_TOKENS, room = 0 }: CacheFilling,
   ) {
     const { kvHeads, headDim, lengths } = shape;
     const queryHeads = kvHeads * shape.group;
-    const longest = Math.max(...lengths);
-    const total = lengths.reduce((sum, length) => sum + length, 0);
+    const mostTokens = Math.min(stepTokens, tokens.count);
     using stack = new DisposableStack();
     this.layers = layers;
-    this.cache = stack.use(KvCache.create(device, {
+    this.#shape = shape;
+    this.#tokens = tokens;
+    const config = withWholePool(device, {
       layers,
       queryHeads,
       kvHeads,
       headDim,
       dtype: "bf16",
       sequences: lengths.length,
-      tokens: longest,
-      stepTokens: Math.min(STEP_TOKENS, tokens.count),
-      // As much as 16 bits would take: what is not needed costs nothing but memory.
-      poolBytes: Math.ceil(total * kvHeads * headDim * 4.2 + lengths.length * 2 ** 17) * layers,
+      tokens: Math.max(...lengths) + room,
+      stepTokens: Math.max(mostTokens, lengths.length),
       residual,
       codec,
-    }));
+    });
+    this.cache = stack.use(KvCache.create(device, config));
     this.sequences = lengths.map(() => this.cache.add());
-    const rowLength = kvHeads * headDim;
-    const append = (step: KvCacheStep, place: number) => {
-      for (let layer = 0; layer < layers; layer++) {
-        const first = (place + layer * 997) % (tokens.count - step.tokens + 1);
-        const rows = (buffer: DeviceBuffer<"bf16">) =>
-          buffer.view(first * rowLength, step.tokens * rowLength);
-        step.append(layer, rows(tokens.keys), rows(tokens.values));
-      }
-    };
     // Each sequence in turn, but for its last token.
     this.sequences.forEach((sequence, i) => {
       let left = lengths[i]! - 1;
       while (left > 0) {
-        const count = Math.min(left, STEP_TOKENS, tokens.count);
-        append(this.cache.begin([{ sequence, tokens: count }]), left + 131 * i);
+        const count = Math.min(left, mostTokens);
+        this.append(this.cache.begin([{ sequence, tokens: count }]));
         left -= count;
       }
     });
-    this.step = this.cache.begin(this.sequences.map((sequence) => ({ sequence })));
-    append(this.step, 0);
+    this.#step = this.begin();
+    this.append(this.#step);
     this.#queries = stack.use(device.createBuffer("bf16", lengths.length * queryHeads * headDim));
     this.#out = stack.use(device.createBuffer("bf16", this.#queries.length));
     const { keys } = tokens;
@@ -161,21 +120,43 @@ export class CacheWorkload implements Disposable {
   /** Bytes that attention reads of one layer: packed records and tokens in 16 bits. */
   get layerBytes(): number {
     const { packedBytes, tokens, packedTokens } = this.cache.statistics();
-    const { kvHeads, headDim } = this.cache.config;
-    return packedBytes / this.layers + (tokens - packedTokens) * kvHeads * headDim * 4;
+    return packedBytes / this.layers + (tokens - packedTokens) * this.tokenBytes;
+  }
+
+  /** Bytes of a token's keys and values in one layer, in 16 bits. */
+  get tokenBytes(): number {
+    return this.#shape.kvHeads * this.#shape.headDim * 4;
   }
 
   /** Bits of a packed value, keys and values alike, everything counted. */
   get bitsPerValue(): number {
     const { packedBytes, packedTokens } = this.cache.statistics();
-    const { kvHeads, headDim } = this.cache.config;
-    return packedBytes * 8 / (packedTokens * this.layers * kvHeads * headDim * 2);
+    return 16 * packedBytes / (packedTokens * this.layers * this.tokenBytes);
+  }
+
+  /** Begins a step of `tokens` for every sequence, which becomes the one that is attended to. */
+  begin(tokens = 1): KvCacheStep {
+    return this.#step = this.cache.begin(
+      this.sequences.map((sequence) => ({ sequence, tokens })),
+    );
+  }
+
+  /** Enqueues appending tokens to every layer: others to each, and others than in the step before. */
+  append(step: KvCacheStep): void {
+    const { keys, values, count } = this.#tokens;
+    const row = this.#shape.kvHeads * this.#shape.headDim;
+    const turn = 7 * this.#steps++;
+    for (let layer = 0; layer < this.layers; layer++) {
+      const first = (turn + layer) * (step.tokens + 997) % (count - step.tokens + 1);
+      const rows = (buffer: DeviceBuffer<"bf16">) => buffer.view(first * row, step.tokens * row);
+      step.append(layer, rows(keys), rows(values));
+    }
   }
 
   /** Enqueues attention in every layer. */
   attend(): void {
     for (let layer = 0; layer < this.layers; layer++) {
-      this.step.attend(layer, this.#queries, this.#out);
+      this.#step.attend(layer, this.#queries, this.#out);
     }
   }
 

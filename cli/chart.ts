@@ -70,7 +70,8 @@ export async function writeBenchChart(file: AtomicFile, bars: readonly BenchBar[
   await writeChart(file, benchChart(bars));
 }
 
-async function writeChart(file: AtomicFile, chart: TopLevelSpec): Promise<void> {
+/** Fills a file with a chart as SVG. */
+export async function writeChart(file: AtomicFile, chart: TopLevelSpec): Promise<void> {
   const { spec } = compile(chart);
   const svg = await new View(parse(spec), { renderer: "none" }).toSVG();
   await file.write(new TextEncoder().encode(svg), 0);
@@ -95,7 +96,7 @@ function means(points: Point[]): Point[] {
 }
 
 /** What all charts look like. */
-const STYLE = {
+export const STYLE = {
   background: "white",
   padding: 16,
   config: {

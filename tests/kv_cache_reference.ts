@@ -348,14 +348,18 @@ export function joinTokens({ kvHeads, headDim }: Layout, tokens: readonly Token[
 /**
  * Attention of the last query tokens over all tokens in double precision: queries [count, queryHeads, headDim], and
  * query i of m sees all but the last m - 1 - i tokens; under a window, of those the last `window` and the first
- * `sinks`. Not rounded.
+ * `sinks`. A token may stand for several that are alike: `times` of them. Not rounded.
  */
 export function attend(
   { dtype, kvHeads, queryHeads, headDim }: Layout & Pick<KvCacheConfig, "queryHeads">,
   tokens: readonly Token[],
   queries: Bits,
   scale: number,
-  { window = 0, sinks = 0 }: { window?: number; sinks?: number } = {},
+  { window = 0, sinks = 0, times }: {
+    window?: number;
+    sinks?: number;
+    times?: readonly number[];
+  } = {},
 ): Float64Array {
   const size = kvHeads * headDim;
   const [keys, values] = PARTS.map((part) => {
@@ -385,7 +389,7 @@ export function attend(
       }
       let total = 0;
       for (let token = 0; token < seen; token++) {
-        weights[token] = Math.exp(weights[token]! - most);
+        weights[token] = (times?.[token] ?? 1) * Math.exp(weights[token]! - most);
         total += weights[token]!;
       }
       for (let token = 0; token < seen; token++) {

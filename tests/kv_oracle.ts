@@ -26,16 +26,22 @@ export interface OracleCase {
 const fixtures = new URL("./fixtures/", import.meta.url);
 
 /**
- * Every figure whose dump is at hand: the tiny model's always, the small one's when PACKHORSE_FIXTURES names
- * the folder of the unpacked fixtures.
+ * The dumps at hand: the tiny model's always, the small one's when PACKHORSE_FIXTURES names the folder of the unpacked
+ * fixtures.
  */
+export function dumpsAtHand(): Map<string, Dump> {
+  const dumps = new Map([["tiny", readDump(new URL("tiny/kv.safetensors", fixtures))]]);
+  const folder = Deno.env.get("PACKHORSE_FIXTURES");
+  if (folder) dumps.set("small", readDump(`${folder}/models/small/kv.safetensors`));
+  return dumps;
+}
+
+/** Every figure whose dump is at hand. */
 export function oracleCases(): OracleCase[] {
   const rows: OracleRow[] = JSON.parse(
     Deno.readTextFileSync(new URL("packkv_bits.json", fixtures)),
   );
-  const dumps = new Map([["tiny", readDump(new URL("tiny/kv.safetensors", fixtures))]]);
-  const folder = Deno.env.get("PACKHORSE_FIXTURES");
-  if (folder) dumps.set("small", readDump(`${folder}/models/small/kv.safetensors`));
+  const dumps = dumpsAtHand();
   return rows.flatMap((row) => {
     const dump = dumps.get(row.model);
     if (!dump) return [];
@@ -65,8 +71,11 @@ interface Tensor {
   readonly data: Uint8Array<ArrayBuffer>;
 }
 
+/** The tensors of a model's cache, by name: "layers.0.key". */
+export type Dump = ReadonlyMap<string, Tensor>;
+
 /** The tensors of a trusted .safetensors file of float16. */
-function readDump(path: string | URL): Map<string, Tensor> {
+function readDump(path: string | URL): Dump {
   const file = Deno.readFileSync(path);
   const headerBytes = Number(new DataView(file.buffer).getBigUint64(0, true));
   const data = file.subarray(8 + headerBytes);

@@ -1,20 +1,29 @@
 /**
  * Decode attention over packed caches on a GPU, by the GPU's own clock, beside a pure read of as many bytes and, where
- * python3 has PyTorch, its best attention over 16 bits: `deno run -A bench/gpu/attention.ts`. Prints a Markdown table.
- * `--only TEXT` measures the rows that contain the text, `--no-torch` leaves PyTorch out. Needs 20 GB of GPU memory.
+ * python3 has PyTorch, its best attention over 16 bits: `deno run -A bench/gpu/attention.ts`. Prints a Markdown table,
+ * and with `--svg FILE` draws a chart of it. `--only TEXT` measures the rows that contain the text, `--no-torch` leaves
+ * PyTorch out. Needs 20 GB of GPU memory.
  *
  * @module
  */
 import { parseArgs } from "node:util";
 import { Device } from "../../src/device/mod.ts";
+import { AtomicFile } from "../../src/io/mod.ts";
 import type { KvCacheCodec, KvCachePartCodec } from "../../src/kv/mod.ts";
 import { type CacheCase, CacheWorkload, createTokens, type Tokens } from "../cache_workload.ts";
-import { median } from "../kv_workload.ts";
+import type { AttentionBar } from "./attention_chart.ts";
+import {
+  announce,
+  describe,
+  medianTime,
+  printHeadings,
+  printRow,
+  RUNS,
+  runTorch,
+} from "./measure.ts";
 
 const HEAD_DIM = 128;
 const RESIDUAL = 64;
-const WARM_UPS = 3;
-const RUNS = 21;
 /** What the layers of a measurement hold together, so that each is cold again when its turn comes. */
 const ROTATED_BYTES = 400e6;
 const READ_BYTES = 2 ** 31;
@@ -52,8 +61,31 @@ const CODECS: Readonly<Record<string, KvCacheCodec>> = {
   },
 };
 
+/** Shares of a pure read that are wanted on an H200: of groups of 8, of a single sequence, of the other cases. */
+const WANTED_SHARES: Readonly<Record<string, readonly [number, number, number]>> = {
+  "fixed 2": [0.75, 0.8, 0.82],
+  "fixed 3": [0.82, 0.8, 0.85],
+  "fixed 4": [0.86, 0.8, 0.92],
+  "packkv 0.1/0.2": [0.75, 0.75, 0.75],
+};
+/** How many times faster than the best bf16 attention. */
+const WANTED_SPEEDUPS: Readonly<Record<string, number>> = { "packkv 0.1/0.2": 3.5 };
+/** How much longer than a uniform batch a ragged one may take. */
+const WANTED_RAGGED = 1.15;
+
+/** PyTorch's best bf16 attention. */
+interface TorchTime {
+  readonly name: string;
+  readonly milliseconds: number;
+  readonly kernel: string;
+}
+
 const { values: flags } = parseArgs({
-  options: { torch: { type: "boolean", default: true }, only: { type: "string", default: "" } },
+  options: {
+    torch: { type: "boolean", default: true },
+    only: { type: "string", default: "" },
+    svg: { type: "string" },
+  },
   allowNegative: true,
 });
 
@@ -61,33 +93,32 @@ using device = Device.open({ backend: "cuda" });
 using readSource = device.createBuffer("u8", READ_BYTES);
 readSource.fill(1);
 
-const { name, instructionSet, driverVersion, runtimeVersion } = device.info;
-const bigRead = READ_BYTES / medianTime(() => readSource.read()) / 1e9;
+// Opened before measuring, which takes long, so that a wrong path fails at once.
+using chart = flags.svg === undefined ? undefined : await AtomicFile.create(flags.svg);
+
+const bigRead = READ_BYTES / medianTime(device, () => readSource.read()) / 1e9;
 console.log(
-  `${name} (${instructionSet}), CUDA driver ${version(driverVersion)}, runtime ${
-    version(runtimeVersion)
-  }; ` +
-    `medians of ${RUNS} runs; pure read of 2 GiB: ${bigRead.toFixed(2)} TB/s.\n`,
+  `${describe(device)}; medians of ${RUNS} runs; pure read of 2 GiB: ${bigRead.toFixed(2)} TB/s.\n`,
 );
 
-const sixteenBit = flags.torch ? await measureTorch() : new Map<string, number>();
-printRow(
+const sixteenBit = await measureTorch();
+printHeadings(
   "batch × kv heads × group, tokens",
   "codec",
-  "bits",
-  "MB",
-  "µs",
-  "TB/s",
-  "share of pure read",
-  "× best bf16",
+  ">bits",
+  ">MB",
+  ">µs",
+  ">TB/s",
+  ">share of pure read",
+  ">wanted",
+  ">× best bf16",
 );
-printRow("---", "---", "--:", "--:", "--:", "--:", "--:", "--:");
-
+const bars: AttentionBar[] = [];
 let tokens: (Tokens & Disposable) | undefined;
 for (const shape of CASES) {
   tokens = await tokensFor(shape, tokens);
   for (const [codec, parts] of Object.entries(CODECS)) {
-    measureCase(label(shape), shape, codec, parts);
+    measureCase(label(shape), shape, codec, parts, wantedShare(shape, codec));
   }
 }
 const total = RAGGED.reduce((sum, length) => sum + length, 0);
@@ -95,10 +126,15 @@ const ragged = { ...uniform(RAGGED.length, 8, 4, 0), lengths: RAGGED };
 const even = uniform(RAGGED.length, 8, 4, Math.round(total / RAGGED.length));
 tokens = await tokensFor(ragged, tokens);
 for (const codec of ["fixed 3", "packkv 0.1/0.2"]) {
-  measureCase(`ragged ${RAGGED.length}×8×4, 100 to 60,000`, ragged, codec, CODECS[codec]!);
-  measureCase(`uniform, as many tokens`, even, codec, CODECS[codec]!);
+  const parts = CODECS[codec]!;
+  const share = measureCase("uniform, as many tokens", even, codec, parts);
+  const wanted = share === undefined ? undefined : share / WANTED_RAGGED;
+  measureCase(`ragged ${RAGGED.length}×8×4, 100 to 60,000`, ragged, codec, parts, wanted);
 }
 tokens?.[Symbol.dispose]();
+if (chart) {
+  await (await import("./attention_chart.ts")).writeAttentionChart(chart, bars, device.info.name);
+}
 
 function label({ batch, kvHeads, group, lengths }: CacheCase): string {
   return `${batch}×${kvHeads}×${group}, ${lengths[0]!.toLocaleString("en")}`;
@@ -113,8 +149,21 @@ async function tokensFor(
   return await createTokens(device, { kvHeads, headDim, count: TOKENS });
 }
 
-function measureCase(title: string, shape: CacheCase, codec: string, parts: KvCacheCodec): void {
-  if (!`${title} ${codec}`.includes(flags.only)) return;
+function wantedShare({ batch, group }: CacheCase, codec: string): number | undefined {
+  const [groupsOf8, single, other] = WANTED_SHARES[codec] ?? [];
+  return group === 8 ? groupsOf8 : batch === 1 ? single : other;
+}
+
+/** Measures, prints and notes a row, and returns its share of a pure read; undefined if it is not to be measured. */
+function measureCase(
+  title: string,
+  shape: CacheCase,
+  codec: string,
+  parts: KvCacheCodec,
+  wanted?: number,
+): number | undefined {
+  if (!`${title} ${codec}`.includes(flags.only)) return undefined;
+  announce(`${title}, ${codec}`);
   const values = shape.lengths.reduce((sum, length) => sum + length, 0) * shape.kvHeads *
     shape.headDim * 2;
   // At 3 bits a value, roughly.
@@ -126,9 +175,11 @@ function measureCase(title: string, shape: CacheCase, codec: string, parts: KvCa
     residual: RESIDUAL,
   });
   const bytes = workload.layerBytes;
-  const milliseconds = medianTime(() => workload.attend()) / layers;
+  const milliseconds = medianTime(device, () => workload.attend()) / layers;
   const readMilliseconds = measureRead(bytes);
+  const share = readMilliseconds / milliseconds;
   const best = sixteenBit.get(title);
+  const speedup = best && best / milliseconds;
   printRow(
     title,
     codec,
@@ -136,9 +187,18 @@ function measureCase(title: string, shape: CacheCase, codec: string, parts: KvCa
     (bytes / 1e6).toFixed(1),
     (milliseconds * 1e3).toFixed(1),
     (bytes / milliseconds / 1e9).toFixed(2),
-    `${(100 * readMilliseconds / milliseconds).toFixed(0)} %`,
-    best === undefined ? "" : (best / milliseconds).toFixed(2),
+    `${(100 * share).toFixed(0)} %`,
+    wanted === undefined ? "" : `${(100 * wanted).toFixed(0)} %`,
+    speedup?.toFixed(2) ?? "",
   );
+  bars.push({
+    title,
+    codec,
+    share,
+    speedup,
+    wanted: { share: wanted, speedup: WANTED_SPEEDUPS[codec] },
+  });
+  return share;
 }
 
 /** Milliseconds that a pure read of as many bytes takes, cold as the cache is. */
@@ -146,51 +206,26 @@ function measureRead(bytes: number): number {
   const length = Math.floor(bytes / 16) * 16;
   const places = Math.floor(READ_BYTES / length);
   if (places === 0) return length / bigRead / 1e9;
-  return medianTime(() => {
+  return medianTime(device, () => {
     for (let i = 0; i < places; i++) readSource.view(i * length, length).read();
   }) / places;
 }
 
 /** Milliseconds of PyTorch's best bf16 attention, by case; none without PyTorch. */
-async function measureTorch(): Promise<Map<string, number>> {
-  const script = new URL("attention_torch.py", import.meta.url).pathname;
-  const cases = CASES.map(({ batch, kvHeads, group, headDim, lengths }) => ({
-    name: label({ batch, kvHeads, group, headDim, lengths }),
-    batch,
-    kv_heads: kvHeads,
-    group,
-    head_dim: headDim,
-    tokens: lengths[0],
+async function measureTorch(): Promise<ReadonlyMap<string, number>> {
+  if (!flags.torch) return new Map();
+  const cases = CASES.map((shape) => ({
+    name: label(shape),
+    batch: shape.batch,
+    kv_heads: shape.kvHeads,
+    group: shape.group,
+    head_dim: shape.headDim,
+    tokens: shape.lengths[0],
   }));
-  try {
-    const { success, stdout } = await new Deno.Command("python3", {
-      args: [script, JSON.stringify(cases)],
-      stderr: "inherit",
-    }).output();
-    if (!success) return new Map();
-    const found: { name: string; milliseconds: number; kernel: string }[] = JSON.parse(
-      new TextDecoder().decode(stdout),
-    );
-    for (const { name, milliseconds, kernel } of found) {
-      console.log(`PyTorch bf16, ${name}: ${(milliseconds * 1e3).toFixed(1)} µs (${kernel})`);
-    }
-    console.log();
-    return new Map(found.map(({ name, milliseconds }) => [name, milliseconds]));
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return new Map();
-    throw error;
+  const found = await runTorch<TorchTime[]>("attention_torch.py", cases) ?? [];
+  for (const { name, milliseconds, kernel } of found) {
+    console.log(`PyTorch bf16, ${name}: ${(milliseconds * 1e3).toFixed(1)} µs (${kernel})`);
   }
-}
-
-function medianTime(work: () => void): number {
-  for (let i = 0; i < WARM_UPS; i++) work();
-  return median(Array.from({ length: RUNS }, () => device.time(work)));
-}
-
-function printRow(...cells: string[]): void {
-  console.log(`| ${cells.join(" | ")} |`);
-}
-
-function version(number: number): string {
-  return `${Math.floor(number / 1000)}.${number % 1000 / 10}`;
+  console.log();
+  return new Map(found.map(({ name, milliseconds }) => [name, milliseconds]));
 }

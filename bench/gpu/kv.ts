@@ -6,14 +6,13 @@
  */
 import { Device } from "../../src/device/mod.ts";
 import type { KvPack, KvRepack } from "../../src/kv/mod.ts";
-import { createNormals, KvWorkload, median } from "../kv_workload.ts";
+import { createNormals, KvWorkload } from "../kv_workload.ts";
+import { describe, medianTime, printHeadings, printRow, RUNS } from "./measure.ts";
 
 // 32 layers of 32,768 tokens, as one cache. Far beyond the L2 cache, so every run starts cold.
 const TOKENS = 32 * 32_768;
 // One such layer: 134 MB, which is beyond L2 too.
 const SLOW_TOKENS = 32_768;
-const WARM_UPS = 3;
-const RUNS = 21;
 
 const CASES: { repack: KvRepack; pack: KvPack; tokens: number }[] = [
   { repack: "none", pack: 16, tokens: TOKENS },
@@ -30,16 +29,18 @@ using values = createNormals(device, TOKENS, 2);
 using restoredKeys = device.createBuffer("f16", keys.length);
 using restoredValues = device.createBuffer("f16", values.length);
 
-const copyMilliseconds = medianTime(() => restoredKeys.copyFrom(keys));
+const copyMilliseconds = medianTime(device, () => restoredKeys.copyFrom(keys));
 const copyBandwidth = keys.byteLength / copyMilliseconds / 1e9;
 
-const { name, instructionSet, driverVersion, runtimeVersion } = device.info;
-console.log(
-  `${name} (${instructionSet}), CUDA driver ${version(driverVersion)}, ` +
-    `runtime ${version(runtimeVersion)}; medians of ${RUNS} runs.\n`,
+console.log(`${describe(device)}; medians of ${RUNS} runs.\n`);
+printHeadings(
+  "case",
+  ">tokens",
+  ">ms",
+  ">TB/s of 16-bit values",
+  ">share of copy",
+  ">true bits per value",
 );
-printRow("case", "tokens", "ms", "TB/s of 16-bit values", "share of copy", "true bits per value");
-printRow("---", "--:", "--:", "--:", "--:", "--:");
 printSpeed("copy", TOKENS, keys.byteLength, copyMilliseconds);
 for (const { repack, pack, tokens } of CASES) {
   using workload = new KvWorkload(device, {
@@ -48,18 +49,13 @@ for (const { repack, pack, tokens } of CASES) {
     tokens,
     codec: { keyRel: 0.1, valueRel: 0.2, repack, pack },
   });
-  const encodeMilliseconds = medianTime(() => workload.encode());
+  const encodeMilliseconds = medianTime(device, () => workload.encode());
   const { inputBytes, recordsByteLength } = workload;
   const bits = 16 * recordsByteLength / inputBytes;
-  const decodeMilliseconds = medianTime(() => workload.decode(recordsByteLength));
+  const decodeMilliseconds = medianTime(device, () => workload.decode(recordsByteLength));
   const codec = `${repack}, P = ${pack}`;
   printSpeed(`encode ${codec}`, tokens, inputBytes, encodeMilliseconds, bits);
   printSpeed(`decode ${codec}`, tokens, inputBytes, decodeMilliseconds, bits);
-}
-
-function medianTime(work: () => void): number {
-  for (let i = 0; i < WARM_UPS; i++) work();
-  return median(Array.from({ length: RUNS }, () => device.time(work)));
 }
 
 /** The copy's bandwidth counts its bytes once, as the codec's does. */
@@ -79,12 +75,4 @@ function printSpeed(
     (speed / copyBandwidth).toFixed(3),
     bits?.toFixed(3) ?? "",
   );
-}
-
-function printRow(...cells: string[]): void {
-  console.log(`| ${cells.join(" | ")} |`);
-}
-
-function version(number: number): string {
-  return `${Math.floor(number / 1000)}.${number % 1000 / 10}`;
 }

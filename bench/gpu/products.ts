@@ -10,12 +10,10 @@ import { parseArgs } from "node:util";
 import { Device } from "../../src/device/mod.ts";
 import type { KvCacheCodec } from "../../src/kv/mod.ts";
 import { type CacheCase, CacheWorkload, createTokens } from "../cache_workload.ts";
-import { median } from "../kv_workload.ts";
+import { describe, medianTime, printHeadings, printRow, RUNS, runTorch } from "./measure.ts";
 
 const HEAD_DIM = 128;
 const RESIDUAL = 64;
-const WARM_UPS = 3;
-const RUNS = 21;
 /** What the layers of a measurement hold together, so that each is cold again when its turn comes. */
 const ROTATED_BYTES = 400e6;
 const TOKENS = 16_384;
@@ -41,13 +39,18 @@ const { values: flags } = parseArgs({
 });
 
 using device = Device.open({ backend: "cuda" });
-console.log(`${device.info.name}; medians of ${RUNS} runs.\n`);
-printRow("kv heads, tokens", "codec", "product", "µs", "TB/s", "bf16 matmul µs", "× bf16");
-printRow("---", "---", "---", "--:", "--:", "--:", "--:");
+console.log(`${describe(device)}; medians of ${RUNS} runs.\n`);
+printHeadings("kv heads, tokens", "codec", "product", ">µs", ">TB/s", ">bf16 matmul µs", ">× bf16");
 for (const kvHeads of [8, 40]) {
   using tokens = await createTokens(device, { kvHeads, headDim: HEAD_DIM, count: TOKENS });
   for (const length of [32_768, 131_072]) {
-    const torch = flags.torch ? await measureTorch(kvHeads, length) : undefined;
+    const torch = flags.torch
+      ? await runTorch<TorchTimes>("products_torch.py", {
+        heads: kvHeads,
+        tokens: length,
+        head_dim: HEAD_DIM,
+      })
+      : undefined;
     const shape = { batch: 1, kvHeads, group: 1, headDim: HEAD_DIM, lengths: [length] };
     for (const [codec, parts] of Object.entries(CODECS)) {
       // At 3 bits a value, roughly, of keys or values alone.
@@ -82,7 +85,7 @@ function measureProducts(
   using weights = device.createBuffer("f32", kvHeads * lengths[0]!);
   using out = device.createBuffer("f32", kvHeads * headDim);
   const forLayers = (work: (layer: number) => void) =>
-    medianTime(() => {
+    medianTime(device, () => {
       for (let layer = 0; layer < layers; layer++) work(layer);
     }) / layers;
   const times = {
@@ -103,27 +106,4 @@ function measureProducts(
       best === undefined ? "" : (best / time).toFixed(2),
     );
   }
-}
-
-async function measureTorch(heads: number, tokens: number): Promise<TorchTimes | undefined> {
-  const script = new URL("products_torch.py", import.meta.url).pathname;
-  try {
-    const { success, stdout } = await new Deno.Command("python3", {
-      args: [script, JSON.stringify({ heads, tokens, head_dim: HEAD_DIM })],
-      stderr: "inherit",
-    }).output();
-    return success ? JSON.parse(new TextDecoder().decode(stdout)) : undefined;
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return undefined;
-    throw error;
-  }
-}
-
-function medianTime(work: () => void): number {
-  for (let i = 0; i < WARM_UPS; i++) work();
-  return median(Array.from({ length: RUNS }, () => device.time(work)));
-}
-
-function printRow(...cells: string[]): void {
-  console.log(`| ${cells.join(" | ")} |`);
 }

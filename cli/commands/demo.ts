@@ -1,9 +1,9 @@
-import { fileURLToPath } from "node:url";
 import { Device } from "../../src/device/mod.ts";
 import { PackhorseError } from "../../src/error.ts";
 import { AtomicFile, SafetensorsReader } from "../../src/io/mod.ts";
 import { packKvFile, sweepKvFile, unpackKvFile } from "../../src/kv/mod.ts";
 import { writeSweepChart } from "../chart.ts";
+import { FIXTURE_PATH } from "../fixture.ts";
 import { listenForInterrupt } from "../interrupt.ts";
 import { defined, type GlobalOptions } from "../options.ts";
 import { print, printJson } from "../output.ts";
@@ -15,7 +15,7 @@ const VALUE_REL = 0.2;
 /** Packs the cache of a small model that ships with Packhorse, restores it and checks the errors. */
 export async function demo(options: GlobalOptions & { output: string }): Promise<void> {
   const { backend, output, json } = options;
-  const input = fileURLToPath(new URL("../../tests/fixtures/tiny/kv.safetensors", import.meta.url));
+  const input = FIXTURE_PATH;
   const packed = `${output}/kv.phkv`;
   const restored = `${output}/kv.safetensors`;
   const chart = `${output}/bits_and_error.svg`;

@@ -1,8 +1,8 @@
-import { fileURLToPath } from "node:url";
 import { Device } from "../../src/device/mod.ts";
 import { AtomicFile } from "../../src/io/mod.ts";
 import { DEFAULT_CACHE_CODECS, parseCacheCodec } from "../../src/kv/cache_codec.ts";
 import { benchKvCache, type KvCacheBench } from "../../src/kv/mod.ts";
+import { FIXTURE, FIXTURE_PATH } from "../fixture.ts";
 import { listenForInterrupt } from "../interrupt.ts";
 import {
   defined,
@@ -36,8 +36,6 @@ export interface KvBenchOptions extends PatternOptions {
   svg?: string | undefined;
 }
 
-const FIXTURE = "tests/fixtures/tiny/kv.safetensors";
-
 /** What was measured of a codec. */
 interface Row extends KvCacheBench {
   kv: string;
@@ -59,7 +57,7 @@ export async function kvBench(options: GlobalOptions & KvBenchOptions): Promise<
   for (const { kv, codec } of codecs) {
     const bench = await withProgress(`measuring ${kv}`, (onProgress) =>
       benchKvCache(device, {
-        input: dump ?? fileURLToPath(new URL(`../../${FIXTURE}`, import.meta.url)),
+        input: dump ?? FIXTURE_PATH,
         codec,
         tokens,
         batch,

@@ -1,4 +1,3 @@
-import { fileURLToPath } from "node:url";
 import { ValidationError } from "@cliffy/command";
 import { Device, measureCopyBandwidth } from "../../src/device/mod.ts";
 import { PackhorseError } from "../../src/error.ts";
@@ -14,6 +13,7 @@ import {
   planKvCache,
   readModelConfig,
 } from "../../src/kv/mod.ts";
+import { FIXTURE, FIXTURE_PATH } from "../fixture.ts";
 import { listenForInterrupt } from "../interrupt.ts";
 import {
   defined,
@@ -49,7 +49,6 @@ export interface KvPlanOptions extends PatternOptions {
   svg?: string | undefined;
 }
 
-const FIXTURE = "tests/fixtures/tiny/kv.safetensors";
 /** About what an H200 reads per second. */
 const ASSUMED_BANDWIDTH = 4e12;
 
@@ -196,10 +195,9 @@ async function measure(
     & NamedCacheCodec
     & { signal: AbortSignal },
 ): Promise<KvCacheWidths> {
-  const input = dump ?? fileURLToPath(new URL(`../../${FIXTURE}`, import.meta.url));
   return await withProgress(`measuring ${kv}`, (onProgress) =>
     measureKvCacheWidths(device, {
-      input,
+      input: dump ?? FIXTURE_PATH,
       codec,
       ...defined({ keyPattern, valuePattern }),
       onProgress,

@@ -55,13 +55,6 @@ float* partial_of(const DecodeCall& call, uint32_t piece, uint32_t query, uint32
 
 Integers signed_halves(const uint8_t* halves) { return (Integers)(words_of_halves(halves) << 16) >> 16; }
 
-bool any(Words words) {
-  uint64_t parts[sizeof words / sizeof(uint64_t)], all = 0;
-  memcpy(parts, &words, sizeof words);
-  for (const uint64_t part : parts) all |= part;
-  return all != 0;
-}
-
 // ---- right-hand sides: matrices of `columns` columns whose rows come four at a time
 
 struct Codes {
@@ -473,33 +466,15 @@ void load_key_params(const uint8_t* params, ChunkTokens& tokens) {
   }
 }
 
-// Whether a token's values have code 0 in all channels.
-bool all_codes_zero(const Codes& values, uint32_t token) {
-  for (uint32_t channel = 0; channel < values.columns; channel += kVectorLanes) {
-    const Words codes = load<Words>(values.quads + (token / 4 * values.columns + channel) * 4);
-    if (any(codes & 0xffu << 8 * (token % 4))) return false;
-  }
-  return true;
-}
-
 template <typename Element>
-void load_value_params(const uint8_t* params, const Codes& values, ChunkTokens& tokens) {
+void load_value_params(const uint8_t* params, ChunkTokens& tokens) {
   const TokenHalves scales(params + kv::scale_position(PH_KV_VALUES, 0)),
       zeros(params + kv::zero_position(PH_KV_VALUES, 0));
   const float unit = tokens.value_unit = load<float>(params + kv::kLargestScalePosition);
-  Floats least = splat(unit);
   for (uint32_t column = 0; column < kBlockTokens; column += kVectorLanes) {
     const Floats scale = Element::read(scales.at(column));
     store(tokens.value_scales + column, scale / unit);
     store(tokens.value_offsets + column, scale * floats_of(signed_halves(zeros.at(column))));
-    least = smaller(scale, least);
-  }
-  // Where all values of a token are the same, its scale is their magnitude and its zero -1, 0 or 1. Such a scale may be so
-  // much larger than others that their weights would be nothing in its units. But as its codes are 0, it need not count.
-  if (unit <= 8 * smallest(least)) return;
-  for (uint32_t token = 0; token < kBlockTokens; ++token) {
-    const int16_t zero = load<int16_t>(params + kv::zero_position(PH_KV_VALUES, token));
-    if (zero * zero <= 1 && all_codes_zero(values, token)) tokens.value_scales[kv::key_column(token)] = 0.0f;
   }
 }
 
@@ -540,7 +515,7 @@ void attend_packed(const DecodeCall& call, const kv::StepSequence& sequence, con
     next.fetch();
     const Codes key_codes = {keys, kBlockTokens}, value_codes = {values, call.cache.head_dim};
     load_key_params<Element>(reader.params, tokens);
-    load_value_params<Element>(reader.params, value_codes, tokens);
+    load_value_params<Element>(reader.params, tokens);
     next.fetch();
     rows.attend(key_codes, value_codes, tokens, [&] { next.fetch(); });
   });
@@ -601,7 +576,7 @@ struct PartReader {
     }
     const Codes codes = {quads, columns};
     if (part == PH_KV_KEYS) load_key_params<Element>(reader.params, tokens);
-    else load_value_params<Element>(reader.params, codes, tokens);
+    else load_value_params<Element>(reader.params, tokens);
     use(codes);
   }
 };
@@ -683,14 +658,15 @@ void attend_recent(const DecodeCall& call, const kv::StepSequence& sequence, con
   const uint64_t unpacked = packed_end > call.seen_from(sequence) ? packed_end : call.seen_from(sequence);
   const uint64_t count = sinks + (unpacked < length ? length - unpacked : 0);
   alignas(64) float keys[kMostHeadDim * kBlockTokens], values[kBlockTokens * kMostHeadDim];
-  for (uint32_t run = piece.first_run; run < piece.first_run + piece.runs; ++run) {
-    const uint64_t first = static_cast<uint64_t>(run) * kBlockTokens;
+  const uint64_t of_piece = static_cast<uint64_t>(piece.first_run + piece.runs) * kv::kRunTokens;
+  const uint64_t end = of_piece < count ? of_piece : count;
+  for (uint64_t first = piece.first_run * uint64_t{kv::kRunTokens}; first < end; first += kBlockTokens) {
     ChunkTokens tokens = {};
     const uint8_t* rows_of[kv::kParts][kBlockTokens] = {};
     for (uint32_t i = 0; i < kBlockTokens; ++i) {
       const uint32_t column = kv::key_column(i);
       tokens.key_scales[column] = tokens.value_scales[column] = 1.0f;
-      if (first + i >= count) {
+      if (first + i >= end) {
         tokens.visible_from[column] = INT32_MAX;
         continue;
       }
@@ -713,7 +689,7 @@ __attribute__((flatten)) void attend(const DecodeCall& call, uint32_t piece_inde
   with_element(call.cache.dtype, [&](auto element) {
     using Element = decltype(element);
     const kv::StepPiece& piece = call.step.pieces[piece_index];
-    const kv::StepSequence& sequence = call.step.sequences[piece.entry];
+    const kv::StepSequence& sequence = piece.sequence;
     const uint32_t all_rows = sequence.tokens * (call.cache.query_heads / call.cache.heads);
     for (uint32_t first = 0; first < all_rows; first += kMostRows) {
       const uint32_t count = all_rows - first < kMostRows ? all_rows - first : kMostRows;
@@ -734,7 +710,7 @@ void merge(const DecodeCall& call, uint32_t first, uint32_t query_head) {
   with_element(call.cache.dtype, [&](auto element) {
     using Element = decltype(element);
     const uint32_t head_dim = call.cache.head_dim, pieces = call.step.pieces[first].pieces;
-    const kv::StepSequence& sequence = call.step.sequences[call.step.pieces[first].entry];
+    const kv::StepSequence& sequence = call.step.pieces[first].sequence;
     for (uint32_t token = 0; token < sequence.tokens; ++token) {
       float maximum = -kInfinity, total = 0.0f;
       for (uint32_t piece = first; piece < first + pieces; ++piece) {

@@ -43,7 +43,7 @@ __device__ __forceinline__ void fetch_block(const uint8_t* pool, const TileSpans
 
 // Nibble words N (tile.h) of a lane of a group of `width` 0 to 4.
 __device__ __forceinline__ void load_nibbles(const uint8_t* group, uint32_t width, uint32_t (&nibbles)[8]) {
-  Nibbles loaded;
+  Nibbles<0> loaded;
   load_group<0>(group, threadIdx.x % kWarpThreads, width, loaded);
   ph::attention::unpack_group(width, loaded);
 #pragma unroll

@@ -179,7 +179,7 @@ __device__ __forceinline__ void score_run(const ProductParameters& parameters, c
                                           uint32_t run, const Columns& columns, float* out) {
   const SequenceTokens& tokens = parameters.tokens;
   const uint32_t lane = threadIdx.x % kWarpThreads;
-  const uint32_t at = run * kRunTokens + lane / 2;
+  const uint32_t at = run * kv::kRunTokens + lane / 2;
   const bool present = at < tokens.recent(parameters.cache);
   const uint32_t token = tokens.recent_token(parameters.cache, present ? at : 0);
   const uint8_t* row = keys.row(parameters.cache, token);
@@ -230,7 +230,8 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   for_tiles<PH_KV_KEYS>(
       parameters, units, ring, spans[warp],
       [&] {
-        quantize_queries<kDim, kTiles, kBfloat>(columns, parameters.scale, queries);
+        if (const uint32_t n = threadIdx.x / kWarpThreads; n < kTiles)
+          quantize_queries<kDim, kTiles, kBfloat>(LaneQuery<kDim>(columns, n), n, parameters.scale, queries);
         __syncthreads();
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
@@ -299,7 +300,7 @@ __device__ __forceinline__ void weigh_run(const ProductParameters& parameters, c
   const auto pair_of = [&](int pair) { return lane + pair * kWarpThreads; };
   float own[4 * kTiles];  // a lane has the weights of a token
   {
-    const uint32_t at = run * kRunTokens + lane % kRunTokens;
+    const uint32_t at = run * kv::kRunTokens + lane % kv::kRunTokens;
     const uint32_t token = tokens.recent_token(cache, min(at, count - 1));
 #pragma unroll
     for (int column = 0; column < 4 * kTiles; ++column)
@@ -309,11 +310,11 @@ __device__ __forceinline__ void weigh_run(const ProductParameters& parameters, c
   }
   float2 found[kPairs][4 * kTiles] = {};
 #pragma unroll
-  for (int from = 0; from < static_cast<int>(kRunTokens); from += kTogether) {
+  for (int from = 0; from < static_cast<int>(kv::kRunTokens); from += kTogether) {
     uint32_t words[kTogether][kPairs];
 #pragma unroll
     for (int t = 0; t < kTogether; ++t) {
-      const uint32_t at = run * kRunTokens + from + t;
+      const uint32_t at = run * kv::kRunTokens + from + t;
       const uint8_t* row = values.row(cache, tokens.recent_token(cache, min(at, count - 1)));
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair) {
@@ -379,7 +380,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   WarpState<kDim, kTiles> state;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    state.zeros[n] = 0.0f;
+    state.zeros[n] = state.weights[n] = 0.0f;
 #pragma unroll
     for (int o = 0; o < kDim / 8; ++o) state.out[n][o] = 0.0f;
   }
@@ -427,11 +428,9 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   float* sums = sums_of(warp);
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    float zeros = state.zeros[n];
-    for (int distance = 4; distance < kWarpThreads; distance *= 2)
-      zeros += __shfl_xor_sync(kEveryLane, zeros, distance);
+    const float shift = output_shift<kDim, kTiles, kWide>(state, n);
 #pragma unroll
-    for (int o = 0; o < kDim / 8; ++o) sums[(4 * n + i) * kStride + 8 * o + g] = state.out[n][o] + zeros;
+    for (int o = 0; o < kDim / 8; ++o) sums[(4 * n + i) * kStride + 8 * o + g] = state.out[n][o] + shift;
   }
   __syncwarp();
   const RecentRows<kDim> values(parameters, PH_KV_VALUES);

@@ -12,7 +12,6 @@
 
 namespace ph::attention {
 
-constexpr uint32_t kRunTokens = 16;
 constexpr uint32_t kMostPieceUnits = 32;
 constexpr uint32_t kMostGroup = 16;  // query heads of a kv head, as the cache allows
 
@@ -40,7 +39,7 @@ struct SequenceTokens {
     return at < first ? at : unpacked(cache) + (at - first);
   }
   PH_HOST_DEVICE uint32_t runs(const kv::CacheView& cache) const {
-    return (recent(cache) + kRunTokens - 1) / kRunTokens;
+    return (recent(cache) + kv::kRunTokens - 1) / kv::kRunTokens;
   }
 };
 
@@ -57,7 +56,7 @@ PH_HOST_DEVICE uint32_t piece_unit(uint32_t units, uint32_t piece, uint32_t piec
 
 inline uint64_t most_product_units(const kv::CacheView& cache) {
   const uint64_t recent = static_cast<uint64_t>(cache.sinks) + cache.ring;
-  return (recent + kRunTokens - 1) / kRunTokens + cache.most_blocks;
+  return (recent + kv::kRunTokens - 1) / kv::kRunTokens + cache.most_blocks;
 }
 
 // Scratch memory of `weigh`. It may be that of `decode`, whose counters are left as they were.

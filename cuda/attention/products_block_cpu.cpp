@@ -30,7 +30,7 @@ void load_row(uint32_t dtype, const uint8_t* source, uint32_t count, float* row)
 template <typename Use>
 void for_run(const ProductCall& call, uint32_t part, uint32_t head, uint32_t run, Use use) {
   const uint32_t count = call.tokens.recent(call.cache), dim = call.cache.head_dim;
-  for (uint32_t at = run * kRunTokens; at < std::min(count, (run + 1) * kRunTokens); ++at) {
+  for (uint32_t at = run * kv::kRunTokens; at < std::min(count, (run + 1) * kv::kRunTokens); ++at) {
     const uint32_t token = call.tokens.recent_token(call.cache, at);
     const uint8_t* source =
         kv::recent_row(call.cache, call.tokens.layer, call.tokens.sequence, part, token) + head * dim * 2ull;

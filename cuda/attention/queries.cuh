@@ -18,24 +18,33 @@ struct Columns {
   }
 };
 
-// Warp n puts the queries of tile n into shared memory, in 16-bit fixed point; columns past the last are 0.
-// Scores are to be times `scale`.
+// The channels of the column whose high or low part a lane has in B fragments: 16 * x + 4 * i + 0..3; 0 past the last column.
+template <int kDim>
+struct LaneQuery {
+  uint2 pairs[kDim / 16];
+
+  __device__ __forceinline__ LaneQuery(const Columns& columns, uint32_t tile) {
+    const uint32_t lane = threadIdx.x % kWarpThreads, column = 4 * tile + lane / 8;
+    const bool present = column < columns.count;
+    const uint8_t* query = columns.queries + 2 * columns.position(present ? column : 0, kDim);
+#pragma unroll
+    for (int x = 0; x < kDim / 16; ++x) {
+      pairs[x] =
+          present ? *reinterpret_cast<const uint2*>(query + 2 * (16 * x + 4 * (lane % 4))) : make_uint2(0, 0);
+    }
+  }
+};
+
+// A warp puts the queries of a tile of columns into shared memory, in 16-bit fixed point. Scores are to be times `scale`.
 template <int kDim, int kTiles, bool kBfloat>
-__device__ __forceinline__ void quantize_queries(const Columns& columns, float scale,
+__device__ __forceinline__ void quantize_queries(const LaneQuery<kDim>& query, uint32_t tile, float scale,
                                                  Queries<kDim, kTiles>& queries) {
-  const uint32_t n = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
-                 i = lane % 4;
-  if (n >= kTiles) return;
-  const uint32_t column = 4 * n + g / 2;
-  const bool present = column < columns.count;
-  const uint8_t* query = columns.queries + 2 * columns.position(present ? column : 0, kDim);
+  const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4;
   float values[kDim / 16][4];
   float largest = 0.0f;
 #pragma unroll
   for (int x = 0; x < kDim / 16; ++x) {
-    const uint2 pairs =
-        present ? *reinterpret_cast<const uint2*>(query + 2 * (16 * x + 4 * i)) : make_uint2(0, 0);
-    const float2 a = to_floats<kBfloat>(pairs.x), b = to_floats<kBfloat>(pairs.y);
+    const float2 a = to_floats<kBfloat>(query.pairs[x].x), b = to_floats<kBfloat>(query.pairs[x].y);
     values[x][0] = a.x, values[x][1] = a.y, values[x][2] = b.x, values[x][3] = b.y;
     largest = fmaxf(largest, fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y))));
   }
@@ -53,11 +62,12 @@ __device__ __forceinline__ void quantize_queries(const Columns& columns, float s
       fixed[byte] = __float_as_uint(y);
     }
     split_fixed(fixed, high, low);
-    queries.fragments[x / 2][lane][2 * n + x % 2] = g % 2 == 1 ? low : high;
+    queries.fragments[x / 2][lane][2 * tile + x % 2] = g % 2 == 1 ? low : high;
   }
   sum += __shfl_xor_sync(kEveryLane, sum, 1);
   sum += __shfl_xor_sync(kEveryLane, sum, 2);
   if (lane % 8 == 0) {
+    const uint32_t column = 4 * tile + g / 2;
     queries.sum[column] = sum;
     // Positive, for the scores that a window makes minus infinity.
     queries.scale[column] = fmaxf(largest * (1.0f / kLargestFixed) * scale, 0x1p-126f);

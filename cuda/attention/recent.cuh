@@ -1,20 +1,19 @@
-// Attention on a run of 64 tokens in 16 bits by one warp, in the frame of tile.cuh: columns, scores and outputs lie in
-// the lanes as for a packed tile, so that a warp takes runs and tiles in turn.
+// Attention on a run of 16 tokens in 16 bits by one warp, in the frame of tile.cuh: columns and outputs lie in the lanes
+// as for a packed tile, so that a warp takes runs and tiles in turn.
 //
 // mma.m16n8k16 in 16 bits. Keys: rows of A are tokens, straight from device memory, 16 bytes (8 channels) a lane; the
-// query is in the even column of its pair, the odd one is 0. Values: rows of A are channels; 16 tokens at a time go
-// through shared memory, from which ldmatrix transposes them; probabilities are a high and a low 16-bit float in the
-// column pair. Sums are float32. Reads a token's key and value once.
+// query is in the even column of its pair, the odd one is 0. Values: rows of A are channels; the tokens come into shared
+// memory while the keys are worked on, and ldmatrix transposes them from there; probabilities are a high and a low 16-bit
+// float in the column pair. Sums are float32. Reads a token's key and value once.
 #pragma once
 
 #include "attention/tile.cuh"
+#include "kv/cache.h"
 
 namespace ph::attention {
 
-constexpr uint32_t kStagedTokens = 16;
-
 // Shared memory that a warp needs for a run.
-constexpr uint32_t run_scratch_bytes(uint32_t head_dim) { return kStagedTokens * head_dim * 2; }
+constexpr uint32_t run_scratch_bytes(uint32_t head_dim) { return kv::kRunTokens * head_dim * 2; }
 
 template <bool kBfloat>
 __device__ __forceinline__ void multiply_halves(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
@@ -76,147 +75,123 @@ struct RecentTokens {
   }
 };
 
-// One run: tokens 64 * run and on. `keys` and `values` are the head's, of slot 0; `scale` that of the softmax, log2(e)
+// The queries of a thread block's columns as B fragments, in a lane's registers; the odd column of a pair is 0.
+template <int kDim, int kTiles>
+struct RunQueries {
+  uint4 chunks[kTiles][kDim / 32];  // channels 32 * chunk + 8 * i + 0..7
+
+  // query(column): where its channels begin, or null.
+  template <typename Query>
+  __device__ __forceinline__ explicit RunQueries(Query query) {
+    const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const uint8_t* row = g % 2 == 0 ? query(4 * n + g / 2) : nullptr;
+#pragma unroll
+      for (int chunk = 0; chunk < kDim / 32; ++chunk) {
+        chunks[n][chunk] = row == nullptr ? make_uint4(0, 0, 0, 0)
+                                          : *reinterpret_cast<const uint4*>(row + 2 * (32 * chunk + 8 * i));
+      }
+    }
+  }
+};
+
+// One run: tokens 16 * run and on. `keys` and `values` are the head's, of slot 0; `scale` that of the softmax, log2(e)
 // included; `visible(column, token, is_sink)` whether a column sees a token. `scratch` is the warp's alone, in shared memory.
-template <int kDim, int kTiles, bool kBfloat, typename Query, typename Visible>
+template <int kDim, int kTiles, bool kBfloat, typename Visible>
 __device__ __forceinline__ void attend_run(const RecentTokens& tokens, uint32_t run, const uint8_t* keys,
                                            const uint8_t* values, uint64_t row_bytes, float scale,
-                                           Query query, Visible visible, uint8_t* scratch,
-                                           WarpState<kDim, kTiles>& state) {
-  constexpr int kChunks = kDim / 32;  // of 32 channels: 16 bytes of each of the four lanes of a row
-  constexpr float kZero[4] = {};
-  const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
-  const uint32_t first = run * kv::kBlockTokens;
-
-  uint32_t queries[kTiles][kChunks][4];
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    // Odd columns are zero.
-    const uint8_t* row = g % 2 == 0 ? query(4 * n + g / 2) : nullptr;
-#pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      const uint4 words = row == nullptr ? make_uint4(0, 0, 0, 0)
-                                         : *reinterpret_cast<const uint4*>(row + 2 * (32 * chunk + 8 * i));
-      queries[n][chunk][0] = words.x, queries[n][chunk][1] = words.y;
-      queries[n][chunk][2] = words.z, queries[n][chunk][3] = words.w;
-    }
-  }
-
-  float scores[kTiles][8];
-#pragma unroll
-  for (int m = 0; m < 4; ++m) {
-    asm volatile("" ::: "memory");  // lest all loads come first, for which there are too few registers
-    uint4 chunks[2][kChunks];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const uint32_t at = first + 8 * g + 2 * m + row;
-      const uint8_t* key = keys + tokens.slot(tokens.token(at)) * row_bytes + 16 * i;
-#pragma unroll
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        chunks[row][chunk] =
-            at < tokens.count ? *reinterpret_cast<const uint4*>(key + 64 * chunk) : make_uint4(0, 0, 0, 0);
-      }
-    }
-    float sums[kTiles][4] = {};
-#pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      const uint4 low = chunks[0][chunk], high = chunks[1][chunk];
-      const uint32_t even[4] = {low.x, high.x, low.y, high.y}, odd[4] = {low.z, high.z, low.w, high.w};
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        multiply_halves<kBfloat>(sums[n], even, queries[n][chunk][0], queries[n][chunk][1], sums[n]);
-        multiply_halves<kBfloat>(sums[n], odd, queries[n][chunk][2], queries[n][chunk][3], sums[n]);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const uint32_t at = first + 8 * g + 2 * m + row;
-        const bool sees = at < tokens.count && visible(4 * n + i, tokens.token(at), at < tokens.sinks);
-        scores[n][2 * m + row] = sees ? sums[n][2 * row] * scale : -INFINITY;
-      }
-    }
-  }
-
-  float factors[kTiles];
-  uint32_t high_pairs[kTiles][4], low_pairs[kTiles][4];  // probabilities of tokens 2s and 2s + 1 of the lane
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    float highest = -1e30f;
-#pragma unroll
-    for (int t = 0; t < 8; ++t) highest = fmaxf(highest, scores[n][t]);
-    for (int distance = 4; distance < kWarpThreads; distance *= 2)
-      highest = fmaxf(highest, __shfl_xor_sync(kEveryLane, highest, distance));
-    if (__any_sync(kEveryLane, highest > state.reference[n] + kLazyRescale)) {
-      const float next = fmaxf(state.reference[n], highest), factor = exponential(state.reference[n] - next);
-      state.reference[n] = next;
-      state.sum[n] *= factor;
-      state.zeros[n] *= factor;
-#pragma unroll
-      for (int o = 0; o < kDim / 8; ++o) state.out[n][o] *= factor;
-    }
-    factors[n] = exponential(highest - state.reference[n]);
-    float sum = 0.0f;
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      const float a = exponential(scores[n][2 * s] - highest),
-                  b = exponential(scores[n][2 * s + 1] - highest);
-      sum += a;
-      sum += b;
-      high_pairs[n][s] = to_halves<kBfloat>(a, b);
-      const float2 rounded = to_floats<kBfloat>(high_pairs[n][s]);
-      low_pairs[n][s] = to_halves<kBfloat>(a - rounded.x, b - rounded.y);
-    }
-    state.sum[n] = __fmaf_rn(sum, factors[n], state.sum[n]);
-  }
-
-  // Step s takes tokens 16 * i + 2 * s + (0, 1) and 8 more of every lane i, which the C fragments of two lanes hold.
+                                           const RunQueries<kDim, kTiles>& queries, Visible visible,
+                                           uint8_t* scratch, WarpState<kDim, kTiles>& state) {
+  constexpr int kChunks = kDim / 32;         // of 32 channels: 16 bytes of each of the four lanes of a row
   constexpr uint32_t kRowChunks = kDim / 8;  // of 16 bytes
   constexpr uint32_t kSwizzle = kRowChunks % 8 == 0 ? 7 : 3;
-  const uint32_t shared = shared_address(scratch);
-#pragma unroll 1
-  for (uint32_t s = 0; s < 4; ++s) {
-    __syncwarp();
+  const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
+  const uint32_t first = run * kv::kRunTokens;
+  const auto row = [&](const uint8_t* part, uint32_t at) {
+    return part + tokens.slot(tokens.token(min(at, tokens.count - 1))) * row_bytes;
+  };
+
+  // Values of tokens past the last are those of the last, times probabilities of 0.
 #pragma unroll
-    for (uint32_t x = 0; x < kStagedTokens * kRowChunks / kWarpThreads; ++x) {
-      const uint32_t chunk = lane + kWarpThreads * x, row = chunk / kRowChunks, column = chunk % kRowChunks;
-      const uint32_t at = first + 16 * (row % 8 / 2) + 8 * (row / 8) + 2 * s + row % 2;
-      const uint8_t* value = values + tokens.slot(tokens.token(at)) * row_bytes;
-      const uint4 words =
-          at < tokens.count ? reinterpret_cast<const uint4*>(value)[column] : make_uint4(0, 0, 0, 0);
-      reinterpret_cast<uint4*>(scratch)[row * kRowChunks + (column ^ (row & kSwizzle))] = words;
-    }
-    __syncwarp();
-    uint32_t b[kTiles][2];
+  for (uint32_t x = 0; x < kv::kRunTokens * kRowChunks / kWarpThreads; ++x) {
+    // Rows of B are tokens in the order 0, 8, 1, 9, ..., so that the two of a register come from one lane.
+    const uint32_t chunk = lane + kWarpThreads * x, order = chunk / kRowChunks, column = chunk % kRowChunks;
+    kv::copy_async(reinterpret_cast<uint4*>(scratch) + order * kRowChunks + (column ^ (order & kSwizzle)),
+                   row(values, first + order / 2 + order % 2 * 8) + 16 * column);
+  }
+  kv::copy_commit();
+
+  uint4 chunks[2][kChunks];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint8_t* key = row(keys, first + 8 * half + g) + 16 * i;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk)
+      chunks[half][chunk] = *reinterpret_cast<const uint4*>(key + 64 * chunk);
+  }
+  float sums[kTiles][4] = {};
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    const uint4 low = chunks[0][chunk], high = chunks[1][chunk];
+    const uint32_t even[4] = {low.x, high.x, low.y, high.y}, odd[4] = {low.z, high.z, low.w, high.w};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      uint32_t high = high_pairs[n][0], low = low_pairs[n][0];
-#pragma unroll
-      for (uint32_t other = 1; other < 4; ++other) {
-        high = s == other ? high_pairs[n][other] : high;
-        low = s == other ? low_pairs[n][other] : low;
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t source = 8 * i + 4 * half + g / 2;
-        const uint32_t of_high = __shfl_sync(kEveryLane, high, source),
-                       of_low = __shfl_sync(kEveryLane, low, source);
-        b[n][half] = g % 2 == 0 ? of_high : of_low;
-      }
+      const uint4 query = queries.chunks[n][chunk];
+      multiply_halves<kBfloat>(sums[n], even, query.x, query.y, sums[n]);
+      multiply_halves<kBfloat>(sums[n], odd, query.z, query.w, sums[n]);
     }
-    const uint32_t row = lane % 8 + lane / 16 * 8;
+  }
+
+  // Lane (g, i) holds scores of tokens g and g + 8 for column 4 * n + i.
+  float scores[kTiles][2], highest[kTiles];
 #pragma unroll
-    for (int x = 0; x < kDim / 16; ++x) {
-      uint32_t a[4];
-      load_transposed(shared + 16 * (row * kRowChunks + ((2 * x + lane / 8 % 2) ^ (row & kSwizzle))), a);
+  for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        float sums[4];
-        multiply_halves<kBfloat>(sums, a, b[n][0], b[n][1], kZero);
-        state.out[n][2 * x] = __fmaf_rn(sums[0] + sums[1], factors[n], state.out[n][2 * x]);
-        state.out[n][2 * x + 1] = __fmaf_rn(sums[2] + sums[3], factors[n], state.out[n][2 * x + 1]);
-      }
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t at = first + 8 * half + g;
+      const bool sees = at < tokens.count && visible(4 * n + i, tokens.token(at), at < tokens.sinks);
+      scores[n][half] = sees ? sums[n][2 * half] * scale : -INFINITY;
+    }
+    highest[n] = fmaxf(highest_score(scores[n]), -1e30f);
+  }
+  move_references(state, highest, [](int, float) {});
+
+  float factors[kTiles];
+  uint32_t b[kTiles][2];
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    factors[n] = exponential(highest[n] - state.reference[n]);
+    const float low = exponential(scores[n][0] - highest[n]), high = exponential(scores[n][1] - highest[n]);
+    state.sum[n] = __fmaf_rn(low + high, factors[n], state.sum[n]);
+    const uint32_t rounded = to_halves<kBfloat>(low, high);
+    const float2 of_rounded = to_floats<kBfloat>(rounded);
+    const uint32_t rest = to_halves<kBfloat>(low - of_rounded.x, high - of_rounded.y);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t source = 4 * (i + 4 * half) + g / 2;
+      const uint32_t of_high = __shfl_sync(kEveryLane, rounded, source),
+                     of_low = __shfl_sync(kEveryLane, rest, source);
+      b[n][half] = g % 2 == 0 ? of_high : of_low;
+    }
+  }
+
+  kv::copy_wait();
+  __syncwarp();
+  constexpr float kZero[4] = {};
+  // The row that this lane gives the address of: matrices 0 and 1 have rows 0-7, 2 and 3 rows 8-15.
+  const uint32_t order = lane % 8 + lane / 16 * 8;
+  const uint32_t source = shared_address(scratch) + 16 * order * kRowChunks;
+#pragma unroll
+  for (int x = 0; x < kDim / 16; ++x) {
+    uint32_t a[4];
+    load_transposed(source + 16 * ((2 * x + lane / 8 % 2) ^ (order & kSwizzle)), a);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      float products[4];
+      multiply_halves<kBfloat>(products, a, b[n][0], b[n][1], kZero);
+      state.out[n][2 * x] = __fmaf_rn(products[0] + products[1], factors[n], state.out[n][2 * x]);
+      state.out[n][2 * x + 1] = __fmaf_rn(products[2] + products[3], factors[n], state.out[n][2 * x + 1]);
     }
   }
   __syncwarp();

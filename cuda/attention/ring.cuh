@@ -21,15 +21,14 @@ struct Span {
   uint16_t units;
   uint32_t pages[2];
 
+  __device__ __forceinline__ bool straddles() const {
+    return unit + units > static_cast<int>(kv::kPageUnits);
+  }
   __device__ __forceinline__ SpanPiece piece(const uint8_t* pool, bool second) const {
     const uint32_t first = min(static_cast<uint32_t>(units), kv::kPageUnits - unit);
     return {pool + (second ? pages[1] * kv::kPageBytes : pages[0] * kv::kPageBytes + unit * kv::kUnitBytes),
             second ? first * kv::kUnitBytes : 0, (second ? units - first : first) * kv::kUnitBytes};
   }
-};
-
-struct TileSpans {
-  Span params, record;
 };
 
 __device__ __forceinline__ Span make_span(const uint32_t* page_table, uint32_t begin, uint32_t end) {
@@ -38,23 +37,81 @@ __device__ __forceinline__ Span make_span(const uint32_t* page_table, uint32_t b
           {page_table[begin / kv::kPageUnits], page_table[(end - 1) / kv::kPageUnits]}};
 }
 
+// Bulk copies are fastest where source and target are as far from the begin of a sector.
+constexpr uint32_t kSectorBytes = 32;
+constexpr uint32_t round_to_sectors(uint32_t bytes) {
+  return (bytes + kSectorBytes - 1) / kSectorBytes * kSectorBytes;
+}
+
+// Where a tile's params and record are.
+struct TileSpans {
+  Span params, record;
+
+  // Where they come to lie in a slot: as far from a sector's begin as in the pool.
+  __device__ __forceinline__ uint32_t params_position() const {
+    return params.unit * kv::kUnitBytes % kSectorBytes;
+  }
+  __device__ __forceinline__ uint32_t record_position() const {
+    return kRecordSector + record.unit * kv::kUnitBytes % kSectorBytes;
+  }
+  // The sector, of a slot, in which the record begins.
+  static constexpr uint32_t kRecordSector =
+      round_to_sectors(kv::kParamsBytes + kSectorBytes - kv::kUnitBytes);
+};
+
+// Bytes of a slot for records of up to so many.
+constexpr uint32_t tile_slot_bytes(uint32_t record_bytes) {
+  return TileSpans::kRecordSector + round_to_sectors(record_bytes + kSectorBytes - kv::kUnitBytes);
+}
+
+__device__ __forceinline__ void bulk_copy(uint32_t target, const uint8_t* source, uint32_t bytes,
+                                          uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+      "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+#endif
+}
+
+// Barriers in shared memory (mbarrier): one thread begins and publishes them.
+__device__ __forceinline__ void begin_barrier(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
+               : "memory");
+}
+__device__ __forceinline__ void publish_barriers() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+// For barriers of one phase.
+__device__ __forceinline__ void arrive(uint64_t* barrier) {
+  asm volatile(
+      "{\n .reg .b64 state;\n mbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(shared_address(barrier))
+      : "memory");
+}
+__device__ __forceinline__ void await(uint64_t* barrier) {
+  asm volatile(
+      "{\n .reg .pred done;\n"
+      "again_%=:\n mbarrier.test_wait.parity.shared::cta.b64 done, [%0], 0;\n"
+      " @!done bra again_%=;\n}" ::"r"(shared_address(barrier))
+      : "memory");
+}
+
 // The slots into which a warp's tiles come.
 struct Ring {
   uint8_t* slots;  // [stages][slot_bytes]: params, then record
   uint32_t slot_bytes, stages;
   uint64_t* barriers;  // [stages]
 
+  // One lane per warp, or thread block, begins barriers, publishes them, and the others wait for it as they like.
   __device__ __forceinline__ void begin() const {
-#if __CUDA_ARCH__ >= 900
     if (threadIdx.x % kWarpThreads == 0) {
-      for (uint32_t stage = 0; stage < stages; ++stage)
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barriers + stage))
-                     : "memory");
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      for (uint32_t stage = 0; stage < stages; ++stage) begin_barrier(barriers + stage, 1);
+      publish_barriers();
     }
     __syncwarp();
-#endif
   }
 
   // Starts the copies of a tile into a slot, `total` bytes in all: each of the first kCopies lanes looks after one, of its
@@ -70,13 +127,7 @@ struct Ring {
                    : "memory");
     }
     __syncwarp();
-    if (lane < kCopies && bytes > 0) {
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-              shared_address(target)),
-          "l"(source), "r"(bytes), "r"(barrier)
-          : "memory");
-    }
+    if (lane < kCopies && bytes > 0) bulk_copy(shared_address(target), source, bytes, barrier);
 #else
     for (int piece = 0; piece < kCopies; ++piece) {
       const uint32_t piece_bytes = __shfl_sync(kEveryLane, bytes, piece);
@@ -96,16 +147,46 @@ struct Ring {
 #endif
   }
 
-  // Starts a tile's copy, or none for a null `spans`. Lanes 0 and 1 look after the record's one or two pieces, lanes 2 and
-  // 3 after those of the params.
+  // Starts a tile's copy into a slot, or none for a null `spans`.
   __device__ __forceinline__ void fetch(const uint8_t* pool, const TileSpans* spans, uint32_t stage) const {
     if (spans == nullptr) return skip();
-    const uint32_t lane = threadIdx.x % kWarpThreads;
-    const Span span = lane < 2 ? spans->record : spans->params;
-    const SpanPiece piece = span.piece(pool, lane % 2 == 1);
-    copy<4>(stage, piece.source,
-            slots + stage * slot_bytes + (lane < 2 ? kv::kParamsBytes : 0) + piece.offset, piece.bytes,
-            (spans->params.units + spans->record.units) * kv::kUnitBytes);
+    const Span record = spans->record, params = spans->params;
+    uint8_t* slot = slots + stage * slot_bytes;
+    uint8_t *record_slot = slot + spans->record_position(), *params_slot = slot + spans->params_position();
+#if __CUDA_ARCH__ >= 900
+    const uint32_t barrier = shared_address(barriers + stage);
+    const auto copy = [&](const Span& span, uint8_t* target, bool second) {
+      const SpanPiece piece = span.piece(pool, second);
+      if (piece.bytes > 0)
+        bulk_copy(shared_address(target) + piece.offset, piece.source, piece.bytes, barrier);
+    };
+    if (threadIdx.x % kWarpThreads == 0) {
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                   "r"((record.units + params.units) * kv::kUnitBytes)
+                   : "memory");
+      copy(record, record_slot, false);
+      copy(params, params_slot, false);
+    }
+    // A vote, so that this is a branch, and rare.
+    if (__any_sync(kEveryLane, record.straddles() || params.straddles())) {
+      if (threadIdx.x % kWarpThreads == 0) {
+        copy(record, record_slot, true);
+        copy(params, params_slot, true);
+      }
+      __syncwarp();
+    }
+#else
+    const auto copy = [&](const Span& span, uint8_t* target) {
+      for (uint32_t at = threadIdx.x % kWarpThreads; at < span.units; at += kWarpThreads) {
+        const SpanPiece piece = span.piece(pool, span.unit + at >= kv::kPageUnits);
+        kv::copy_async(reinterpret_cast<uint4*>(target + at * kv::kUnitBytes),
+                       piece.source + at * kv::kUnitBytes - piece.offset);
+      }
+    };
+    copy(record, record_slot);
+    copy(params, params_slot);
+    skip();
+#endif
   }
 
   // After a slot was used as ordinary shared memory, and before the next fetch into it.

@@ -67,14 +67,21 @@ __device__ __forceinline__ void split_fixed(const uint32_t* x, uint32_t& high, u
 }
 
 // The residuals of one group, or of one digit of a wide one, of 0 to 4 bits: the eight nibble words of tile.h, but for
-// bits that `mask` takes away.
+// bits that `mask` takes away. Where every group has 2 bits (kWidth), the words as they are stored: N[2s + 1] is word s,
+// shifted by 2 more.
+template <int kWidth>
 struct Nibbles {
   uint32_t words[8];
   uint32_t mask;  // of a byte's residual, four times
 
+  // Bits by which the values of register (s, j) are shifted to the left: they depend on the row of the matrix alone.
+  __device__ static constexpr int shift(int j) { return 4 * (j / 2) + (kWidth == 2 ? 2 * (j % 2) : 0); }
+  // What undoes that after a product, exactly.
+  __device__ static constexpr float unit(int j) { return 1.0f / static_cast<float>(1 << shift(j)); }
+
   // Register (s, j).
   __device__ __forceinline__ uint32_t fragment(int s, int j) const {
-    return words[2 * s + j % 2] & mask << 4 * (j / 2);
+    return words[kWidth == 2 ? s : 2 * s + j % 2] & mask << shift(j);
   }
 };
 
@@ -87,7 +94,7 @@ __device__ __forceinline__ uint32_t width_mask(uint32_t width) {
 // is under way while this one is worked on.
 template <int kWidth>
 __device__ __forceinline__ void load_group(const uint8_t* group, uint32_t lane, uint32_t width,
-                                           Nibbles& nibbles) {
+                                           Nibbles<kWidth>& nibbles) {
   uint32_t(&w)[8] = nibbles.words;
   if constexpr (kWidth > 0) {
     if constexpr (kWidth >= 2) {
@@ -119,10 +126,11 @@ __device__ __forceinline__ void load_group(const uint8_t* group, uint32_t lane, 
 }
 
 // The words of a group to nibble words. All lanes agree on the width.
-__device__ __forceinline__ void unpack_group(uint32_t width, Nibbles& nibbles) {
+template <int kWidth>
+__device__ __forceinline__ void unpack_group(uint32_t width, Nibbles<kWidth>& nibbles) {
   uint32_t(&w)[8] = nibbles.words;
   nibbles.mask = width_mask(width);
-  if (width == 4) return;
+  if (width == 4 || kWidth == 2) return;
   if (width == 3) {
     w[6] = (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
     w[7] = (w[3] >> 3 & 0x11111111u) | (w[4] >> 2 & 0x22222222u) | (w[5] >> 1 & 0x44444444u);
@@ -158,7 +166,7 @@ __device__ __forceinline__ void for_groups(const uint8_t* groups, uint32_t lane,
     return kWide ? digit_width(full_width(group), digit) : full_width(group);
   };
   if constexpr (kWide) groups += digit * 4 * kv::kGroupBytes;
-  Nibbles nibbles[2];
+  Nibbles<kWidth> nibbles[2];
   load_group<kWidth>(groups, lane, width_of(0), nibbles[0]);
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
@@ -200,15 +208,34 @@ __device__ __forceinline__ void load_scales(const uint8_t* source, float (&scale
   }
 }
 
-// Eight 16-bit zero points, as floats.
+constexpr float kInteger = 8388608.0f;          // 2^23: the low bits of its words count units
+constexpr uint32_t kIntegerWord = 0x4b000000u;  // as a word
+
+// Eight 16-bit zero points, as floats. Conversions of 16-bit integers are few a cycle: 2^15 is added, and taken away again
+// with 2^23.
 __device__ __forceinline__ void load_zeros(const uint8_t* source, float (&zeros)[8]) {
   const uint4 words = *reinterpret_cast<const uint4*>(source);
   const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    zeros[2 * i] = static_cast<float>(static_cast<int16_t>(pairs[i]));
-    zeros[2 * i + 1] = static_cast<float>(static_cast<int32_t>(pairs[i]) >> 16);
+    const uint32_t positive = pairs[i] ^ 0x80008000u;
+    zeros[2 * i] = __uint_as_float(__byte_perm(positive, kIntegerWord, 0x7610)) - (kInteger + 32768.0f);
+    zeros[2 * i + 1] = __uint_as_float(__byte_perm(positive, kIntegerWord, 0x7632)) - (kInteger + 32768.0f);
   }
+}
+
+// Bases of 4 bits become floats with this added, by a permutation of bytes alone. What it adds to the outputs is known
+// from the weights' sum.
+template <int kDim, bool kWide>
+constexpr float kBaseBias = !kWide && kDim % 64 == 0 ? 128.0f : 0.0f;
+
+// Byte `at` of a word of bases, plus kBaseBias.
+template <int kDim, bool kWide>
+__device__ __forceinline__ float base_value(uint32_t bases, int at) {
+  if constexpr (kBaseBias<kDim, kWide> != 0.0f) {
+    return __uint_as_float(__byte_perm(bases, 0x43000000u, 0x7044 | at << 8));
+  }
+  return __uint_as_float(__byte_perm(bases, kIntegerWord, 0x7440 | at)) - kInteger;
 }
 
 // kWords words from shared memory, as wide as their number allows.
@@ -286,8 +313,18 @@ struct WarpState {
   float query_scale[kTiles], query_sum[kTiles];
   float out[kTiles][kDim / 8];       // channel 8 * o + g, without `zeros`
   float reference[kTiles];           // exponents are relative to it
+  float weights[kTiles];             // sum of the weights that kBaseBias is multiplied with
   float sum[kTiles], zeros[kTiles];  // of this lane's tokens: probabilities, and weights times zero points
 };
+
+// What is to be added to column n's outputs in the end: the zero points' share of all lanes, without kBaseBias.
+template <int kDim, int kTiles, bool kWide>
+__device__ __forceinline__ float output_shift(const WarpState<kDim, kTiles>& state, int n) {
+  float zeros = state.zeros[n];
+  for (int distance = 4; distance < kWarpThreads; distance *= 2)
+    zeros += __shfl_xor_sync(kEveryLane, zeros, distance);
+  return __fmaf_rn(-kBaseBias<kDim, kWide>, state.weights[n], zeros);
+}
 
 // Scores of the tile before query_scale: scores[tile][t] is that of token 8 * g + t.
 // kWidth: see for_groups. kWide: residuals may have more than 4 bits.
@@ -326,46 +363,52 @@ __device__ __forceinline__ void tile_scores(const Tile& tile, const TileLayout& 
                          base_sums[n][0][1] + (kGroups > 1 ? base_sums[n][1][3] : 0));
   }
 
-  float products[kTiles][8];
+  float zeros[8];
+  load_zeros(tile.params + kv::zero_position(PH_KV_KEYS, 8 * g), zeros);
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int t = 0; t < 8; ++t) scores[n][t] = __fmaf_rn(zeros[t], state.query_sum[n], of_bases[n]);
+  }
+
   const int digits = kWide && any_wide(widths) ? 2 : 1;
 #pragma unroll 1
   for (int digit = 0; digit < digits; ++digit) {
     int sums[kTiles][4][4];
-    for_groups<kGroups, kWidth, kWide>(
-        tile.record + layout.groups, tile.lane, widths, digit, [&](int group, const Nibbles& nibbles) {
-          uint32_t b[2 * kTiles];
-          query_fragments(group, b);
+    for_groups<kGroups, kWidth, kWide>(tile.record + layout.groups, tile.lane, widths, digit,
+                                       [&](int group, const Nibbles<kWidth>& nibbles) {
+                                         uint32_t b[2 * kTiles];
+                                         query_fragments(group, b);
 #pragma unroll
-          for (int m = 0; m < 4; ++m) {
-            const int s = 2 * (m / 2), j = 2 * (m % 2);
-            const uint32_t a0 = nibbles.fragment(s, j), a1 = nibbles.fragment(s, j + 1),
-                           a2 = nibbles.fragment(s + 1, j), a3 = nibbles.fragment(s + 1, j + 1);
+                                         for (int m = 0; m < 4; ++m) {
+                                           const int s = 2 * (m / 2), j = 2 * (m % 2);
+                                           const uint32_t a0 = nibbles.fragment(s, j),
+                                                          a1 = nibbles.fragment(s, j + 1),
+                                                          a2 = nibbles.fragment(s + 1, j),
+                                                          a3 = nibbles.fragment(s + 1, j + 1);
 #pragma unroll
-            for (int n = 0; n < kTiles; ++n) {
-              const auto product = group == 0 ? multiply : multiply_add;
-              product(sums[n][m], a0, a1, a2, a3, b[2 * n], b[2 * n + 1]);
-            }
-          }
-        });
+                                           for (int n = 0; n < kTiles; ++n) {
+                                             const auto product = group == 0 ? multiply : multiply_add;
+                                             product(sums[n][m], a0, a1, a2, a3, b[2 * n], b[2 * n + 1]);
+                                           }
+                                         }
+                                       });
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int t = 0; t < 8; ++t) {
         const int m = t / 2, row = t % 2;
-        // Rows of odd m carry their values shifted left by 4.
-        const float unit = (digit == 0 ? 1.0f : 16.0f) * (m % 2 == 0 ? 1.0f : 0.0625f);
+        const float unit = Nibbles<kWidth>::unit(2 * (m % 2) + row) * (digit == 0 ? 1.0f : 16.0f);
         const float sum = joined(sums[n][m][2 * row], sums[n][m][2 * row + 1]);
-        products[n][t] = digit == 0 ? sum * unit : __fmaf_rn(sum, unit, products[n][t]);
+        scores[n][t] = __fmaf_rn(sum, unit, scores[n][t]);
       }
   }
-  float scales[8], zeros[8];
+  float scales[8];
   load_scales<kBfloat>(tile.params + kv::scale_position(PH_KV_KEYS, 8 * g), scales);
-  load_zeros(tile.params + kv::zero_position(PH_KV_KEYS, 8 * g), zeros);
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int t = 0; t < 8; ++t)
-      scores[n][t] = (products[n][t] + __fmaf_rn(zeros[t], state.query_sum[n], of_bases[n])) * scales[t];
+    for (int t = 0; t < 8; ++t) scores[n][t] *= scales[t];
   }
 }
 
@@ -390,25 +433,26 @@ __device__ __forceinline__ void weight_fragments(uint32_t lane, const uint32_t (
   weights[3] = odd ? r1 : r3;
 }
 
-// The online softmax's step before its exponentials: `highest` becomes the tile's highest scores, times query_scale in
-// bits. Where one exceeds the running reference by too much, the references move, and rescale(n, factor) is called for
-// what else is relative to column n's.
+// A column's highest of scores that its lanes hold.
+template <int kScores>
+__device__ __forceinline__ float highest_score(const float (&scores)[kScores]) {
+  float most = scores[0];
+#pragma unroll
+  for (int t = 1; t < kScores; ++t) most = fmaxf(most, scores[t]);
+  for (int distance = 4; distance < kWarpThreads; distance *= 2)
+    most = fmaxf(most, __shfl_xor_sync(kEveryLane, most, distance));
+  return most;
+}
+
+// The online softmax's step before its exponentials: `highest` are the highest scores of what comes, in bits. Where one
+// exceeds the running reference by too much, the references move, and rescale(n, factor) is called for what else is
+// relative to column n's.
 template <int kDim, int kTiles, typename Rescale>
 __device__ __forceinline__ void move_references(WarpState<kDim, kTiles>& state,
-                                                const float (&scores)[kTiles][8], float (&highest)[kTiles],
-                                                Rescale rescale) {
+                                                const float (&highest)[kTiles], Rescale rescale) {
   bool exceeds = false;
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    float most = scores[n][0];
-#pragma unroll
-    for (int t = 1; t < 8; ++t) most = fmaxf(most, scores[n][t]);
-    for (int distance = 4; distance < kWarpThreads; distance *= 2)
-      most = fmaxf(most, __shfl_xor_sync(kEveryLane, most, distance));
-    // Not minus infinity where a window hides all of the tile.
-    highest[n] = fmaxf(most * state.query_scale[n], -1e30f);
-    exceeds |= highest[n] > state.reference[n] + kLazyRescale;
-  }
+  for (int n = 0; n < kTiles; ++n) exceeds |= highest[n] > state.reference[n] + kLazyRescale;
   if (__any_sync(kEveryLane, exceeds)) {  // the first tile, then practically never
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -416,11 +460,22 @@ __device__ __forceinline__ void move_references(WarpState<kDim, kTiles>& state,
                   factor = exponential(state.reference[n] - next);
       state.reference[n] = next;
       state.sum[n] *= factor;
+      state.zeros[n] *= factor;
+      state.weights[n] *= factor;
 #pragma unroll
       for (int o = 0; o < kDim / 8; ++o) state.out[n][o] *= factor;
       rescale(n, factor);
     }
   }
+}
+
+// The highest scores of a tile, times query_scale in bits; not minus infinity where a window hides all of it.
+template <int kDim, int kTiles>
+__device__ __forceinline__ void tile_highest(const WarpState<kDim, kTiles>& state,
+                                             const float (&scores)[kTiles][8], float (&highest)[kTiles]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+    highest[n] = fmaxf(highest_score(scores[n]) * state.query_scale[n], -1e30f);
 }
 
 // Scores to weights of the values: B fragments in 16-bit fixed point, and the unit of a column's weights.
@@ -438,7 +493,8 @@ __device__ __forceinline__ void tile_weights(const Tile& tile, WarpState<kDim, k
   const float to_fixed = kLargestFixed * reciprocal(largest_scale);
 
   float highest[kTiles];
-  move_references(state, scores, highest, [&](int n, float factor) { state.zeros[n] *= factor; });
+  tile_highest(state, scores, highest);
+  move_references(state, highest, [](int, float) {});
 
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
@@ -476,6 +532,7 @@ __device__ __forceinline__ void tile_values(const Tile& tile, const TileLayout& 
     multiply(sums, ones, ones, ones, ones, weights[n][0], weights[n][1]);
     multiply_add(sums, ones, ones, ones, ones, weights[n][2], weights[n][3]);
     weight_sums[n] = joined(sums[0], sums[1]) * units[n];
+    if constexpr (kBaseBias<kDim, kWide> != 0.0f) state.weights[n] += weight_sums[n];
   }
   uint32_t bases[kGroups];
   load_bases<kGroups>(tile.record + layout.value_bases, layout.template is_narrow<kDim, kWide>(PH_KV_VALUES),
@@ -485,7 +542,8 @@ __device__ __forceinline__ void tile_values(const Tile& tile, const TileLayout& 
   for (int digit = 0; digit < digits; ++digit) {
     const float digit_unit = digit == 0 ? 1.0f : 16.0f;
     for_groups<kGroups, kWidth, kWide>(
-        tile.record + groups_position, tile.lane, widths, digit, [&](int group, const Nibbles& nibbles) {
+        tile.record + groups_position, tile.lane, widths, digit,
+        [&](int group, const Nibbles<kWidth>& nibbles) {
           int sums[2][kTiles][4];
 #pragma unroll
           for (int step = 0; step < 2; ++step) {
@@ -503,11 +561,11 @@ __device__ __forceinline__ void tile_values(const Tile& tile, const TileLayout& 
           }
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            const float base = static_cast<float>(bases[group] >> 8 * j & 0xff);
+            const float base = base_value<kDim, kWide>(bases[group], j);
             const int half = j / 2, row = j % 2;
 #pragma unroll
             for (int n = 0; n < kTiles; ++n) {
-              const float unit = units[n] * (half == 0 ? digit_unit : 0.0625f * digit_unit);
+              const float unit = units[n] * (Nibbles<kWidth>::unit(j) * digit_unit);
               float& out = state.out[n][4 * group + j];
               if (digit == 0) out = __fmaf_rn(base, weight_sums[n], out);
               out = __fmaf_rn(joined(sums[half][n][2 * row], sums[half][n][2 * row + 1]), unit, out);

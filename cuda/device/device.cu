@@ -56,6 +56,7 @@ OwnedDevice find_device(uint32_t ordinal) {
   device->ordinal = index;
   enter(*device);
   PH_CUDA_TRY(cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, index));
+  PH_CUDA_TRY(cudaDeviceGetAttribute(&device->major, cudaDevAttrComputeCapabilityMajor, index));
   PH_CUDA_TRY(cudaDeviceGetAttribute(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
   PH_CUDA_TRY(cudaEventCreate(&device->timer_begin));
   PH_CUDA_TRY(cudaEventCreate(&device->timer_end));

@@ -35,6 +35,7 @@ struct ph_device {
   bool owns_stream = false;
   cudaEvent_t timer_begin = nullptr, timer_end = nullptr;
   int processors = 0;
+  int major = 0;         // compute capability
   int shared_bytes = 0;  // most shared memory of a thread block
   ph::Staging staging;
   std::atomic<bool> capturing{false};  // read by any thread

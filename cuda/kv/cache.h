@@ -99,10 +99,12 @@ struct StepBlock {
   uint32_t entry, block;
 };
 
-// A piece of a sequence's tokens for one thread block of attention: runs of 64 tokens in 16 bits (counted from the first
+// A piece of a sequence's tokens for one thread block of attention: runs of kRunTokens in 16 bits (counted from the first
 // sink on, those after the packed blocks follow), and packed blocks. Its bounds follow from the sequence's own length, so
 // that results do not depend on what else is in the batch. The pieces of a sequence follow each other in their order.
-struct StepPiece {
+struct alignas(16) StepPiece {
+  StepSequence
+      sequence;  // as it stands among the step's, at `entry`: one load less before a thread block can begin
   uint32_t entry;
   uint32_t first_run, runs;
   uint32_t first_block, blocks;
@@ -120,10 +122,8 @@ struct StepView {
   uint32_t most_pieces;   // of a sequence
 };
 
-// A run takes a thread block of attention as long as so many packed blocks, about.
-constexpr uint32_t kRunBlocks = 2;
-constexpr uint32_t kPieceWork = 128;  // of a piece of attention, in blocks, about
-constexpr uint32_t kMostPieceWork = kPieceWork * 3 / 2;
-constexpr uint32_t kMostQueries = 8;  // tokens of a sequence in one attention call
+constexpr uint32_t kRunTokens = 16;       // of a run; it takes about as long as a packed block
+constexpr uint32_t kMostPieceWork = 160;  // of a piece of attention: runs and packed blocks
+constexpr uint32_t kMostQueries = 8;      // tokens of a sequence in one attention call
 
 }  // namespace ph::kv

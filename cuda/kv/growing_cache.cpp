@@ -182,27 +182,14 @@ uint64_t index_words(const CacheView& view) {
   return static_cast<uint64_t>(view.most_blocks) * view.heads + 1;
 }
 
-// A sequence that is longer than this, in blocks, is likely one of few, so that smaller pieces are needed to keep all
-// processors busy.
-constexpr uint64_t kLongWork = 1152;
+// Into how many pieces attention over so many runs and packed blocks is cut; each has its share of both. It depends on
+// the sequence alone. A sequence of more than kLongWork is likely one of few: it is cut into smaller pieces, that keep all
+// processors busy. Lengths a little above a power of two, of batches that fill the processors evenly, give no piece more.
+constexpr uint64_t kLongWork = 1152, kLongPieceWork = 64;
 
-// Into how many pieces attention over so many runs and packed blocks is cut, and where a piece begins: in blocks, the runs
-// first. Both depend on the sequence alone. Rounded to the nearest, so that lengths a little above a power of two, of
-// batches that fill the processors evenly, give no piece more.
 uint64_t piece_count(uint64_t work) {
-  const uint64_t of_piece = work > kLongWork ? kPieceWork / 2 : kPieceWork;
-  return std::max<uint64_t>((work + of_piece / 2) / of_piece, 1);
-}
-
-struct PieceBegin {
-  uint32_t run, block;
-};
-
-PieceBegin piece_begin(uint32_t runs, uint32_t blocks, uint64_t place, uint64_t pieces) {
-  const uint64_t of_runs = static_cast<uint64_t>(runs) * kRunBlocks;
-  const uint64_t at = (of_runs + blocks) * place / pieces;
-  if (at < of_runs) return {static_cast<uint32_t>(at / kRunBlocks), 0};
-  return {runs, static_cast<uint32_t>(at - of_runs)};
+  if (work > kLongWork) return (work + kLongPieceWork / 2) / kLongPieceWork;
+  return std::max<uint64_t>(divide_up(work, kMostPieceWork), 1);
 }
 
 // What a step can hold at most: every sequence takes part, and each new block lies in some sequence's new tokens.
@@ -210,8 +197,8 @@ uint64_t most_step_blocks(const ph_kv_cache_config& config) {
   return config.step_tokens / kBlockTokens + std::min<uint64_t>(config.sequences, config.step_tokens);
 }
 uint64_t most_step_pieces(const ph_kv_cache_config& config, const CacheView& view) {
-  const uint64_t runs = divide_up(static_cast<uint64_t>(view.sinks) + view.ring, kBlockTokens);
-  return config.sequences * piece_count(runs * kRunBlocks + view.most_blocks);
+  const uint64_t runs = divide_up(static_cast<uint64_t>(view.sinks) + view.ring, kRunTokens);
+  return config.sequences * piece_count(runs + view.most_blocks);
 }
 
 struct PlanLayout {
@@ -665,21 +652,30 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
 
   std::vector<StepPiece> pieces;
   uint32_t most_pieces = 0;
-  // The longest first, so that short ones fill the gaps at the end.
+  const auto runs_of = [&](const StepSequence& entry) {
+    const uint64_t packed_tokens = static_cast<uint64_t>(entry.packed) * kBlockTokens;
+    return divide_up(entry.before + entry.tokens - packed_tokens, kRunTokens);
+  };
+  const auto piece_work = [&](uint32_t i) {
+    const uint64_t work = runs_of(entries[i]) + entries[i].packed;
+    return work / piece_count(work);
+  };
+  // The largest first, so that small ones fill the gaps at the end.
   std::vector<uint32_t> order(count);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
-                   [&](uint32_t a, uint32_t b) { return entries[a].packed > entries[b].packed; });
+                   [&](uint32_t a, uint32_t b) { return piece_work(a) > piece_work(b); });
   for (const uint32_t i : order) {
-    const uint64_t tokens_now = entries[i].before + entries[i].tokens;
-    const uint64_t packed_tokens = static_cast<uint64_t>(entries[i].packed) * kBlockTokens;
-    const uint32_t runs = static_cast<uint32_t>(divide_up(tokens_now - packed_tokens, kBlockTokens));
-    const uint64_t cuts = piece_count(static_cast<uint64_t>(runs) * kRunBlocks + entries[i].packed);
+    const uint64_t runs = runs_of(entries[i]), blocks = entries[i].packed;
+    const uint64_t cuts = piece_count(runs + blocks);
     for (uint64_t place = 0; place < cuts; ++place) {
-      const PieceBegin begin = piece_begin(runs, entries[i].packed, place, cuts);
-      const PieceBegin end = piece_begin(runs, entries[i].packed, place + 1, cuts);
-      pieces.push_back({i, begin.run, end.run - begin.run, begin.block, end.block - begin.block,
-                        static_cast<uint32_t>(place), static_cast<uint32_t>(cuts)});
+      const auto begin = [&](uint64_t units, uint64_t of) {
+        return static_cast<uint32_t>(units * of / cuts);
+      };
+      const uint32_t run = begin(runs, place), block = begin(blocks, place);
+      pieces.push_back({entries[i], i, run, begin(runs, place + 1) - run, block,
+                        begin(blocks, place + 1) - block, static_cast<uint32_t>(place),
+                        static_cast<uint32_t>(cuts)});
     }
     most_pieces = std::max(most_pieces, static_cast<uint32_t>(cuts));
   }

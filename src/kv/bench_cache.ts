@@ -1,21 +1,15 @@
-import { planCache } from "../../ffi/kv_cache.ts";
-import { type Device, nativeOf } from "../device/device.ts";
+import type { Device } from "../device/device.ts";
 import type { DeviceBuffer } from "../device/device_buffer.ts";
 import { PackhorseError } from "../error.ts";
 import { KvCache, type KvSequence } from "./cache.ts";
-import {
-  type KvCacheCodec,
-  type KvCacheDType,
-  type KvCacheOptions,
-  nativeCacheConfig,
-  resolveCacheOptions,
-} from "./cache_options.ts";
+import type { KvCacheCodec, KvCacheDType } from "./cache_options.ts";
 import type { KvCacheStep } from "./cache_step.ts";
 import { BLOCK_TOKENS } from "./codec.ts";
 import type { KvCacheFileOptions } from "./file_options.ts";
 import { ProgressCount } from "./progress.ts";
 import { KvSampler } from "./sample.ts";
 import type { KvPair } from "./tensor.ts";
+import { withWholePool } from "./whole_pool.ts";
 
 /** Options of {@linkcode benchKvCache}. */
 export interface BenchKvCacheOptions extends Omit<KvCacheFileOptions, "chunkBytes"> {
@@ -97,12 +91,11 @@ export async function benchKvCache(
   }
   const { layers = defaultLayers(device, 2 * batch * tokens * kvHeads * headDim) } = options;
   const shape = { layers, queryHeads: group * kvHeads, kvHeads, headDim, dtype };
-  const config = withPool(device, {
+  const config = withWholePool(device, {
     ...shape,
     sequences: batch,
     tokens: tokens + SINGLE_STEPS,
     stepTokens: Math.max(STEP_TOKENS, batch),
-    poolBytes: 2 ** 16,
     residual: RESIDUAL,
     sinks: SINKS,
     codec,
@@ -228,20 +221,4 @@ async function advance({ cache: { device }, progress }: Run): Promise<void> {
 function defaultLayers({ backend }: Device, layerValues: number): number {
   const bytes = backend === "cpu" ? 64e6 : 512e6;
   return Math.min(64, Math.max(1, Math.ceil(bytes / (layerValues * 3 / 8))));
-}
-
-/** The options with a pool that holds all their tokens. */
-function withPool(device: Device, options: KvCacheOptions): KvCacheOptions {
-  const config = resolveCacheOptions(options);
-  const { library } = nativeOf(device);
-  const { blockBytes } = planCache(library, {
-    ...nativeCacheConfig(config),
-    layers: config.layers,
-  });
-  const blocks = Math.ceil(config.tokens / BLOCK_TOKENS);
-  const poolBytes = blockBytes.reduce(
-    (sum, { most }) => sum + config.sequences * (blocks * most + 2 ** 17),
-    0,
-  );
-  return { ...options, poolBytes };
 }

@@ -22,8 +22,9 @@ const MOST_TOKENS = 4096;
 const MOST_LAYERS = 8;
 
 /**
- * Makes caches of any size that look like a real one: every head takes runs of 64 tokens from a head of the file,
- * each from somewhere else, so that what happens within a block, a token and a channel is real.
+ * Makes caches of any size that look like a real one: every head, and every part of it as wide as the file's heads, goes
+ * through the tokens of a head of the file from a place of its own, and from the last on to the first. So what happens
+ * within a block, a token and a channel is real, wherever blocks begin.
  */
 export class KvSampler {
   readonly #layers: readonly SourceLayer[];
@@ -50,7 +51,7 @@ export class KvSampler {
       if (all < BLOCK_TOKENS) {
         const message =
           `Cannot sample ${layer.names.keys} of ${file.path}: it has ${all} tokens, ` +
-          `and a sample takes runs of ${BLOCK_TOKENS}`;
+          `and a sample takes ${BLOCK_TOKENS} or more`;
         throw new PackhorseError("unsupported", message);
       }
       const tokens = Math.min(all, MOST_TOKENS);
@@ -79,20 +80,16 @@ export class KvSampler {
     const length = tokens * heads * headDim;
     const sample = { keys: new Uint16Array(length), values: new Uint16Array(length) };
     const width = Math.min(headDim, source.headDim);
-    for (let first = 0; first < tokens; first += BLOCK_TOKENS) {
-      const count = Math.min(BLOCK_TOKENS, tokens - first);
-      for (let head = 0, turn = 0; head < heads; head++) {
-        for (let channel = 0; channel < headDim; channel += width, turn++) {
-          const start = this.#below(source.tokens - count + 1);
-          const from = ((turn % source.heads) * source.tokens + start) * source.headDim;
-          const to = (first * heads + head) * headDim + channel;
-          const channels = Math.min(width, headDim - channel);
-          for (const part of PARTS) {
-            for (let token = 0; token < count; token++) {
-              const at = from + token * source.headDim;
-              const values = source.bits[part].subarray(at, at + channels);
-              sample[part].set(values, to + token * heads * headDim);
-            }
+    for (let head = 0, turn = 0; head < heads; head++) {
+      for (let channel = 0; channel < headDim; channel += width, turn++) {
+        const start = this.#below(source.tokens);
+        const from = turn % source.heads * source.tokens;
+        const channels = Math.min(width, headDim - channel);
+        for (const part of PARTS) {
+          for (let token = 0; token < tokens; token++) {
+            const at = (from + (start + token) % source.tokens) * source.headDim;
+            const values = source.bits[part].subarray(at, at + channels);
+            sample[part].set(values, (token * heads + head) * headDim + channel);
           }
         }
       }

@@ -1,0 +1,156 @@
+/**
+ * What appending to packed caches of 32 layers costs on a GPU, by the GPU's own clock: `deno run -A bench/gpu/append.ts`.
+ * Prints two Markdown tables. The first is of decode steps: beginning a step, appending a token of every sequence to
+ * every layer and packing the blocks that are due, over 64 steps, in which every sequence packs one block in each layer;
+ * beside it the attention of the same steps, which is less than what the whole of a decode step takes. The second is of
+ * filling one sequence in chunks. Before each time is taken the GPU is given work to do, so that it does not wait for
+ * the calls that enqueue, and finds nothing in its L2 cache. Needs 14 GB of GPU memory.
+ *
+ * @module
+ */
+import { Device } from "../../src/device/mod.ts";
+import type { KvCacheCodec } from "../../src/kv/mod.ts";
+import { type CacheCase, CacheWorkload, createTokens } from "../cache_workload.ts";
+import { median } from "../kv_workload.ts";
+import { announce, describe, printHeadings, printRow } from "./measure.ts";
+
+const LAYERS = 32;
+const KV_HEADS = 8;
+const GROUP = 4;
+const HEAD_DIM = 128;
+const CONTEXT = 32_768;
+const RESIDUAL = 64;
+/** Of a block, and so the steps after which every sequence has packed one. */
+const BLOCK_TOKENS = 64;
+/** How often the second table fills a sequence, after once to warm up. */
+const PREFILL_RUNS = 5;
+/** Far more than what the steps of a fill take at once, so that each layer's input is cold. */
+const TOKENS = 65_536;
+/** Work of a millisecond or so, which is longer than it takes to enqueue what is measured. */
+const LEAD_BYTES = 2 ** 32;
+
+const PACKKV: KvCacheCodec = {
+  keys: { quantizer: "packkv", rel: 0.1 },
+  values: { quantizer: "packkv", rel: 0.2 },
+};
+const CODECS: Readonly<Record<string, KvCacheCodec>> = {
+  "packkv 0.1/0.2": PACKKV,
+  "fixed 3": { keys: { quantizer: "fixed", bits: 3 }, values: { quantizer: "fixed", bits: 3 } },
+  raw16: { keys: { quantizer: "raw16" }, values: { quantizer: "raw16" } },
+};
+
+const shapeOf = (lengths: readonly number[]): CacheCase => ({
+  batch: lengths.length,
+  kvHeads: KV_HEADS,
+  group: GROUP,
+  headDim: HEAD_DIM,
+  lengths,
+});
+
+using device = Device.open({ backend: "cuda" });
+using lead = device.createBuffer("u8", LEAD_BYTES);
+lead.fill(1);
+using tokens = await createTokens(device, { kvHeads: KV_HEADS, headDim: HEAD_DIM, count: TOKENS });
+console.log(
+  `${
+    describe(device)
+  }; decode: medians and means of ${BLOCK_TOKENS} steps, prefill: medians of ${PREFILL_RUNS} runs.\n`,
+);
+
+printHeadings(
+  "sequences",
+  ">append, nothing to pack, µs",
+  ">append, blocks to pack, µs",
+  ">steps that pack",
+  ">append, mean of 64, µs",
+  ">attention, mean of 64, µs",
+  ">append / attention",
+  ">wanted, of a whole step",
+);
+measureDecode("1 × 32,768", [CONTEXT]);
+measureDecode("8 × 32,768, all pack in one step", Array(8).fill(CONTEXT));
+measureDecode(
+  "8 × 32,768, 8 tokens apart",
+  Array.from({ length: 8 }, (_, i) => CONTEXT - BLOCK_TOKENS / 8 * i),
+);
+
+console.log();
+printHeadings("codec", ">tokens of a chunk", ">ms", ">TB/s of 16-bit input", ">wanted");
+for (const [codec, parts] of Object.entries(CODECS)) measurePrefill(codec, parts);
+
+/** 64 steps after 64 to warm up. */
+function measureDecode(title: string, lengths: readonly number[]): void {
+  announce(title);
+  using workload = new CacheWorkload(device, shapeOf(lengths), {
+    tokens,
+    codec: PACKKV,
+    layers: LAYERS,
+    residual: RESIDUAL,
+    room: 2 * BLOCK_TOKENS,
+  });
+  const times = Array.from({ length: 2 * BLOCK_TOKENS }, () => ({
+    append: busyTime(() => workload.append(workload.begin())),
+    attention: busyTime(() => workload.attend()),
+    packs: packs(workload),
+  }));
+  const measured = times.slice(BLOCK_TOKENS);
+  const packing = measured.filter(({ packs }) => packs);
+  const mean = (each: readonly number[]) => each.reduce((sum, time) => sum + time, 0) / each.length;
+  const append = mean(measured.map(({ append }) => append));
+  const attention = mean(measured.map(({ attention }) => attention));
+  const micro = (milliseconds: number) => (milliseconds * 1e3).toFixed(1);
+  printRow(
+    title,
+    micro(median(measured.filter(({ packs }) => !packs).map(({ append }) => append))),
+    micro(median(packing.map(({ append }) => append))),
+    String(packing.length),
+    micro(append),
+    micro(attention),
+    `${(100 * append / attention).toFixed(1)} %`,
+    "5 %",
+  );
+}
+
+/** Whether a sequence has packed a block in the step that has just begun, of one token each. */
+function packs({ cache, sequences }: CacheWorkload): boolean {
+  const { sinks, residual } = cache.config;
+  return sequences.some((sequence) =>
+    (cache.length(sequence) - sinks - residual) % BLOCK_TOKENS === 0
+  );
+}
+
+function measurePrefill(codec: string, parts: KvCacheCodec): void {
+  using workload = new CacheWorkload(device, shapeOf([1]), {
+    tokens,
+    codec: parts,
+    layers: LAYERS,
+    residual: RESIDUAL,
+    stepTokens: CONTEXT,
+    room: CONTEXT,
+  });
+  for (const chunk of [2_048, 8_192, 32_768]) {
+    announce(`${codec}, chunks of ${chunk}`);
+    const times = Array.from({ length: 1 + PREFILL_RUNS }, () => {
+      workload.cache.truncate(workload.sequences[0]!, 1);
+      let milliseconds = 0;
+      for (let first = 0; first < CONTEXT; first += chunk) {
+        milliseconds += busyTime(() => workload.append(workload.begin(chunk)));
+      }
+      return milliseconds;
+    });
+    const milliseconds = median(times.slice(1));
+    printRow(
+      codec,
+      chunk.toLocaleString("en"),
+      milliseconds.toFixed(2),
+      (CONTEXT * LAYERS * workload.tokenBytes / milliseconds / 1e9).toFixed(2),
+      chunk === 8_192 && parts === PACKKV ? "1" : "",
+    );
+  }
+}
+
+/** Milliseconds of the GPU's own time that what `work` enqueues takes, with the GPU at work when it comes. */
+function busyTime(work: () => void): number {
+  lead.read();
+  return device.time(work);
+}

@@ -1,0 +1,798 @@
+// Decode attention over a growing cache on the GPU: one launch for a layer and step.
+//
+// A thread block takes a piece of a sequence (packed blocks, and runs of tokens in 16 bits), a kv head, and up to
+// 4 * kTiles columns: query tokens times heads of the group, which share one unpacking; then the next one, as there are
+// no more thread blocks than fit the GPU. Each of its warps works alone on its share of a piece: first its runs
+// (recent.cuh), then its packed blocks (tile.cuh), whose records come into shared memory by bulk copies, kStages blocks
+// ahead, those of the next piece while the last ones are worked on. The warps' results are merged in order. With more
+// than one piece, partial results go through the workspace and the last thread block of a sequence and head merges them,
+// in the order of the pieces: deterministic, and independent of the rest of the batch, as pieces depend on the sequence's
+// own length alone.
+//
+// Layers whose parts are both packkv or fixed, the common case, have kernels of their own, and so have those that are
+// raw16 throughout: their warps take values from device memory into registers as tile_raw16.cuh says. A last flavour
+// serves every other mixture.
+//
+// Reads every record once (its params once per kv head, from the cache), writes 4 * head_dim + 8 bytes per piece and
+// column. Records and params are 16-byte aligned, and may straddle two pages of the pool.
+#pragma once
+
+#include <algorithm>
+
+#include "attention/decode.h"
+#include "attention/queries.cuh"
+#include "attention/recent.cuh"
+#include "attention/ring.cuh"
+#include "attention/tile.cuh"
+#include "attention/tile_kivi.cuh"
+#include "attention/tile_raw16.cuh"
+#include "device/device_cuda.h"
+
+namespace ph::attention {
+
+using kv::CacheView;
+using kv::kBlockTokens;
+using kv::kMostQueries;
+using kv::kParamsBytes;
+using kv::kUnitBytes;
+using kv::StepPiece;
+using kv::StepSequence;
+using kv::StepView;
+
+// Warps of a thread block. Two thread blocks share a multiprocessor, and three warps a quarter of it, with 168 registers a
+// thread, or two with 255.
+template <int kDim, int kTiles>
+constexpr int kWarps = kDim* kTiles <= 192 ? 6 : 4;
+template <int kDim, int kTiles>
+constexpr int kThreads = kWarps<kDim, kTiles>* kWarpThreads;
+template <int kDim, int kTiles>  // packed blocks of a warp, at most
+constexpr uint32_t kWarpBlocks = kv::kMostPieceWork / kWarps<kDim, kTiles> + 2;
+constexpr float kLog2E = 1.4426950408889634f;
+
+// What kernels are for: layers of packkv and fixed, with residuals of 2, 3 or 4 bits throughout, of up to 4 bits, or of
+// more; of raw16; of any mixture.
+enum class Flavour { kFixed2, kFixed3, kFixed4, kNarrow, kWide, kRaw16, kMixed };
+
+// The width of every group, or 0.
+__host__ __device__ constexpr int width_of(Flavour flavour) {
+  return flavour < Flavour::kNarrow ? static_cast<int>(flavour) - static_cast<int>(Flavour::kFixed2) + 2 : 0;
+}
+
+// Where the packed blocks of the warps are.
+template <Flavour kFlavour, int kWarps, uint32_t kBlocks>
+struct Places {
+  TileSpans spans[kFlavour == Flavour::kRaw16 ? 1 : kWarps][kFlavour == Flavour::kRaw16 ? 1 : kBlocks];
+  RawValues raw[kFlavour < Flavour::kRaw16 ? 1 : kWarps][kFlavour < Flavour::kRaw16 ? 1 : kBlocks];
+};
+
+// ---- columns ----
+
+// Four values over `sum`, as 16-bit floats.
+template <bool kBfloat>
+__device__ __forceinline__ void store_quotients(uint8_t* out, uint64_t position, const float4& values,
+                                                float sum) {
+  *reinterpret_cast<uint2*>(out + 2 * position) = {to_halves<kBfloat>(values.x / sum, values.y / sum),
+                                                   to_halves<kBfloat>(values.z / sum, values.w / sum)};
+}
+
+__device__ __forceinline__ void add_weighted(float4& sum, float weight, const float4& x) {
+  sum.x = __fmaf_rn(weight, x.x, sum.x);
+  sum.y = __fmaf_rn(weight, x.y, sum.y);
+  sum.z = __fmaf_rn(weight, x.z, sum.z);
+  sum.w = __fmaf_rn(weight, x.w, sum.w);
+}
+
+// A kernel may begin while the one before it in the stream ends (programmatic dependent launch): here it waits for that,
+// and lets the next one begin likewise.
+__device__ __forceinline__ void await_preceding() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// All threads put queries into shared memory as they are; columns past the last are 0.
+template <int kDim, int kTiles>
+__device__ __forceinline__ void share_queries(const Columns& columns, SharedQueries<kDim, kTiles>& queries) {
+  constexpr uint32_t kPairs = kDim / 2;
+  for (uint32_t at = threadIdx.x; at < SharedQueries<kDim, kTiles>::kColumns * kPairs; at += blockDim.x) {
+    const uint32_t column = at / kPairs, channel = 2 * (at % kPairs);
+    const bool present = column < columns.count;
+    const uint8_t* source = columns.queries + 2 * (columns.position(present ? column : 0, kDim) + channel);
+    *reinterpret_cast<uint32_t*>(&queries.values[column][channel]) =
+        present ? *reinterpret_cast<const uint32_t*>(source) : 0;
+  }
+}
+
+template <int kDim, int kTiles>
+__device__ __forceinline__ void begin_state(const Queries<kDim, kTiles>& queries,
+                                            WarpState<kDim, kTiles>& state) {
+  const uint32_t i = threadIdx.x % 4;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    state.query_sum[n] = queries.sum[4 * n + i];
+    state.query_scale[n] = queries.scale[4 * n + i];
+  }
+}
+
+template <int kDim, int kTiles>
+__device__ __forceinline__ void clear_state(WarpState<kDim, kTiles>& state) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    state.reference[n] = -1e30f;
+    state.sum[n] = state.zeros[n] = state.weights[n] = 0.0f;
+#pragma unroll
+    for (int o = 0; o < kDim / 8; ++o) state.out[n][o] = 0.0f;
+  }
+}
+
+// ---- pieces ----
+
+// What one piece says of one column: exponents are base 2 and relative to `reference`.
+struct PartSum {
+  float reference, sum;
+};
+
+// The sum of parts with their weights, for merging.
+__device__ __forceinline__ float part_weight(float reference, float most) {
+  return exponential(reference - most);
+}
+
+// What a warp says of a piece, where its ring was.
+template <int kDim, int kTiles>
+struct WarpResult {
+  static constexpr int kColumns = 4 * kTiles;
+  static constexpr int kStride =
+      kDim + 8;  // floats of a column; free of bank conflicts for the fragments' layout
+  float out[kColumns][kStride];
+  PartSum sums[kColumns];
+};
+
+// The window of a layer, for the columns of a thread block.
+struct Window {
+  uint32_t tokens, before;  // its length, or 0 for none; tokens of the sequence before the step
+
+  // The first token, sinks aside, that query token `token` of the step sees.
+  __device__ __forceinline__ uint32_t begin(uint32_t token) const {
+    return kv::window_begin(tokens, before + token);
+  }
+  // The first packed block that query token 0 sees.
+  __device__ __forceinline__ uint32_t first_block(uint32_t sinks) const {
+    return begin(0) > sinks ? (begin(0) - sinks) / kBlockTokens : 0;
+  }
+};
+
+// Hides the tokens of a tile, the first of them at `start`, that columns do not see.
+template <int kTiles>
+__device__ __forceinline__ void hide_tokens(const Window& window, const Columns& columns, uint32_t start,
+                                            float (&scores)[kTiles][8]) {
+  const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const uint32_t begin = window.begin((columns.first + 4 * n + i) / columns.group);
+#pragma unroll
+    for (int t = 0; t < 8; ++t) {
+      if (start + 8 * g + t < begin) scores[n][t] = -INFINITY;
+    }
+  }
+}
+
+// Partial results in the workspace: of piece p, kv head h and column c, at ((p * heads) + h) * columns + c.
+struct Partials {
+  uint32_t* finished;  // [entries][heads][column groups], 0 before and after
+  PartSum* sums;
+  float* out;  // [..][kDim]
+  uint32_t columns;
+};
+
+struct DecodeParameters {
+  CacheView cache;
+  kv::TileShape shape;
+  StepView step;
+  TileLayout layout;
+  Partials partials;
+  const uint8_t* queries;
+  uint8_t* out;
+  uint32_t layer, slot_bytes, stages, window;
+  uint32_t record_units;  // of a head record where all have the same width
+  float scale;
+};
+
+// A warp's share of a piece.
+struct Share {
+  uint32_t first_run, runs, first_block, blocks;
+};
+
+// Runs go to the warps evenly; then every warp gets as many packed blocks as make its share as long as the others'.
+template <int kWarps>
+__device__ __forceinline__ Share warp_share(const StepPiece& piece, uint32_t warp) {
+  const auto runs_before = [&](uint32_t w) { return (piece.runs * w + kWarps - 1) / kWarps; };
+  const uint32_t work = piece.blocks + piece.runs;
+  uint32_t begin = 0, end = 0;  // blocks before the warp, and with it
+#pragma unroll
+  for (uint32_t w = 1; w <= kWarps; ++w) {
+    if (w > warp + 1) break;
+    begin = end;
+    const uint32_t before = work * w / kWarps, of_runs = runs_before(w);
+    end = max(end, before > of_runs ? before - of_runs : 0);
+  }
+  return {piece.first_run + runs_before(warp), runs_before(warp + 1) - runs_before(warp),
+          piece.first_block + begin, end - begin};
+}
+
+// What a thread block works on: a piece of a sequence, and a kv head; the heads of a piece, which share its params, follow
+// each other.
+struct Work {
+  StepPiece piece;  // without what no query token of the sequence sees
+  uint32_t index, head;
+  Columns columns;
+  uint64_t row;  // of the first column in queries and out, in values
+  Window window;
+
+  __device__ __forceinline__ Work(const DecodeParameters& parameters, uint32_t columns_at_once)
+      : piece(parameters.step.pieces[blockIdx.x / parameters.cache.heads]),
+        index(blockIdx.x / parameters.cache.heads),
+        head(blockIdx.x % parameters.cache.heads) {
+    const CacheView& cache = parameters.cache;
+    const uint32_t group = cache.query_heads / cache.heads, first = blockIdx.y * columns_at_once,
+                   count = piece.sequence.tokens * group;
+    row = (static_cast<uint64_t>(piece.sequence.input) * cache.query_heads + head * group) * cache.head_dim;
+    columns = {parameters.queries + 2 * row, first, first < count ? min(columns_at_once, count - first) : 0,
+               group, static_cast<uint64_t>(cache.query_heads) * cache.head_dim};
+    window = {parameters.window, static_cast<uint32_t>(piece.sequence.before)};
+    const uint32_t skipped = max(piece.first_block, window.first_block(cache.sinks)) - piece.first_block;
+    piece.first_block += skipped;
+    piece.blocks -= min(piece.blocks, skipped);
+  }
+};
+
+// The queries of a thread block in shared memory, in all forms that a flavour needs.
+template <int kDim, int kTiles>
+struct BothQueries : Queries<kDim, kTiles> {
+  SharedQueries<kDim, kTiles> plain;
+};
+template <int kDim, int kTiles, Flavour kFlavour>
+using QueriesOf =
+    std::conditional_t<(kFlavour < Flavour::kRaw16), Queries<kDim, kTiles>, BothQueries<kDim, kTiles>>;
+template <int kDim, int kTiles, Flavour kFlavour>
+using PlacesOf = Places<kFlavour, kWarps<kDim, kTiles>, kWarpBlocks<kDim, kTiles>>;
+
+// A warp's packed blocks where both parts are raw16. Fragments of the next block are under way before one is done; more
+// of them where there are fewer warps. Calls hide(block, scores).
+template <int kDim, int kTiles, bool kBfloat, typename Hide>
+__device__ __forceinline__ void attend_raw(const uint8_t* pool, const RawValues* blocks, uint32_t count,
+                                           const SharedQueries<kDim, kTiles>& queries,
+                                           WarpState<kDim, kTiles>& state, Hide hide) {
+  constexpr int kAhead = kWarps < kDim, kTiles >> 4 ? 8 : 16;
+  if (count == 0) return;
+  uint4 held[kAhead];
+  RawValues raw = blocks[0];
+#pragma unroll
+  for (int f = 0; f < kAhead; ++f) held[f] = raw.load(pool, f);
+#pragma unroll 1
+  for (uint32_t at = 0; at < count; ++at) {
+    float scores[kTiles][8], factors[kTiles];
+    uint32_t weights[kTiles][8];
+    // The fragments of the values follow those of the keys.
+    raw_scores<kDim, kTiles, kBfloat>(held, queries, scores, [&](int f) { return raw.load(pool, f); });
+    hide(at, scores);
+    softmax_step(state, scores, factors, [](int, float) {});
+    raw_weights<kTiles, kBfloat>(scores, weights);
+    const bool is_last = at + 1 == count;
+    const RawValues next = blocks[is_last ? at : at + 1];
+    raw_values<kDim, kTiles, kBfloat>(held, state, weights, factors, [&](int f) {
+      if (f < kPartFragments<kDim>) return raw.load(pool, kPartFragments<kDim> + f);
+      return is_last ? make_uint4(0, 0, 0, 0) : next.load(pool, f - kPartFragments<kDim>);
+    });
+    raw = next;
+  }
+}
+
+// A packed block of any mixture. `raw` says where the part in 16 bits is, if there is one; all else is in the tile. `zeros`
+// are of kivi's value groups. Calls hide(scores).
+template <int kDim, int kTiles, bool kBfloat, typename Hide>
+__device__ __forceinline__ void attend_mixed(const Tile& tile, const kv::TileShape& shape,
+                                             const TileLayout& layout, uint2 widths,
+                                             const BothQueries<kDim, kTiles>& queries, const uint8_t* pool,
+                                             const RawValues& raw, WarpState<kDim, kTiles>& state,
+                                             float (&zeros)[kTiles][kValueGroups<kDim>], Hide hide) {
+  const kv::TilePart &keys = shape.parts[PH_KV_KEYS], &values = shape.parts[PH_KV_VALUES];
+  const uint32_t value_groups = layout.groups + kv::kGroupBytes * kv::width_sum(widths.x);
+  const auto load = [&](int f) {
+    return f < kPartFragments<kDim> ? raw.load(pool, f) : make_uint4(0, 0, 0, 0);
+  };
+  uint4 held[8];
+  const auto begin_raw = [&] {
+#pragma unroll
+    for (int f = 0; f < 8; ++f) held[f] = raw.load(pool, f);
+  };
+  float scores[kTiles][8], factors[kTiles];
+  if (kv::is_raw16(keys)) {
+    begin_raw();
+    raw_scores<kDim, kTiles, kBfloat>(held, queries.plain, scores, load);
+  } else if (kv::is_kivi(keys)) {
+    kivi_scores<kDim, kTiles, kBfloat>(tile.lane, tile.record + kv::kTileHeaderBytes,
+                                       tile.record + layout.groups, keys.width, queries.plain, scores);
+  } else {
+    tile_scores<kDim, kTiles, kBfloat, true, 0>(tile, layout, widths.x, queries, state, scores);
+  }
+  hide(scores);
+  if (kv::is_per_token(values)) {
+    uint32_t weights[kTiles][4];
+    tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, weights, factors);
+    tile_values<kDim, kTiles, true, 0>(tile, layout, value_groups, widths.y, state, weights, factors);
+    return;
+  }
+  if (kv::is_raw16(values)) begin_raw();
+  softmax_step(state, scores, factors, [&](int n, float factor) {
+#pragma unroll
+    for (int group = 0; group < kValueGroups<kDim>; ++group) zeros[n][group] *= factor;
+  });
+  if (kv::is_raw16(values)) {
+    uint32_t weights[kTiles][8];
+    raw_weights<kTiles, kBfloat>(scores, weights);
+    raw_values<kDim, kTiles, kBfloat>(held, state, weights, factors, load);
+  } else {
+    kivi_values<kDim, kTiles, kBfloat>(tile.lane, tile.record + layout.value_bases,
+                                       tile.record + value_groups, values.width, scores, factors, state,
+                                       zeros);
+  }
+}
+
+// Adds the zero points' share to the outputs.
+template <int kDim, int kTiles>
+__device__ __forceinline__ void add_group_zeros(float (&zeros)[kTiles][kValueGroups<kDim>],
+                                                WarpState<kDim, kTiles>& state) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int group = 0; group < kValueGroups<kDim>; ++group) {
+      for (int distance = 4; distance < kWarpThreads; distance *= 2)
+        zeros[n][group] += __shfl_xor_sync(kEveryLane, zeros[n][group], distance);
+    }
+#pragma unroll
+    for (int o = 0; o < kDim / 8; ++o)
+      state.out[n][o] += zeros[n][o / static_cast<int>(kv::kGroupChannels / 8)];
+  }
+}
+
+// What the last thread block needs to merge the pieces of a sequence and head.
+template <int kTiles>
+struct MergeShared {
+  static constexpr uint32_t kParts = 64;  // pieces at a time
+  float sum[4 * kTiles];
+  float weights[4 * kTiles][kParts];
+};
+
+// Adds up the partial results of all pieces, in their order; those of column c and piece p are at start + c + p * stride.
+template <int kDim, int kTiles, bool kBfloat>
+__device__ __forceinline__ void merge_pieces(const Partials& partials, uint64_t start, uint64_t stride,
+                                             uint32_t pieces, const Columns& columns, uint8_t* out,
+                                             MergeShared<kTiles>& shared) {
+  constexpr uint32_t kItems = 4 * kTiles * kDim / 4 / kThreads<kDim, kTiles> + 1;  // four channels each
+  constexpr uint32_t kParts = MergeShared<kTiles>::kParts, kHeld = kParts / kWarpThreads;
+  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  float4 values[kItems] = {};
+  for (uint32_t begin = 0; begin < pieces; begin += kParts) {
+    const uint32_t count = min(kParts, pieces - begin);
+    // A warp finds the weights of a column. What is relative to the highest reference needs a look at all of them; mostly
+    // they are the ones at hand.
+    for (uint32_t column = warp; column < columns.count; column += kWarps<kDim, kTiles>) {
+      const auto part_sum = [&](uint32_t piece) {
+        return piece < pieces
+                   ? __ldcg(reinterpret_cast<const float2*>(&partials.sums[start + column + piece * stride]))
+                   : make_float2(-1e30f, 0.0f);
+      };
+      float2 held[kHeld];
+      float most = -1e30f, sum = 0.0f;
+#pragma unroll
+      for (uint32_t k = 0; k < kHeld; ++k) held[k] = part_sum(begin + lane + k * kWarpThreads);
+#pragma unroll
+      for (uint32_t k = 0; k < kHeld; ++k) most = fmaxf(most, held[k].x);
+      if (pieces > kParts) {
+        for (uint32_t piece = lane; piece < pieces; piece += kWarpThreads)
+          most = fmaxf(most, part_sum(piece).x);
+      }
+      for (int distance = 1; distance < kWarpThreads; distance *= 2)
+        most = fmaxf(most, __shfl_xor_sync(kEveryLane, most, distance));
+#pragma unroll
+      for (uint32_t k = 0; k < kHeld; ++k) {
+        const float weight = part_weight(held[k].x, most);
+        shared.weights[column][lane + k * kWarpThreads] = weight;
+        sum = __fmaf_rn(weight, held[k].y, sum);
+      }
+      for (int distance = 1; distance < kWarpThreads; distance *= 2)
+        sum += __shfl_xor_sync(kEveryLane, sum, distance);
+      if (lane == 0) shared.sum[column] = begin == 0 ? sum : shared.sum[column] + sum;
+    }
+    __syncthreads();
+#pragma unroll
+    for (uint32_t item = 0; item < kItems; ++item) {
+      const uint32_t at = threadIdx.x + item * kThreads<kDim, kTiles>;
+      if (at >= columns.count * kDim / 4) break;
+      const uint32_t column = 4 * at / kDim, channel = 4 * at % kDim;
+      const float* source = partials.out + (start + column + begin * stride) * kDim + channel;
+#pragma unroll 8
+      for (uint32_t piece = 0; piece < count; ++piece) {
+        add_weighted(values[item], shared.weights[column][piece],
+                     __ldcg(reinterpret_cast<const float4*>(source + piece * stride * kDim)));
+      }
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (uint32_t item = 0; item < kItems; ++item) {
+    const uint32_t at = threadIdx.x + item * kThreads<kDim, kTiles>;
+    if (at >= columns.count * kDim / 4) break;
+    const uint32_t column = 4 * at / kDim, channel = 4 * at % kDim;
+    store_quotients<kBfloat>(out, columns.position(column, kDim) + channel, values[item], shared.sum[column]);
+  }
+}
+
+// The shared memory of a thread block beside its rings.
+template <int kDim, int kTiles, Flavour kFlavour>
+struct DecodeShared {
+  QueriesOf<kDim, kTiles, kFlavour> queries;
+  PlacesOf<kDim, kTiles, kFlavour> places;
+  MergeShared<kTiles> merge;
+  uint64_t barriers[kWarps<kDim, kTiles>][kStages];
+  uint64_t queries_ready;
+  uint32_t is_last;
+};
+
+// A warp of a thread block.
+template <int kDim, int kTiles, bool kBfloat, Flavour kFlavour>
+struct DecodeWarp {
+  static constexpr int kGroups = kDim / 32, kWidth = width_of(kFlavour);
+  static constexpr bool kWide = kFlavour == Flavour::kWide, kRaw = kFlavour == Flavour::kRaw16,
+                        kMixed = kFlavour == Flavour::kMixed;
+
+  const DecodeParameters& parameters;
+  const Work& work;
+  DecodeShared<kDim, kTiles, kFlavour>& shared;
+  uint32_t warp, lane;
+  Share share;
+  Ring ring;
+
+  __device__ __forceinline__ DecodeWarp(const DecodeParameters& parameters_, const Work& work_,
+                                        DecodeShared<kDim, kTiles, kFlavour>& shared_, uint8_t* dynamic)
+      : parameters(parameters_),
+        work(work_),
+        shared(shared_),
+        warp(threadIdx.x / kWarpThreads),
+        lane(threadIdx.x % kWarpThreads),
+        share(warp_share<kWarps<kDim, kTiles>>(work.piece, warp)),
+        ring{dynamic + warp * parameters.stages * parameters.slot_bytes, parameters.slot_bytes,
+             parameters.stages, shared.barriers[warp]} {}
+
+  // Looks up where the warp's packed blocks are.
+  __device__ __forceinline__ void find_blocks() const {
+    const CacheView& cache = parameters.cache;
+    const uint32_t* index = kv::index_of(cache, parameters.layer, work.piece.sequence.sequence);
+    const uint32_t* pages = kv::page_table_of(cache, parameters.layer, work.piece.sequence.sequence);
+    for (uint32_t at = lane; at < share.blocks; at += kWarpThreads) {
+      const uint32_t block = share.first_block + at;
+      if constexpr (!kRaw && !kMixed) {
+        kv::RecordSpan span;
+        if constexpr (kWidth > 0) {  // of one size all: no need to ask the index
+          span.params = kv::kStreamStart + block * (kv::kParamsUnits + cache.heads * parameters.record_units);
+          span.begin = span.params + kv::kParamsUnits + work.head * parameters.record_units;
+          span.end = span.begin + parameters.record_units;
+        } else {
+          span = kv::record_span(cache, index, block, work.head);
+        }
+        shared.places.spans[warp][at] = {make_span(pages, span.params, span.params + kv::kParamsUnits),
+                                         make_span(pages, span.begin, span.end)};
+      } else {
+        const uint32_t params_units = kv::params_bytes(parameters.shape) / kUnitBytes,
+                       raw_units = kv::raw_bytes(parameters.shape) / kUnitBytes;
+        const kv::RecordSpan span = kv::record_span(cache, index, block, work.head, params_units);
+        if (raw_units > 0) shared.places.raw[warp][at] = find_raw_values(pages, span.end, raw_units);
+        if constexpr (kMixed) {
+          shared.places.spans[warp][at] = {make_span(pages, span.params, span.params + params_units),
+                                           make_span(pages, span.begin, span.end - raw_units)};
+        }
+      }
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void fetch(uint32_t at, uint32_t stage) const {
+    if constexpr (!kRaw) {
+      ring.fetch(parameters.cache.pool, at < share.blocks ? &shared.places.spans[warp][at] : nullptr, stage);
+    }
+  }
+
+  // The last slot of the ring, where no copy is on its way yet, serves as scratch.
+  __device__ __forceinline__ void attend_runs(WarpState<kDim, kTiles>& state) const {
+    const CacheView& cache = parameters.cache;
+    const StepSequence& sequence = work.piece.sequence;
+    const Columns& columns = work.columns;
+    const uint64_t row_bytes = static_cast<uint64_t>(cache.heads) * kDim * 2;
+    const uint8_t* keys = cache.recent +
+                          kv::stream_of(cache, parameters.layer, sequence.sequence) * kv::kParts *
+                              kv::recent_part_bytes(cache) +
+                          work.head * (kDim * 2ull);
+    const uint32_t length = static_cast<uint32_t>(sequence.before) + sequence.tokens;
+    const uint32_t sinks = min(cache.sinks, length);
+    const uint32_t unpacked = cache.sinks + sequence.packed * kBlockTokens;
+    const RecentTokens tokens = {sinks + (unpacked < length ? length - unpacked : 0), sinks, unpacked,
+                                 cache.sinks, cache.ring};
+    const RunQueries<kDim, kTiles> queries([&](uint32_t column) {
+      return column < columns.count ? columns.queries + 2 * columns.position(column, kDim) : nullptr;
+    });
+#pragma unroll 1
+    for (uint32_t run = share.first_run; run < share.first_run + share.runs; ++run) {
+      attend_run<kDim, kTiles, kBfloat>(
+          tokens, run, keys, keys + kv::recent_part_bytes(cache), row_bytes, parameters.scale * kLog2E,
+          queries,
+          // A query token sees those before it, and itself, as far as the window reaches.
+          [&](uint32_t column, uint32_t token, bool is_sink) {
+            const uint32_t query = (columns.first + column) / columns.group;
+            return token <= work.window.before + query && (is_sink || token >= work.window.begin(query));
+          },
+          ring.slots + (ring.stages - 1) * ring.slot_bytes, state);
+    }
+    ring.reuse();
+  }
+
+  // Works on the warp's share and leaves its result where its ring was.
+  __device__ __forceinline__ void attend() const {
+    const CacheView& cache = parameters.cache;
+    const TileLayout& layout = parameters.layout;
+    QueriesOf<kDim, kTiles, kFlavour>& queries = shared.queries;
+    const uint32_t blocks = share.blocks, stages = ring.stages;
+    // On its way while places are looked up.
+    const LaneQuery<kDim> query(work.columns, warp < kTiles ? warp : 0);
+    find_blocks();
+    for (uint32_t stage = 0; stage + 1 < stages; ++stage) fetch(stage, stage);
+    if (warp < kTiles)
+      quantize_queries<kDim, kTiles, kBfloat>(query, warp, parameters.scale * kLog2E, queries);
+    if constexpr (kRaw || kMixed) share_queries(work.columns, queries.plain);
+    arrive(&shared.queries_ready);
+    WarpState<kDim, kTiles> state;
+    clear_state(state);
+    if (share.runs > 0) attend_runs(state);
+    fetch(stages - 1, stages - 1);
+    await(&shared.queries_ready);
+    begin_state(queries, state);
+    if constexpr (kRaw || kMixed) {
+      // Of scores of queries as they are.
+      if (!kv::is_per_token(parameters.shape.parts[PH_KV_KEYS])) {
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) state.query_scale[n] = parameters.scale * kLog2E;
+      }
+    }
+
+    const uint32_t first_token = cache.sinks + share.first_block * kBlockTokens;
+    // Blocks that some column does not see all of come first.
+    const uint32_t hidden = work.window.begin(kMostQueries - 1);
+    const auto hide = [&](uint32_t at, float(&scores)[kTiles][8]) {
+      const uint32_t start = first_token + at * kBlockTokens;
+      if (start < hidden) hide_tokens(work.window, work.columns, start, scores);
+    };
+    if constexpr (kRaw) {
+      attend_raw<kDim, kTiles, kBfloat>(cache.pool, shared.places.raw[warp], blocks, queries.plain, state,
+                                        hide);
+    } else {
+      [[maybe_unused]] float group_zeros[kTiles][kValueGroups<kDim>] = {};
+      uint32_t stage = 0, phase = 0;
+#pragma unroll 1
+      for (uint32_t at = 0; at < blocks; ++at) {
+        ring.wait(stage, phase);
+        const uint8_t* slot = ring.slots + stage * ring.slot_bytes;
+        // Opaque, lest the compiler keeps every address that follows from it in a register of its own.
+        uint32_t own_lane = lane;
+        asm volatile("" : "+r"(own_lane));
+        const TileSpans& spans = shared.places.spans[warp][at];
+        const Tile tile = {slot + spans.params_position(), slot + spans.record_position(), own_lane};
+        uint2 widths = {};
+        if constexpr (kWidth == 0) {
+          widths = *reinterpret_cast<const uint2*>(tile.record);
+          // The same in every lane: a reduction tells the compiler, which then branches on scalars.
+          widths.x = __reduce_or_sync(kEveryLane, widths.x);
+          widths.y = __reduce_or_sync(kEveryLane, widths.y);
+        }
+        if constexpr (kMixed) {
+          attend_mixed<kDim, kTiles, kBfloat>(tile, parameters.shape, layout, widths, queries, cache.pool,
+                                              shared.places.raw[warp][at], state, group_zeros,
+                                              [&](float(&scores)[kTiles][8]) { hide(at, scores); });
+        } else {
+          const uint32_t key_bits = kWidth > 0 ? kWidth * kGroups : kv::width_sum(widths.x);
+          float scores[kTiles][8], units[kTiles];
+          uint32_t weights[kTiles][4];
+          tile_scores<kDim, kTiles, kBfloat, kWide, kWidth>(tile, layout, widths.x, queries, state, scores);
+          hide(at, scores);
+          tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, weights, units);
+          tile_values<kDim, kTiles, kWide, kWidth>(tile, layout, layout.groups + kv::kGroupBytes * key_bits,
+                                                   widths.y, state, weights, units);
+        }
+        __syncwarp();
+        fetch(at + stages, stage);
+        if (++stage == stages) stage = 0, phase ^= 1;
+      }
+      if constexpr (kMixed) add_group_zeros(group_zeros, state);
+    }
+
+    const uint32_t g = lane / 4, i = lane % 4;
+    WarpResult<kDim, kTiles>& result = *reinterpret_cast<WarpResult<kDim, kTiles>*>(ring.slots);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      float sum = state.sum[n];
+      for (int distance = 4; distance < kWarpThreads; distance *= 2)
+        sum += __shfl_xor_sync(kEveryLane, sum, distance);
+      const float shift = output_shift<kDim, kTiles, (kFlavour > Flavour::kNarrow)>(state, n);
+#pragma unroll
+      for (int o = 0; o < kDim / 8; ++o) result.out[4 * n + i][8 * o + g] = state.out[n][o] + shift;
+      if (g == 0) result.sums[4 * n + i] = {state.reference[n], sum};
+    }
+  }
+};
+
+template <int kDim, int kTiles, bool kBfloat, Flavour kFlavour>
+__global__ void __launch_bounds__(kThreads<kDim, kTiles>, 2)
+    DecodeKernel(const __grid_constant__ DecodeParameters parameters) {
+  extern __shared__ __align__(128) uint8_t dynamic[];
+  __shared__ DecodeShared<kDim, kTiles, kFlavour> shared;
+  const CacheView& cache = parameters.cache;
+  if (threadIdx.x == 0) {
+    for (uint32_t at = 0; at < kWarps<kDim, kTiles> * parameters.stages; ++at)
+      begin_barrier(&shared.barriers[at / parameters.stages][at % parameters.stages], 1);
+    begin_barrier(&shared.queries_ready, kThreads<kDim, kTiles>);
+    publish_barriers();
+  }
+  // The step's pieces were there before the kernel that precedes this one in the stream.
+  const Work work(parameters, 4 * kTiles);
+  await_preceding();
+  __syncthreads();
+  if (work.columns.count == 0) return;
+  DecodeWarp<kDim, kTiles, kBfloat, kFlavour>(parameters, work, shared, dynamic).attend();
+  __syncthreads();
+
+  const auto result = [&](int warp) -> const WarpResult<kDim, kTiles>& {
+    return *reinterpret_cast<const WarpResult<kDim, kTiles>*>(dynamic + warp * parameters.stages *
+                                                                            parameters.slot_bytes);
+  };
+  const StepPiece& piece = work.piece;
+  const Columns& columns = work.columns;
+  const Partials& partials = parameters.partials;
+  uint8_t* out = parameters.out + 2 * work.row;
+  // A thread takes four channels of a column at a time.
+  for (uint32_t at = threadIdx.x; at < columns.count * kDim / 4; at += kThreads<kDim, kTiles>) {
+    const uint32_t column = 4 * at / kDim, channel = 4 * at % kDim;
+    float most = result(0).sums[column].reference;
+#pragma unroll
+    for (int warp = 1; warp < kWarps<kDim, kTiles>; ++warp)
+      most = fmaxf(most, result(warp).sums[column].reference);
+    float4 value = {};
+    float sum = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < kWarps<kDim, kTiles>; ++warp) {
+      const float weight = part_weight(result(warp).sums[column].reference, most);
+      add_weighted(value, weight, *reinterpret_cast<const float4*>(&result(warp).out[column][channel]));
+      sum = __fmaf_rn(weight, result(warp).sums[column].sum, sum);
+    }
+    if (piece.pieces == 1) {
+      store_quotients<kBfloat>(out, columns.position(column, kDim) + channel, value, sum);
+    } else {
+      const uint64_t part = (static_cast<uint64_t>(work.index) * cache.heads + work.head) * partials.columns +
+                            columns.first + column;
+      *reinterpret_cast<float4*>(partials.out + part * kDim + channel) = value;
+      if (channel == 0) partials.sums[part] = {most, sum};
+    }
+  }
+  if (piece.pieces == 1) return;
+
+  // The last thread block of the sequence and head merges the pieces.
+  uint32_t* finished = partials.finished +
+                       (static_cast<uint64_t>(piece.entry) * cache.heads + work.head) * gridDim.y +
+                       blockIdx.y;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    // One for all: the barriers order the other threads' writes before it, and their reads after it.
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(finished) : "memory");
+    shared.is_last = before == piece.pieces - 1;
+  }
+  __syncthreads();
+  if (!shared.is_last) return;
+  const uint64_t stride = static_cast<uint64_t>(cache.heads) * partials.columns;
+  const uint64_t start =
+      (static_cast<uint64_t>(work.index - piece.place) * cache.heads + work.head) * partials.columns +
+      columns.first;
+  merge_pieces<kDim, kTiles, kBfloat>(partials, start, stride, piece.pieces, columns, out, shared.merge);
+  if (threadIdx.x == 0) *finished = 0;
+}
+
+// ---- launch ----
+
+inline bool is_raw16(const kv::TileShape& shape) {
+  return kv::is_raw16(shape.parts[0]) && kv::is_raw16(shape.parts[1]);
+}
+
+// Calls use(flavour as a constant) for what suits a layer.
+template <typename Use>
+void with_flavour(const kv::TileShape& shape, Use use) {
+  const kv::TilePart &keys = shape.parts[0], &values = shape.parts[1];
+  const uint32_t width = keys.width == values.width ? keys.width : 0;
+  if (is_raw16(shape)) use(std::integral_constant<Flavour, Flavour::kRaw16>{});
+  else if (!kv::is_per_token(keys) || !kv::is_per_token(values))
+    use(std::integral_constant<Flavour, Flavour::kMixed>{});
+  else if (std::max(kv::largest_width(keys), kv::largest_width(values)) > 4)
+    use(std::integral_constant<Flavour, Flavour::kWide>{});
+  else if (width == 2) use(std::integral_constant<Flavour, Flavour::kFixed2>{});
+  else if (width == 3) use(std::integral_constant<Flavour, Flavour::kFixed3>{});
+  else if (width == 4) use(std::integral_constant<Flavour, Flavour::kFixed4>{});
+  else use(std::integral_constant<Flavour, Flavour::kNarrow>{});
+}
+
+// A header word of widths 1.
+template <int kDim>
+constexpr uint32_t kEveryGroup = kDim == 256 ? 0x11111111u : (1u << kDim / 8) / 15;
+
+template <int kDim, int kTiles, bool kBfloat, Flavour kFlavour>
+void launch_kernel(const ph_device& device, DecodeParameters parameters, uint32_t columns) {
+  const kv::TileShape& shape = parameters.shape;
+  constexpr uint32_t kOwnBytes = sizeof(DecodeShared<kDim, kTiles, kFlavour>);
+  // Of params and a record up to its 16-bit values, of what runs need, and of a result.
+  const uint32_t record_bytes = kv::largest_record_bytes(shape) - kv::raw_bytes(shape);
+  const uint32_t slot_bytes =
+      std::max({is_raw16(shape) ? 0 : tile_slot_bytes(record_bytes), run_scratch_bytes(kDim),
+                static_cast<uint32_t>(sizeof(WarpResult<kDim, kTiles>))});
+  parameters.slot_bytes = round_to_sectors(slot_bytes);
+  parameters.record_units = kv::head_record_bytes(shape, width_of(kFlavour) * kEveryGroup<kDim>,
+                                                  width_of(kFlavour) * kEveryGroup<kDim>) /
+                            kUnitBytes;
+  // As many tiles ahead as fit the shared memory of a thread block.
+  const uint32_t warps_bytes = kWarps<kDim, kTiles> * parameters.slot_bytes,
+                 limit = static_cast<uint32_t>(device.shared_bytes) - kOwnBytes;
+  parameters.stages = is_raw16(shape) ? 1 : std::min(kStages, limit / warps_bytes);
+  if (parameters.stages == 0) {
+    throw Error(PH_ERROR_UNSUPPORTED,
+                "Cannot attend to packed records of up to %u bytes on this GPU: that takes %u bytes of "
+                "shared memory, "
+                "and a thread block has %u",
+                record_bytes, warps_bytes, limit);
+  }
+  const auto kernel = DecodeKernel<kDim, kTiles, kBfloat, kFlavour>;
+  allow_shared(device, kernel, SharedMemory::kPrefer);
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim =
+      dim3(parameters.step.piece_count * parameters.cache.heads, (columns + 4 * kTiles - 1) / (4 * kTiles));
+  launch.blockDim = dim3(kThreads<kDim, kTiles>);
+  launch.dynamicSmemBytes = parameters.stages * warps_bytes;
+  launch.stream = device.stream;
+  launch.attrs = &overlap;
+  launch.numAttrs = device.major >= 9 ? 1 : 0;
+  PH_CUDA_TRY(cudaLaunchKernelEx(&launch, kernel, parameters));
+}
+
+template <int kDim>
+void launch_decode(const ph_device& device, const DecodeParameters& parameters, uint32_t columns) {
+  const CacheView& cache = parameters.cache;
+  with_flavour(parameters.shape, [&](auto flavour) {
+    constexpr Flavour kFlavour = decltype(flavour)::value;
+    const auto launch = [&](auto tiles) {
+      constexpr int kTiles = decltype(tiles)::value;
+      if (cache.dtype == PH_BF16) launch_kernel<kDim, kTiles, true, kFlavour>(device, parameters, columns);
+      else launch_kernel<kDim, kTiles, false, kFlavour>(device, parameters, columns);
+    };
+    // By the group alone, not by the step's tokens: a sequence's results must not depend on the rest of the batch. One
+    // tile of four columns leaves more registers to wide heads.
+    if constexpr (kDim < 256) {
+      if (cache.query_heads / cache.heads > 4) return launch(std::integral_constant<int, 2>{});
+    }
+    launch(std::integral_constant<int, 1>{});
+  });
+}
+
+// decode_<head_dim>.cu
+extern template void launch_decode<64>(const ph_device&, const DecodeParameters&, uint32_t);
+extern template void launch_decode<96>(const ph_device&, const DecodeParameters&, uint32_t);
+extern template void launch_decode<128>(const ph_device&, const DecodeParameters&, uint32_t);
+extern template void launch_decode<256>(const ph_device&, const DecodeParameters&, uint32_t);
+
+}  // namespace ph::attention
