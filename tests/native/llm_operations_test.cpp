@@ -146,8 +146,8 @@ void run_others() {
   const Tensor gathered(6ull * width, any_dtype());
   OK(ph_llm_gather(device, IN(logits), rows, indices.handle, 0, IN(gathered), 6, width, END));
 
-  const Words chosen(std::vector<int32_t>(rows)), losses(std::vector<int32_t>(rows)),
-      divergences(std::vector<int32_t>(2 * rows));
+  const Words chosen(std::vector<int32_t>(rows, 0)), losses(std::vector<int32_t>(rows, 0)),
+      divergences(std::vector<int32_t>(2 * rows, 0));
   OK(ph_llm_argmax(device, IN(logits), chosen.handle, 0, rows, width, END));
   OK(ph_llm_cross_entropy(device, IN(logits), tokens.handle, 0, losses.handle, 0, rows, width, END));
   OK(ph_llm_divergence(device, IN(logits), IN(out), divergences.handle, 0, rows, width, END));
@@ -158,7 +158,7 @@ void run_others() {
         random_numbers(), row, up_to(2 * width) - 1, 0.5f + row, 0.9f, 0.01f, 1.1f};
     memcpy(&bits[8 * row], &sampler, sizeof sampler);
   }
-  const Words samplers(bits), seen(std::vector<int32_t>((dense + 3) / 4));
+  const Words samplers(bits), seen(std::vector<int32_t>((dense + 3) / 4, 0));
   const Tensor scratch(dense, PH_F32);
   OK(ph_llm_sample(device, IN(logits), samplers.handle, 0, seen.handle, 0, scratch.handle, 0, chosen.handle,
                    0, rows, width, END));
