@@ -5,7 +5,7 @@
 // into blocks or the thread, an output is this sum, in this order. A micro-kernel keeps kRows x kTile such vectors in
 // registers. For more rows than that, a tile's weights are first converted to float32 and interleaved, kBlock features at a
 // time, in the first cache; for fewer, they are converted as they come from memory, which bounds that case.
-#include <cstring>
+#include <cstddef>
 #include <type_traits>
 
 #include "llm/elements_cpu.h"
@@ -50,10 +50,10 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 template <typename Element>
 struct TileRows {
   const uint8_t* rows[kTile];
-  Floats read(uint32_t out, uint32_t, uint32_t feature) const {
+  Floats read(uint32_t out, size_t, size_t feature) const {
     return Element::read(rows[out] + feature * kBytes<Element>);
   }
-  Floats read_end(uint32_t out, uint32_t, uint32_t feature, uint32_t count) const {
+  Floats read_end(uint32_t out, size_t, size_t feature, uint32_t count) const {
     return PH_INSTRUCTION_SET::read_end<Element>(rows[out] + feature * kBytes<Element>, count);
   }
 };
@@ -61,62 +61,11 @@ struct TileRows {
 // Weights of a tile converted, [features / lanes][kTile] vectors of which the last are filled with zeros.
 struct ConvertedTile {
   const Floats* vectors;
-  Floats read(uint32_t out, uint32_t vector, uint32_t) const { return vectors[vector * kTile + out]; }
-  Floats read_end(uint32_t out, uint32_t vector, uint32_t, uint32_t) const {
+  Floats read(uint32_t out, size_t vector, size_t) const { return vectors[vector * kTile + out]; }
+  Floats read_end(uint32_t out, size_t vector, size_t, uint32_t) const {
     return vectors[vector * kTile + out];
   }
 };
-
-// sums[row][out] = lanes of x[row] . weights[out] over `features`, plus what they are if `continues`.
-template <uint32_t Rows, typename X, typename Weights>
-void micro_kernel(const uint8_t* const* x, const Weights& weights, uint32_t features, bool continues,
-                  Sums* sums) {
-  Floats totals[Rows][kTile];
-  for (uint32_t row = 0; row < Rows; ++row)
-    for (uint32_t out = 0; out < kTile; ++out) totals[row][out] = continues ? sums[row][out] : Floats{};
-  uint32_t feature = 0, vector = 0;
-  for (; feature + kVectorLanes <= features; feature += kVectorLanes, ++vector) {
-    Floats values[Rows];
-#pragma GCC unroll 8
-    for (uint32_t row = 0; row < Rows; ++row) values[row] = X::read(x[row] + feature * kBytes<X>);
-#pragma GCC unroll 8
-    for (uint32_t out = 0; out < kTile; ++out) {
-      const Floats weight = weights.read(out, vector, feature);
-#pragma GCC unroll 8
-      for (uint32_t row = 0; row < Rows; ++row)
-        totals[row][out] = multiply_add(values[row], weight, totals[row][out]);
-    }
-  }
-  if (const uint32_t rest = features - feature; rest > 0) {
-    for (uint32_t row = 0; row < Rows; ++row) {
-      const Floats value = read_end<X>(x[row] + feature * kBytes<X>, rest);
-      for (uint32_t out = 0; out < kTile; ++out) {
-        totals[row][out] =
-            multiply_add(value, weights.read_end(out, vector, feature, rest), totals[row][out]);
-      }
-    }
-  }
-  for (uint32_t row = 0; row < Rows; ++row)
-    for (uint32_t out = 0; out < kTile; ++out) sums[row][out] = totals[row][out];
-}
-
-// The micro-kernel for 1 to kRows rows.
-template <typename X, typename Weights, uint32_t Rows = kRows>
-void multiply_rows(uint32_t rows, const uint8_t* const* x, const Weights& weights, uint32_t features,
-                   bool continues, Sums* sums) {
-  if constexpr (Rows > 1) {
-    if (rows < Rows) return multiply_rows<X, Weights, Rows - 1>(rows, x, weights, features, continues, sums);
-  }
-  micro_kernel<Rows, X>(x, weights, features, continues, sums);
-}
-
-template <typename Element>
-void convert_tile(const TileRows<Element>& tile, uint32_t first, uint32_t features, Floats* vectors) {
-  for (uint32_t feature = 0; feature < features; feature += kVectorLanes) {
-    for (uint32_t out = 0; out < kTile; ++out)
-      *vectors++ = read_at<Element>(tile.rows[out] + first * kBytes<Element>, feature, features);
-  }
-}
 
 // The lanes of a and b added in pairs that differ in the bit `Bit`: a's where the bit is 0, b's where it is 1.
 template <int32_t Bit>
@@ -142,6 +91,99 @@ inline Floats add_all_lanes(const Sums& sums) {
   return total;
 }
 
+// A row's sums, as they grow from block to block: vectors whose lanes are not added yet.
+struct RowSums {
+  Sums* sums;
+  bool continues;  // they hold what earlier blocks added
+  Floats* totals;  // of the last block: where the added lanes go; else null
+};
+
+// lanes of x[row] . weights[out] over `features`, for each row.
+template <uint32_t Rows, typename X, typename Weights>
+void micro_kernel(const uint8_t* const* x, const Weights& weights, uint32_t features, const RowSums& to) {
+  Floats totals[Rows][kTile];
+  for (uint32_t row = 0; row < Rows; ++row)
+    for (uint32_t out = 0; out < kTile; ++out) totals[row][out] = to.continues ? to.sums[row][out] : Floats{};
+  size_t feature = 0, vector = 0;  // as wide as addresses, which are then counted on in place of these
+  for (; feature + kVectorLanes <= features; feature += kVectorLanes, ++vector) {
+    Floats values[Rows];
+#pragma GCC unroll 8
+    for (uint32_t row = 0; row < Rows; ++row) values[row] = X::read(x[row] + feature * kBytes<X>);
+#pragma GCC unroll 8
+    for (uint32_t out = 0; out < kTile; ++out) {
+      const Floats weight = weights.read(out, vector, feature);
+#pragma GCC unroll 8
+      for (uint32_t row = 0; row < Rows; ++row)
+        totals[row][out] = multiply_add(values[row], weight, totals[row][out]);
+    }
+  }
+  if (const uint32_t rest = static_cast<uint32_t>(features - feature); rest > 0) {
+    for (uint32_t row = 0; row < Rows; ++row) {
+      const Floats value = read_end<X>(x[row] + feature * kBytes<X>, rest);
+      for (uint32_t out = 0; out < kTile; ++out) {
+        totals[row][out] =
+            multiply_add(value, weights.read_end(out, vector, feature, rest), totals[row][out]);
+      }
+    }
+  }
+  if (to.totals != nullptr) {
+    for (uint32_t row = 0; row < Rows; ++row) to.totals[row] = add_all_lanes(totals[row]);
+  } else {
+    for (uint32_t row = 0; row < Rows; ++row)
+      for (uint32_t out = 0; out < kTile; ++out) to.sums[row][out] = totals[row][out];
+  }
+}
+
+// The micro-kernel for 1 to kRows rows.
+template <typename X, typename Weights, uint32_t Rows = kRows>
+void multiply_rows(uint32_t rows, const uint8_t* const* x, const Weights& weights, uint32_t features,
+                   const RowSums& to) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return multiply_rows<X, Weights, Rows - 1>(rows, x, weights, features, to);
+  }
+  micro_kernel<Rows, X>(x, weights, features, to);
+}
+
+template <typename Element>
+void convert_tile(const TileRows<Element>& tile, uint32_t first, uint32_t features, Floats* vectors) {
+  for (uint32_t feature = 0; feature < features; feature += kVectorLanes) {
+    for (uint32_t out = 0; out < kTile; ++out)
+      *vectors++ = read_at<Element>(tile.rows[out] + first * kBytes<Element>, feature, features);
+  }
+}
+
+struct Place {
+  uint32_t first_row, rows, first_out, outs;
+};
+
+// Adds the bias, and what is there, to each row's totals, and stores the outputs.
+void finish(const Linear& call, const Place& place, const Floats* totals) {
+  Floats bias = {};
+  if (call.bias.data != nullptr) {
+    bias = with_float(call.bias.dtype, [&](auto element) {
+      using Bias = decltype(element);
+      return read_end<Bias>(call.bias.data + place.first_out * kBytes<Bias>, place.outs);
+    });
+  }
+  with_float(call.out.dtype, [&](auto element) {
+    using Out = decltype(element);
+    uint8_t* const first =
+        call.out.data +
+        (static_cast<uint64_t>(place.first_row) * call.out_features + place.first_out) * kBytes<Out>;
+    const auto store_rows = [&](auto outs) {
+      for (uint32_t row = 0; row < place.rows; ++row) {
+        uint8_t* target = first + row * static_cast<uint64_t>(call.out_features) * kBytes<Out>;
+        Floats total = totals[row] + bias;
+        if (call.accumulate) total += read_end<Out>(target, outs);
+        write_end<Out>(target, total, outs);
+      }
+    };
+    // A constant number of bytes is copied by a register.
+    if (place.outs == kTile) store_rows(std::integral_constant<uint32_t, kTile>{});
+    else store_rows(place.outs);
+  });
+}
+
 template <typename X, typename W>
 void multiply_tiles(const Linear& call, uint32_t first_row, uint32_t last_row, uint32_t first,
                     uint32_t last) {
@@ -151,6 +193,7 @@ void multiply_tiles(const Linear& call, uint32_t first_row, uint32_t last_row, u
   const uint8_t* x[kMostRows];
   for (uint32_t row = 0; row < rows; ++row) x[row] = call.x.data + (first_row + row) * x_bytes;
   alignas(64) Sums sums[kMostRows];
+  alignas(64) Floats totals[kRows];
   alignas(64) Floats converted[kBlock / kVectorLanes * kTile];
   for (uint32_t tile = first; tile < last; ++tile) {
     const uint32_t first_out = tile * kTile,
@@ -161,8 +204,10 @@ void multiply_tiles(const Linear& call, uint32_t first_row, uint32_t last_row, u
       const uint64_t at = first_out + out < last_out ? first_out + out : last_out - 1;
       weights.rows[out] = call.weight.data + at * weight_bytes;
     }
+    const uint32_t outs = last_out - first_out;
     if (rows <= kRows) {
-      multiply_rows<X>(rows, x, weights, features, false, sums);
+      multiply_rows<X>(rows, x, weights, features, {sums, false, totals});
+      finish(call, {first_row, rows, first_out, outs}, totals);
     } else {
       for (uint32_t feature = 0; feature < features; feature += kBlock) {
         const uint32_t count = features - feature < kBlock ? features - feature : kBlock;
@@ -171,28 +216,13 @@ void multiply_tiles(const Linear& call, uint32_t first_row, uint32_t last_row, u
           const uint8_t* from[kRows];
           const uint32_t several = rows - row < kRows ? rows - row : kRows;
           for (uint32_t i = 0; i < several; ++i) from[i] = x[row + i] + feature * kBytes<X>;
-          multiply_rows<X>(several, from, ConvertedTile{converted}, count, feature > 0, sums + row);
+          const bool is_last = feature + count == features;
+          multiply_rows<X>(several, from, ConvertedTile{converted}, count,
+                           {sums + row, feature > 0, is_last ? totals : nullptr});
+          if (is_last) finish(call, {first_row + row, several, first_out, outs}, totals);
         }
       }
     }
-    const uint32_t outs = last_out - first_out;
-    Floats bias = {};
-    if (call.bias.data != nullptr) {
-      bias = with_float(call.bias.dtype, [&](auto element) {
-        using Bias = decltype(element);
-        return read_end<Bias>(call.bias.data + first_out * kBytes<Bias>, outs);
-      });
-    }
-    with_float(call.out.dtype, [&](auto element) {
-      using Out = decltype(element);
-      uint8_t* target =
-          call.out.data + (static_cast<uint64_t>(first_row) * call.out_features + first_out) * kBytes<Out>;
-      for (uint32_t row = 0; row < rows; ++row, target += call.out_features * kBytes<Out>) {
-        Floats total = add_all_lanes(sums[row]) + bias;
-        if (call.accumulate) total += read_end<Out>(target, outs);
-        write_end<Out>(target, total, outs);
-      }
-    });
   }
 }
 
