@@ -1,5 +1,6 @@
 // The operations of operations.h on the CPU: rows and tiles are spread over the cores; linear_block_cpu.cpp and
 // rows_block_cpu.cpp do the work on each.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -92,16 +93,17 @@ const RowKernels& row_kernels() {
 void linear(ph_device&, const Linear& call) {
   const LinearKernels& kernels = linear_kernels();
   const uint32_t tiles = (call.out_features + kernels.tile - 1) / kernels.tile,
-                 block = kernels.block_rows(call.in_features);
-  const uint64_t blocks = (call.rows + block - 1ull) / block;
+                 most = kernels.block_rows(call.in_features);
+  // Blocks of about the same size: a thread gets tiles that follow each other, of one block after another.
+  const uint32_t blocks = (call.rows - 1) / most + 1, block = (call.rows - 1) / blocks + 1;
   const uint64_t products = static_cast<uint64_t>(call.rows) * call.in_features * call.out_features;
-  // A thread gets tiles that follow each other, of one block of rows after another.
 #pragma omp parallel for schedule(static) if (products >= kWorthwhile)
-  for (uint64_t item = 0; item < blocks * tiles; ++item) {
-    const uint32_t first_row = static_cast<uint32_t>(item / tiles) * block,
-                   last_row = call.rows - first_row < block ? call.rows : first_row + block,
-                   tile = static_cast<uint32_t>(item % tiles);
-    kernels.multiply(call, first_row, last_row, tile, tile + 1);
+  for (uint64_t item = 0; item < static_cast<uint64_t>(blocks) * tiles; ++item) {
+    const uint64_t first_row = item / tiles * block,
+                   last_row = std::min<uint64_t>(call.rows, first_row + block);
+    const uint32_t tile = static_cast<uint32_t>(item % tiles);
+    if (first_row >= last_row) continue;
+    kernels.multiply(call, static_cast<uint32_t>(first_row), static_cast<uint32_t>(last_row), tile, tile + 1);
   }
 }
 
