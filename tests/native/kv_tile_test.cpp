@@ -104,11 +104,11 @@ class Cache {
       const uint32_t cuts = std::min(packed, 2u);
       for (uint32_t place = 0; place < cuts; ++place) {
         const uint32_t first = packed * place / cuts, end = packed * (place + 1) / cuts;
-        pieces.push_back({i, 0, 0, first, end - first, place, cuts + 1});
+        pieces.push_back({entries[i], i, 0, 0, first, end - first, place, cuts + 1});
       }
       const uint64_t recent = length - static_cast<uint64_t>(packed) * kBlockTokens;
-      const uint32_t runs = static_cast<uint32_t>((recent + kBlockTokens - 1) / kBlockTokens);
-      pieces.push_back({i, 0, runs, 0, 0, cuts, cuts + 1});
+      const uint32_t runs = static_cast<uint32_t>((recent + kRunTokens - 1) / kRunTokens);
+      pieces.push_back({entries[i], i, 0, runs, 0, 0, cuts, cuts + 1});
       step.most_pieces = std::max(step.most_pieces, cuts + 1);
       step.most_queries = std::max(step.most_queries, counts[i]);
       for (uint32_t part = 0; part < kParts; ++part) {
