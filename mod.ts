@@ -11,3 +11,4 @@ export * from "./src/dtype.ts";
 export * from "./src/device/mod.ts";
 export * from "./src/kv/mod.ts";
 export * from "./src/io/mod.ts";
+export * from "./src/llm/mod.ts";

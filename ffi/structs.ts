@@ -154,6 +154,7 @@ export const KV_CACHE_CONFIG = new Struct("ph_kv_cache_config", 3, {
   kv_heads: "u32",
   head_dim: "u32",
   dtype: "u32",
+  query_dtype: "u32",
   sequences: "u32",
   residual: "u32",
   sinks: "u32",
@@ -186,6 +187,16 @@ export const KV_CACHE_STATISTICS = new Struct("ph_kv_cache_statistics", 5, {
   packed_tokens: "u64",
 });
 
+export const LLM_SAMPLER = new Struct("ph_llm_sampler", 6, {
+  seed: "u64",
+  step: "u32",
+  top_k: "u32",
+  temperature: "f32",
+  top_p: "f32",
+  min_p: "f32",
+  repetition_penalty: "f32",
+});
+
 /** All structs of the C ABI. */
 export const STRUCTS = [
   DEVICE_INFO,
@@ -194,4 +205,5 @@ export const STRUCTS = [
   KV_CACHE_CONFIG,
   KV_CACHE_CODEC,
   KV_CACHE_STATISTICS,
+  LLM_SAMPLER,
 ];

@@ -128,7 +128,10 @@ Deno.test("cli: doctor says what works", async () => {
     // What does not work comes with the reason and the way to get it.
     if (!report.available) assert(report.reason && report.remedy);
   }
-  for (const { copyBytesPerSecond } of devices) assert(copyBytesPerSecond > 1e6);
+  for (const { copyBytesPerSecond, matrixProducts } of devices) {
+    assert(copyBytesPerSecond > 1e6);
+    assert(matrixProducts.available ? matrixProducts.library : matrixProducts.reason);
+  }
   assertStringIncludes(await succeed("doctor"), "copy bandwidth");
 });
 

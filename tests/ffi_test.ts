@@ -15,6 +15,7 @@ import { DEVICE_SYMBOLS } from "../ffi/symbols/device.ts";
 import { KV_SYMBOLS } from "../ffi/symbols/kv.ts";
 import { KV_CACHE_SYMBOLS } from "../ffi/symbols/kv_cache.ts";
 import { LIBRARY_SYMBOLS } from "../ffi/symbols/library.ts";
+import { LLM_SYMBOLS } from "../ffi/symbols/llm.ts";
 
 const header = Deno.readTextFileSync(new URL("../cuda/include/packhorse.h", import.meta.url))
   .replaceAll(/\/\*.*?\*\//gs, "");
@@ -42,6 +43,7 @@ const symbols: Record<string, Deno.ForeignFunction> = {
   ...DEVICE_SYMBOLS,
   ...KV_SYMBOLS,
   ...KV_CACHE_SYMBOLS,
+  ...LLM_SYMBOLS,
 };
 
 Deno.test("ffi: every function of the header has a symbol with its parameters, and every symbol a function", () => {

@@ -405,6 +405,7 @@ for (const backend of backends()) {
       const codec = { keys: plain, values: plain, [part]: PACKKV[part] };
       const reference = new ReferenceCache({
         ...model,
+        queryDType: model.dtype,
         sequences: 1,
         tokens,
         stepTokens: tokens,

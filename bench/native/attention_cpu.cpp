@@ -229,7 +229,7 @@ ph_kv_cache_config config_of(uint32_t head_dim, uint32_t group, uint32_t layers,
   config.query_heads = kHeads * group;
   config.kv_heads = kHeads;
   config.head_dim = head_dim;
-  config.dtype = PH_F16;
+  config.dtype = config.query_dtype = PH_F16;
   config.sequences = 1;
   config.residual = 128;
   config.sinks = 4;

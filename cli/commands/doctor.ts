@@ -6,6 +6,7 @@ import {
   probeBackends,
 } from "../../src/device/mod.ts";
 import { PackhorseError } from "../../src/error.ts";
+import { prepareLinear } from "../../src/llm/operations.ts";
 import type { GlobalOptions } from "../options.ts";
 import { formatBytes, print, printJson, printTable } from "../output.ts";
 
@@ -21,6 +22,7 @@ export async function doctor({ backend, json }: GlobalOptions): Promise<void> {
       ...device.info,
       library: device.library,
       copyBytesPerSecond: await measureCopyBandwidth(device),
+      matrixProducts: matrixProducts(device),
     });
   }
   const versions = {
@@ -45,12 +47,26 @@ export async function doctor({ backend, json }: GlobalOptions): Promise<void> {
   }
 }
 
+/** What multiplies matrices on a device, or why nothing does. */
+function matrixProducts(device: Device): { available: boolean; library?: string; reason?: string } {
+  try {
+    return { available: true, library: prepareLinear(device) };
+  } catch (error) {
+    if (!(error instanceof PackhorseError && error.code === "unsupported")) throw error;
+    return { available: false, reason: error.message };
+  }
+}
+
 function backendRow({ backend, available, path, abiVersion }: BackendReport): string[] {
   return [backend, available ? "yes" : "no", path ?? "", String(abiVersion ?? "")];
 }
 
 function printDevice(
-  device: Device["info"] & { backend: string; copyBytesPerSecond: number },
+  device: Device["info"] & {
+    backend: string;
+    copyBytesPerSecond: number;
+    matrixProducts: ReturnType<typeof matrixProducts>;
+  },
 ): void {
   print(`\n${device.backend}: ${device.name}`);
   const cuda = (version: number) => `${Math.floor(version / 1000)}.${(version % 1000) / 10}`;
@@ -59,6 +75,7 @@ function printDevice(
     [device.backend === "cuda" ? "multiprocessors" : "threads", String(device.processors)],
     ["memory", `${formatBytes(device.totalBytes)}, ${formatBytes(device.freeBytes)} free`],
     ["copy bandwidth", `${formatBytes(device.copyBytesPerSecond)}/s`],
+    ["matrix products", device.matrixProducts.library ?? device.matrixProducts.reason ?? ""],
   ];
   if (device.backend === "cuda") {
     facts.push(["CUDA driver", cuda(device.driverVersion)]);

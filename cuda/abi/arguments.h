@@ -22,8 +22,8 @@ inline ph_device& checked(ph_device* device) {
   if (capturing(checked_for_capture(device))) {
     throw Error(
         PH_ERROR_INVALID_ARGUMENT,
-        "Cannot do this while work on the device is captured: only append, attend, prefill, and copies and "
-        "fills of buffers are possible until the capture ends");
+        "Cannot do this while work on the device is captured: only append, attend, prefill, operations of "
+        "language models, and copies and fills of buffers are possible until the capture ends");
   }
   return *device;
 }

@@ -29,6 +29,12 @@ uint64_t token_bytes(const ph_kv_cache& cache, uint32_t heads) {
   return static_cast<uint64_t>(heads) * cache.config().head_dim * 2;
 }
 
+// Of the queries, or the outputs, of a step.
+uint64_t query_bytes(const ph_kv_cache& cache) {
+  const uint64_t bytes = cache.step_tokens() * token_bytes(cache, cache.config().query_heads);
+  return cache.config().query_dtype == PH_F32 ? 2 * bytes : bytes;
+}
+
 template <typename T>
 T& checked_result(T* result, const char* what) {
   if (result == nullptr) throw Error(PH_ERROR_INVALID_ARGUMENT, "The place for %s is null", what);
@@ -136,7 +142,7 @@ int32_t ph_kv_cache_attend(ph_device* device, ph_kv_cache* cache, uint32_t layer
                            char* error, uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
     ph_kv_cache& valid = checked_step(device, cache);
-    const uint64_t bytes = valid.step_tokens() * token_bytes(valid, valid.config().query_heads);
+    const uint64_t bytes = query_bytes(valid);
     valid.attend(layer, checked_tensor(queries, queries_offset, bytes, "queries"),
                  checked_tensor(out, out_offset, bytes, "the output"), scale);
   });
@@ -149,12 +155,12 @@ int32_t ph_kv_cache_prefill(ph_device* device, ph_kv_cache* cache, uint32_t laye
   return guard(error, error_bytes, [&] {
     ph_kv_cache& valid = checked_step(device, cache);
     const uint64_t kv_bytes = valid.step_tokens() * token_bytes(valid, valid.config().kv_heads);
-    const uint64_t query_bytes = valid.step_tokens() * token_bytes(valid, valid.config().query_heads);
+    const uint64_t bytes = query_bytes(valid);
     valid.prefill(layer,
                   {{checked_tensor(keys, keys_offset, kv_bytes, "keys"),
                     checked_tensor(values, values_offset, kv_bytes, "values")}},
-                  checked_tensor(queries, queries_offset, query_bytes, "queries"),
-                  checked_tensor(out, out_offset, query_bytes, "the output"), scale);
+                  checked_tensor(queries, queries_offset, bytes, "queries"),
+                  checked_tensor(out, out_offset, bytes, "the output"), scale);
   });
 }
 

@@ -46,6 +46,7 @@ std::vector<uint32_t> layout_of(uint32_t which) {
               FIELD(ph_kv_cache_config, kv_heads),
               FIELD(ph_kv_cache_config, head_dim),
               FIELD(ph_kv_cache_config, dtype),
+              FIELD(ph_kv_cache_config, query_dtype),
               FIELD(ph_kv_cache_config, sequences),
               FIELD(ph_kv_cache_config, residual),
               FIELD(ph_kv_cache_config, sinks),
@@ -74,6 +75,15 @@ std::vector<uint32_t> layout_of(uint32_t which) {
               FIELD(ph_kv_cache_statistics, sequences),
               FIELD(ph_kv_cache_statistics, tokens),
               FIELD(ph_kv_cache_statistics, packed_tokens)};
+    case PH_STRUCT_LLM_SAMPLER:
+      return {sizeof(ph_llm_sampler),
+              FIELD(ph_llm_sampler, seed),
+              FIELD(ph_llm_sampler, step),
+              FIELD(ph_llm_sampler, top_k),
+              FIELD(ph_llm_sampler, temperature),
+              FIELD(ph_llm_sampler, top_p),
+              FIELD(ph_llm_sampler, min_p),
+              FIELD(ph_llm_sampler, repetition_penalty)};
     default:
       return {};
   }

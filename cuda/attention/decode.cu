@@ -23,6 +23,8 @@ WorkspaceLayout workspace_layout(const CacheView& cache, uint64_t pieces) {
 
 }  // namespace
 
+bool takes_queries(uint32_t) { return false; }
+
 uint64_t decode_workspace_bytes(const CacheView& cache, uint64_t pieces) {
   return workspace_layout(cache, pieces).bytes;
 }

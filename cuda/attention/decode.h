@@ -18,7 +18,10 @@ inline uint64_t decode_counter_bytes(const kv::CacheView& cache) {
   return (counters * sizeof(uint32_t) + 255) / 256 * 256;
 }
 
-// queries and out: [tokens, query_heads, head_dim] of the cache's dtype. Query head h reads kv head
+// Whether attention of this backend takes queries, and gives outputs, of a dtype beside that of the cache.
+bool takes_queries(uint32_t dtype);
+
+// queries and out: [tokens, query_heads, head_dim] of the cache's query_dtype. Query head h reads kv head
 // h / (query_heads / heads). window: how many tokens a token sees, itself included, beside the sinks; 0: all that are
 // before it. Deterministic; a sequence's results do not depend on the rest of the batch.
 void decode(ph_device& device, const kv::CacheView& cache, const kv::TileShape& shape, uint32_t layer,

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "attention/fixed_point_cpu.h"
+#include "attention/queries_cpu.h"
 #include "common/vector_cpu.h"
 
 namespace ph::kv::PH_INSTRUCTION_SET {
@@ -207,7 +208,8 @@ struct Rows {
           static_cast<uint64_t>(sequence.input + token) * call.cache.query_heads + query_head;
       Floats query_sum = {};
       for (uint32_t channel = 0; channel < head_dim; channel += kVectorLanes) {
-        const Floats x = Element::read(call.queries + (source * head_dim + channel) * 2) * factor;
+        const Floats x =
+            read_queries<Element>(call.cache, call.queries, source * head_dim + channel) * factor;
         store(queries[row] + channel, x);
         query_sum += x;
       }
@@ -727,7 +729,8 @@ void merge(const DecodeCall& call, uint32_t first, uint32_t query_head) {
       const uint64_t row =
           static_cast<uint64_t>(sequence.input + token) * call.cache.query_heads + query_head;
       for (uint32_t channel = 0; channel < head_dim; channel += kVectorLanes) {
-        Element::write(call.out + (row * head_dim + channel) * 2, load<Floats>(sums + channel) / total);
+        write_output<Element>(call.cache, call.out, row * head_dim + channel,
+                              load<Floats>(sums + channel) / total);
       }
     }
   });

@@ -39,6 +39,8 @@ const DecodeKernels& decode_kernels() {
 
 }  // namespace
 
+bool takes_queries(uint32_t dtype) { return dtype == PH_F32; }
+
 uint64_t decode_workspace_bytes(const kv::CacheView& cache, uint64_t pieces) {
   return pieces * kv::kMostQueries * cache.query_heads * (cache.head_dim + 2ull) * sizeof(float);
 }

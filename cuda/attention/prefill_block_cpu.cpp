@@ -5,6 +5,7 @@
 // keys, the softmax goes on from there, and the outputs grow by another, probabilities times values.
 #include "attention/prefill_block_cpu.h"
 
+#include "attention/queries_cpu.h"
 #include "common/vector_cpu.h"
 
 namespace ph::kv::PH_INSTRUCTION_SET {
@@ -74,9 +75,10 @@ struct Rows {
     head_dim = call.cache.head_dim;
     const Floats factor = splat(call.scale * 1.44269504088896f);
     for (uint32_t row = 0; row < rows; ++row) {
-      const uint8_t* query = call.queries + position(call, entry, head, first + row) * 2;
+      const uint64_t query = position(call, entry, head, first + row);
       for (uint32_t channel = 0; channel < head_dim; channel += kVectorLanes)
-        store(queries[row] + channel, Element::read(query + channel * 2) * factor);
+        store(queries[row] + channel,
+              read_queries<Element>(call.cache, call.queries, query + channel) * factor);
       tokens[row] = static_cast<int32_t>((first + row) / call.group());
       maxima[row] = -kInfinity;
       totals[row] = Floats{};
@@ -87,10 +89,11 @@ struct Rows {
   template <typename Element>
   void finish(const PrefillCall& call, const kv::StepSequence& entry, uint32_t head, uint32_t first) const {
     for (uint32_t row = 0; row < rows; ++row) {
-      uint8_t* target = call.out + position(call, entry, head, first + row) * 2;
+      const uint64_t target = position(call, entry, head, first + row);
       const float total = sum(totals[row]);
       for (uint32_t channel = 0; channel < head_dim; channel += kVectorLanes)
-        Element::write(target + channel * 2, load<Floats>(out[row] + channel) / total);
+        write_output<Element>(call.cache, call.out, target + channel,
+                              load<Floats>(out[row] + channel) / total);
     }
   }
 

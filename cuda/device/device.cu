@@ -24,6 +24,7 @@ void free_released(ph_device& device) {
 // Frees what was created of a device, also after an error that no later call gets past.
 struct CloseDevice {
   void operator()(ph_device* device) const {
+    device->blas.reset();  // while its stream is there
     for (void* data : device->released) cudaFreeAsync(data, device->stream);
     for (const cudaEvent_t event : device->staging.departed)
       if (event != nullptr) cudaEventDestroy(event);

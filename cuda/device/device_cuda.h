@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -24,6 +25,8 @@ struct Staging {
   std::mutex mutex;
 };
 
+class Blas;
+
 }  // namespace ph
 
 struct ph_device {
@@ -37,6 +40,8 @@ struct ph_device {
   ph::Staging staging;
   std::atomic<bool> capturing{false};  // read by any thread
   std::vector<void*> released;         // memory to be freed once nothing is captured
+  std::shared_ptr<ph::Blas> blas;      // once it is needed
+  std::mutex blas_mutex;
 };
 
 namespace ph {

@@ -60,7 +60,8 @@ enum ph_struct {
   PH_STRUCT_KV_STATISTICS = 2,
   PH_STRUCT_KV_CACHE_CONFIG = 3,
   PH_STRUCT_KV_CACHE_CODEC = 4,
-  PH_STRUCT_KV_CACHE_STATISTICS = 5
+  PH_STRUCT_KV_CACHE_STATISTICS = 5,
+  PH_STRUCT_LLM_SAMPLER = 6
 };
 PH_API uint32_t ph_layout(uint32_t which, uint32_t* words, uint32_t capacity);
 
@@ -358,7 +359,8 @@ typedef struct ph_kv_cache_config {
   uint32_t query_heads; /* kv_heads times a group of 1..16 */
   uint32_t kv_heads;    /* 1..1024 */
   uint32_t head_dim;    /* 64, 96, 128 or 256 */
-  uint32_t dtype;       /* PH_F16 or PH_BF16: of tokens, queries and outputs */
+  uint32_t dtype;       /* PH_F16 or PH_BF16: of tokens */
+  uint32_t query_dtype; /* of queries and outputs: dtype, or PH_F32 on the CPU (else PH_ERROR_UNSUPPORTED) */
   uint32_t sequences;   /* most at once, 1..65536 */
   uint32_t residual;    /* newest tokens that stay in 16 bits at least, 8..65536 */
   uint32_t sinks;       /* first tokens that stay in 16 bits, 0..65536 */
@@ -436,7 +438,7 @@ PH_API int32_t ph_kv_cache_append(ph_device* device, ph_kv_cache* cache, uint32_
                                   const ph_buffer* keys, uint64_t keys_offset, const ph_buffer* values,
                                   uint64_t values_offset, char* error, uint32_t error_bytes);
 /* Attention of the step's tokens over their sequences, after the layer's append: queries and out
- * [step tokens, query_heads, head_dim]. out = softmax(scale * q . K) . V, causal; query head h reads kv head
+ * [step tokens, query_heads, head_dim] of query_dtype. out = softmax(scale * q . K) . V, causal; query head h reads kv head
  * h / (query_heads / kv_heads). At most 8 tokens per sequence; ph_kv_cache_prefill takes any number. Relative error within 1e-3 of exact attention over the
  * unpacked values. Deterministic: a sequence's results do not depend on the rest of the batch. */
 PH_API int32_t ph_kv_cache_attend(ph_device* device, ph_kv_cache* cache, uint32_t layer,
@@ -489,10 +491,10 @@ PH_API int32_t ph_kv_cache_get_statistics(ph_device* device, ph_kv_cache* cache,
  *                               no:  capture_begin; append and attend, or prefill; graph = capture_end; replay(graph)
  *
  * Between capture_begin and capture_end nothing runs. append, attend and prefill of this cache, ph_buffer_copy,
- * ph_buffer_fill and whatever the caller enqueues on the stream become part of the graph; buffers may be wrapped or
- * destroyed (the memory is freed when the capture ends), a cache destroyed (its capture is abandoned). Every other call on
- * the device is PH_ERROR_INVALID_ARGUMENT and does no harm. A graph holds the addresses and the scale of the calls it
- * captured: their memory must stay as long as the graph is replayed.
+ * ph_buffer_fill, the functions of section "llm" that only enqueue, and whatever the caller enqueues on the stream become
+ * part of the graph; buffers may be wrapped or destroyed (the memory is freed when the capture ends), a cache destroyed
+ * (its capture is abandoned). Every other call on the device is PH_ERROR_INVALID_ARGUMENT and does no harm. A graph holds
+ * the addresses and the scale of the calls it captured: their memory must stay as long as the graph is replayed.
  */
 typedef struct ph_kv_cache_graph ph_kv_cache_graph;
 
@@ -546,6 +548,132 @@ PH_API int32_t ph_kv_cache_import(ph_device* device, ph_kv_cache* cache, uint32_
                                   const uint8_t* records, uint64_t record_bytes, const uint64_t* offsets,
                                   const uint8_t* recent, uint64_t recent_bytes, uint64_t* malformed,
                                   char* error, uint32_t error_bytes);
+
+/* ---- llm: what a language model computes beside attention ------------------------------------------ */
+/*
+ * Calls only enqueue, but for ph_llm_prepare_linear, allocate nothing, and may be captured (ph_kv_cache_capture_begin). A
+ * tensor is a buffer, a byte
+ * offset and, where more than one will do, a dtype, of PH_F32, PH_F16 and PH_BF16; values are computed in float32 and
+ * rounded once, to nearest even, when stored. Results are the same bits every time. Unless it says so, an output must not
+ * overlap an input. Sizes are at least 1; tensors are dense, but for row strides, which are in elements.
+ */
+
+/* out[rows, out_features] = x[rows, in_features] . transposed weight[out_features, in_features], plus bias[out_features]
+ * unless it is NULL, plus what out holds if accumulate is 1. Sums are in float32.
+ * CPU: all dtypes; a row's results do not depend on the other rows, nor on the number of threads.
+ * CUDA: up to 8 rows are multiplied by a kernel of Packhorse's own, of which the same is true; more by cuBLAS, which is
+ * opened at the first such call: PACKHORSE_CUBLAS names the library, else libcublas.so.13, then .12; PH_ERROR_UNSUPPORTED
+ * without it, or if that first call is captured. x must have the weight's dtype, or up to 8 rows be f32; of more rows, out
+ * must be f32 or have x's dtype, and the bias is rounded to out's dtype before it is added. */
+PH_API int32_t ph_llm_linear(ph_device* device, const ph_buffer* x, uint64_t x_offset, uint32_t x_dtype,
+                             const ph_buffer* weight, uint64_t weight_offset, uint32_t weight_dtype,
+                             const ph_buffer* bias, uint64_t bias_offset, uint32_t bias_dtype, ph_buffer* out,
+                             uint64_t out_offset, uint32_t out_dtype, uint32_t rows, uint32_t in_features,
+                             uint32_t out_features, uint32_t accumulate, char* error, uint32_t error_bytes);
+/* Loads what multiplies more than 8 rows, if it is not loaded yet, and writes its name and version, NUL-terminated, cut
+ * at name_bytes. May wait for the device. PH_ERROR_UNSUPPORTED where it is missing; the message says what to install. */
+PH_API int32_t ph_llm_prepare_linear(ph_device* device, char* name, uint32_t name_bytes, char* error,
+                                     uint32_t error_bytes);
+
+/* out[i] = x[indices[i]] for i < rows; x [x_rows, width], indices i32. An index that is no row of x gives a row of NaN. */
+PH_API int32_t ph_llm_gather(ph_device* device, const ph_buffer* x, uint64_t x_offset, uint32_t x_dtype,
+                             uint32_t x_rows, const ph_buffer* indices, uint64_t indices_offset,
+                             ph_buffer* out, uint64_t out_offset, uint32_t out_dtype, uint32_t rows,
+                             uint32_t width, char* error, uint32_t error_bytes);
+
+/* out[row, group] = x[row, group] / sqrt(mean of x[row, group]^2 + epsilon) * weight[width]: x and out [rows, groups, width],
+ * where rows of x start x_stride elements apart and those of out out_stride. out may be x, with equal strides. */
+PH_API int32_t ph_llm_rms_norm(ph_device* device, const ph_buffer* x, uint64_t x_offset, uint32_t x_dtype,
+                               uint32_t x_stride, const ph_buffer* weight, uint64_t weight_offset,
+                               uint32_t weight_dtype, ph_buffer* out, uint64_t out_offset, uint32_t out_dtype,
+                               uint32_t out_stride, uint32_t rows, uint32_t groups, uint32_t width,
+                               float epsilon, char* error, uint32_t error_bytes);
+
+/* Rotary embedding of x [rows, heads, head_dim]: channels i and i + rotary_dim / 2 of a head, i < rotary_dim / 2, are
+ * turned by the angle positions[row] * frequencies[i] and multiplied by `scale`; those from rotary_dim on are copied.
+ * rotary_dim is even, up to head_dim and 1024; positions i32 [rows], frequencies f32 [rotary_dim / 2]; strides and out as in ph_llm_rms_norm. */
+PH_API int32_t ph_llm_rope(ph_device* device, const ph_buffer* x, uint64_t x_offset, uint32_t x_dtype,
+                           uint32_t x_stride, const ph_buffer* positions, uint64_t positions_offset,
+                           const ph_buffer* frequencies, uint64_t frequencies_offset, ph_buffer* out,
+                           uint64_t out_offset, uint32_t out_dtype, uint32_t out_stride, uint32_t rows,
+                           uint32_t heads, uint32_t head_dim, uint32_t rotary_dim, float scale, char* error,
+                           uint32_t error_bytes);
+
+/* out[rows, width] = gate / (1 + exp(-gate)) * up; gate and up of one dtype, their rows `stride` elements apart. */
+PH_API int32_t ph_llm_swiglu(ph_device* device, const ph_buffer* gate, uint64_t gate_offset,
+                             const ph_buffer* up, uint64_t up_offset, uint32_t dtype, uint32_t stride,
+                             ph_buffer* out, uint64_t out_offset, uint32_t out_dtype, uint32_t rows,
+                             uint32_t width, char* error, uint32_t error_bytes);
+
+/* out[rows, width] = x, whose rows start x_stride elements apart. */
+PH_API int32_t ph_llm_cast(ph_device* device, const ph_buffer* x, uint64_t x_offset, uint32_t x_dtype,
+                           uint32_t x_stride, ph_buffer* out, uint64_t out_offset, uint32_t out_dtype,
+                           uint32_t rows, uint32_t width, char* error, uint32_t error_bytes);
+
+/* x += y, `count` elements. */
+PH_API int32_t ph_llm_add(ph_device* device, ph_buffer* x, uint64_t x_offset, uint32_t x_dtype,
+                          const ph_buffer* y, uint64_t y_offset, uint32_t y_dtype, uint64_t count,
+                          char* error, uint32_t error_bytes);
+
+/* counters[i] += by for i < count, i32, wrapping. */
+PH_API int32_t ph_llm_advance(ph_device* device, ph_buffer* counters, uint64_t counters_offset,
+                              uint32_t count, int32_t by, char* error, uint32_t error_bytes);
+
+/* out[row] = the first index of the row's largest logit, i32 [rows]; logits [rows, vocabulary]. NaN counts as -infinity;
+ * a row of nothing else gives -1. */
+PH_API int32_t ph_llm_argmax(ph_device* device, const ph_buffer* logits, uint64_t logits_offset,
+                             uint32_t logits_dtype, ph_buffer* out, uint64_t out_offset, uint32_t rows,
+                             uint32_t vocabulary, char* error, uint32_t error_bytes);
+
+/* How a row's next token is drawn. */
+typedef struct ph_llm_sampler {
+  uint64_t seed;     /* of the row's random numbers */
+  uint32_t step;     /* which of them is next; ph_llm_sample counts on */
+  uint32_t top_k;    /* tokens that may be drawn; 0: all */
+  float temperature; /* what logits are divided by; 0: always the likeliest token */
+  float top_p;       /* probability that the likeliest tokens have to reach, above 0, up to 1: all */
+  float min_p;       /* least probability relative to the likeliest token's, 0: none, to 1 */
+  float
+      repetition_penalty; /* above 0: logits of tokens that were seen are divided by it, negative ones multiplied */
+} ph_llm_sampler;
+
+/* out[row] = a token drawn from logits [rows, vocabulary] as samplers[row], a ph_llm_sampler of 32 bytes on the device,
+ * says; i32 [rows]. The order, and the meaning, are those of Hugging Face's processors:
+ *   1. repetition_penalty, for tokens with seen[row, token] != 0; seen is u8 [rows, vocabulary], or NULL for none
+ *   2. division by the temperature; a temperature of 0 takes the first index of the largest logit now
+ *   3. top_k: tokens at least as likely as the k-th likeliest stay
+ *   4. top_p: a token goes if it and all less likely ones have a probability of at most 1 - top_p together
+ *   5. min_p, of what is left
+ *   6. with w = exp(logit - largest logit), in float32, rounded to multiples of 2^-31, and W the sum of those that are left:
+ *      the first token whose w and those of the tokens before it have a sum above u * W, where u < 1 is word 1 of
+ *      Philox4x32-10 for the counter (step, 0, 0, 0) and the key `seed`, and then its word 0, as a fraction of 64 bits
+ * Tokens that are equally likely stay or go together. w, and so the token, is the same bits on the CPU and on CUDA. A NaN
+ * counts as -infinity; a row of nothing else gives -1. Then seen[row, token] = 1, and the row's step is counted on.
+ * scratch: 4 bytes [rows, vocabulary]. */
+PH_API int32_t ph_llm_sample(ph_device* device, const ph_buffer* logits, uint64_t logits_offset,
+                             uint32_t logits_dtype, ph_buffer* samplers, uint64_t samplers_offset,
+                             ph_buffer* seen, uint64_t seen_offset, ph_buffer* scratch,
+                             uint64_t scratch_offset, ph_buffer* out, uint64_t out_offset, uint32_t rows,
+                             uint32_t vocabulary, char* error, uint32_t error_bytes);
+/* seen[tokens[i]] = 1 for i < count; tokens i32, seen u8 [vocabulary]. Those that are no token of the vocabulary are left
+ * out. */
+PH_API int32_t ph_llm_mark(ph_device* device, const ph_buffer* tokens, uint64_t tokens_offset, uint32_t count,
+                           ph_buffer* seen, uint64_t seen_offset, uint32_t vocabulary, char* error,
+                           uint32_t error_bytes);
+
+/* out[row] = log(sum of exp(logits[row])) - logits[row, targets[row]], in nats; targets i32 [rows], out f32 [rows]. NaN for
+ * a target that is no token. Sums are in float64, of exponentials in float32. */
+PH_API int32_t ph_llm_cross_entropy(ph_device* device, const ph_buffer* logits, uint64_t logits_offset,
+                                    uint32_t logits_dtype, const ph_buffer* targets, uint64_t targets_offset,
+                                    ph_buffer* out, uint64_t out_offset, uint32_t rows, uint32_t vocabulary,
+                                    char* error, uint32_t error_bytes);
+/* out[row] = {the Kullback-Leibler divergence of softmax(logits[row]) from softmax(reference[row]), sum of p * log(p / q)
+ * for p of the reference, in nats; 1 if the largest of both is at the same index, else 0}, f32 [rows, 2]. Its error is about
+ * 1e-7 at most. */
+PH_API int32_t ph_llm_divergence(ph_device* device, const ph_buffer* reference, uint64_t reference_offset,
+                                 uint32_t reference_dtype, const ph_buffer* logits, uint64_t logits_offset,
+                                 uint32_t logits_dtype, ph_buffer* out, uint64_t out_offset, uint32_t rows,
+                                 uint32_t vocabulary, char* error, uint32_t error_bytes);
 
 #ifdef __cplusplus
 }

@@ -27,6 +27,7 @@ constexpr uint32_t kSizeOnly = 1u << 31;  // flag of an index entry: the size of
 // Device memory of a cache, as kernels see it. Trivially copyable.
 struct CacheView {
   uint32_t layers, sequences, heads, head_dim, query_heads, dtype;
+  uint32_t query_dtype;  // of queries and outputs
   uint32_t sinks;        // tokens
   uint32_t ring;         // tokens of the ring of newest ones
   uint32_t most_blocks;  // of a sequence

@@ -57,6 +57,12 @@ const ph_kv_cache_config& checked_config(const ph_kv_cache_config& config) {
   require(config.head_dim == 64 || config.head_dim == 96 || config.head_dim == 128 || config.head_dim == 256,
           "head_dim", config.head_dim, "64, 96, 128 or 256");
   require(config.dtype == PH_F16 || config.dtype == PH_BF16, "dtype", config.dtype, "f16 or bf16");
+  if (config.query_dtype != config.dtype && !attention::takes_queries(config.query_dtype)) {
+    throw Error(
+        PH_ERROR_UNSUPPORTED,
+        "Cannot create the kv cache as query_dtype must be its dtype, or f32 on the CPU: current value is %u",
+        config.query_dtype);
+  }
   require(config.sequences >= 1 && config.sequences <= 65536, "sequences", config.sequences, "1 to 65536");
   require(config.residual >= kMostQueries && config.residual <= 65536, "residual", config.residual,
           "8 to 65536");
@@ -154,6 +160,7 @@ CacheView make_view(const ph_kv_cache_config& config, const std::vector<TileShap
   view.head_dim = config.head_dim;
   view.query_heads = config.query_heads;
   view.dtype = config.dtype;
+  view.query_dtype = config.query_dtype;
   view.sinks = config.sinks;
   view.ring = config.residual + kBlockTokens;
   view.most_blocks = static_cast<uint32_t>(config.tokens / kBlockTokens);

@@ -126,7 +126,7 @@ int main(void) {
   config.query_heads = QUERY_HEADS;
   config.kv_heads = KV_HEADS;
   config.head_dim = HEAD_DIM;
-  config.dtype = PH_F16;
+  config.dtype = config.query_dtype = PH_F16;
   config.sequences = SEQUENCES;
   config.residual = 64;
   config.sinks = 4;

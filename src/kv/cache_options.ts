@@ -3,8 +3,11 @@ import { KV_CACHE_CODEC, KV_CACHE_CONFIG } from "../../ffi/structs.ts";
 import { PackhorseError } from "../error.ts";
 import { type KvDType, type KvPair, PARTS } from "./tensor.ts";
 
-/** Type of the tokens, queries and outputs of a {@linkcode KvCache}. */
+/** Type of the tokens of a {@linkcode KvCache}. */
 export type KvCacheDType = Extract<KvDType, "f16" | "bf16">;
+
+/** Type of the queries and outputs of attention over a {@linkcode KvCache}. */
+export type KvQueryDType = KvDType;
 
 /**
  * How the keys, or the values, of packed tokens are stored: as codes, integers times a scale, or as they are.
@@ -71,8 +74,10 @@ export interface KvCacheOptions {
   readonly kvHeads: number;
   /** Channels of a head: 64, 96, 128 or 256. */
   readonly headDim: number;
-  /** Type of keys, values, queries and outputs. */
+  /** Type of keys and values. */
   readonly dtype: KvCacheDType;
+  /** Type of the queries and outputs of attention: that of the keys, or on the CPU `f32`. Default: `dtype`. */
+  readonly queryDType?: KvQueryDType | undefined;
   /** Most sequences at once, 1 to 65,536. */
   readonly sequences: number;
   /** Most tokens of a sequence, 1 to 2^31 - 1. */
@@ -102,6 +107,8 @@ export interface KvCacheOptions {
 
 /** {@linkcode KvCacheOptions} with every default filled in. */
 export interface KvCacheConfig extends Required<Omit<KvCacheOptions, "codec" | "window">> {
+  /** Type of the queries and outputs of attention. */
+  readonly queryDType: KvQueryDType;
   /** How many of the newest tokens at least stay in 16 bits. */
   readonly residual: number;
   /** How many of the first tokens stay in 16 bits. */
@@ -118,15 +125,18 @@ const DEFAULT_CODEC: KvCacheCodec = {
 };
 
 const PAGE_BYTES = 65_536;
-const MOST_GROUP = 16;
-const HEAD_DIMS: readonly unknown[] = [64, 96, 128, 256];
+/** Most query heads that share a kv head. */
+export const MOST_GROUP = 16;
+/** Channels that a head may have. */
+export const CACHE_HEAD_DIMS: readonly number[] = [64, 96, 128, 256];
 const DTYPES: readonly unknown[] = ["f16", "bf16"];
 
 /** Checks options and fills in the defaults. Throws `invalid-argument`. */
 export function resolveCacheOptions(options: KvCacheOptions): KvCacheConfig {
   const { layers, queryHeads, kvHeads, headDim, dtype, sequences, tokens, stepTokens, poolBytes } =
     options;
-  const { residual = 128, sinks = 4, codec = DEFAULT_CODEC, window = 0 } = options;
+  const { queryDType = dtype, residual = 128, sinks = 4, codec = DEFAULT_CODEC, window = 0 } =
+    options;
   const within = (name: string, value: number, least: number, most: number) => {
     if (Number.isSafeInteger(value) && value >= least && value <= most) return;
     refuse(`${name} must be an integer from ${least} to ${most}, got ${value}`);
@@ -137,8 +147,13 @@ export function resolveCacheOptions(options: KvCacheOptions): KvCacheConfig {
   if (queryHeads % kvHeads !== 0) {
     refuse(`queryHeads must be a multiple of the ${kvHeads} kvHeads, got ${queryHeads}`);
   }
-  if (!HEAD_DIMS.includes(headDim)) refuse(`headDim must be 64, 96, 128 or 256, got ${headDim}`);
+  if (!CACHE_HEAD_DIMS.includes(headDim)) {
+    refuse(`headDim must be 64, 96, 128 or 256, got ${headDim}`);
+  }
   if (!DTYPES.includes(dtype)) refuse(`dtype must be f16 or bf16, got ${dtype}`);
+  if (queryDType !== dtype && queryDType !== "f32") {
+    refuse(`queryDType must be the dtype, ${dtype}, or f32, got ${queryDType}`);
+  }
   within("sequences", sequences, 1, 65_536);
   within("tokens", tokens, 1, 2 ** 31 - 1);
   within("stepTokens", stepTokens, 1, 2 ** 31 - 1);
@@ -155,7 +170,7 @@ export function resolveCacheOptions(options: KvCacheOptions): KvCacheConfig {
   }
   windows.forEach((each, layer) => within(`window of layer ${layer}`, each, 0, 2 ** 31 - 1));
   codecs.forEach((each, layer) => PARTS.forEach((part) => checkPart(each[part], layer, part)));
-  const shape = { layers, queryHeads, kvHeads, headDim, dtype };
+  const shape = { layers, queryHeads, kvHeads, headDim, dtype, queryDType };
   return { ...shape, sequences, tokens, stepTokens, poolBytes, residual, sinks, codecs, windows };
 }
 
@@ -174,6 +189,7 @@ export function nativeCacheConfig(config: KvCacheConfig): {
     kv_heads: config.kvHeads,
     head_dim: config.headDim,
     dtype: DTYPE[config.dtype],
+    query_dtype: DTYPE[config.queryDType],
     sequences: config.sequences,
     residual: config.residual,
     sinks: config.sinks,

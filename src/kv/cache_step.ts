@@ -3,7 +3,7 @@ import type { NativeTensor } from "../../ffi/kv.ts";
 import type { Device } from "../device/device.ts";
 import { type DeviceBuffer, regionOn } from "../device/device_buffer.ts";
 import { PackhorseError } from "../error.ts";
-import type { KvCacheConfig, KvCacheDType } from "./cache_options.ts";
+import type { KvCacheConfig, KvCacheDType, KvQueryDType } from "./cache_options.ts";
 import { captureGraph, type KvStepGraph, nativeOfGraph } from "./step_graph.ts";
 
 /** What a step needs of its cache. */
@@ -73,7 +73,7 @@ export class KvCacheStep {
   /**
    * Attention of the step's tokens over their sequences: `out = softmax(scale * queries . keys) . values`, where a
    * token sees those before it and itself, as far as the layer's window reaches, and the sinks, and query head `h` reads kv head `floor(h * kvHeads / queryHeads)`.
-   * `queries` and `out` are `[tokens, queryHeads, headDim]` of the cache's dtype and must not overlap. A layer must
+   * `queries` and `out` are `[tokens, queryHeads, headDim]` of the cache's queryDType and must not overlap. A layer must
    * have been appended to before.
    *
    * Besides rounding `out` to its type, the relative error is within 1e-3 of exact attention over what packed tokens
@@ -84,8 +84,8 @@ export class KvCacheStep {
    */
   attend(
     layer: number,
-    queries: DeviceBuffer<KvCacheDType>,
-    out: DeviceBuffer<KvCacheDType>,
+    queries: DeviceBuffer<KvQueryDType>,
+    out: DeviceBuffer<KvQueryDType>,
     options: KvAttendOptions = {},
   ): void {
     const { native, config } = this.#current("attend");
@@ -251,28 +251,30 @@ export class KvCacheStep {
 
   #tensor(
     name: string,
-    buffer: DeviceBuffer<KvCacheDType>,
+    buffer: DeviceBuffer<KvQueryDType>,
     heads: "kvHeads" | "queryHeads",
   ): StepTensor {
+    const { dtype, queryDType } = this.#owner.config;
     const tensor = cacheTensor(`Cannot ${name}`, buffer, {
       ...this.#owner,
       heads,
       tokens: this.tokens,
+      dtype: heads === "kvHeads" ? dtype : queryDType,
     });
     return { ...tensor, byteLength: buffer.byteLength };
   }
 }
 
-/** Tensors of {@linkcode KvCacheStep.prefill}, of the cache's dtype. */
+/** Tensors of {@linkcode KvCacheStep.prefill}. */
 export interface KvPrefillTensors {
-  /** `[tokens, queryHeads, headDim]`. */
-  readonly queries: DeviceBuffer<KvCacheDType>;
-  /** `[tokens, kvHeads, headDim]`, after rotary embedding. */
+  /** `[tokens, queryHeads, headDim]` of the cache's queryDType. */
+  readonly queries: DeviceBuffer<KvQueryDType>;
+  /** `[tokens, kvHeads, headDim]` of the cache's dtype, after rotary embedding. */
   readonly keys: DeviceBuffer<KvCacheDType>;
-  /** `[tokens, kvHeads, headDim]`. */
+  /** `[tokens, kvHeads, headDim]` of the cache's dtype. */
   readonly values: DeviceBuffer<KvCacheDType>;
-  /** Where the result goes: `[tokens, queryHeads, headDim]`. */
-  readonly out: DeviceBuffer<KvCacheDType>;
+  /** Where the result goes: `[tokens, queryHeads, headDim]` of the cache's queryDType. */
+  readonly out: DeviceBuffer<KvQueryDType>;
 }
 
 /** Options of {@linkcode KvCacheStep.attend}, {@linkcode KvCacheStep.prefill} and {@linkcode KvCache.score}. */
@@ -318,15 +320,17 @@ export function checkApart(
 /** The tensor `[tokens, heads, headDim]` that fills a buffer. Throws `invalid-argument` if it cannot, or `disposed`. */
 export function cacheTensor(
   name: string,
-  buffer: DeviceBuffer<KvCacheDType>,
-  { device, config, heads, tokens }: {
+  buffer: DeviceBuffer<KvQueryDType>,
+  { device, config, heads, tokens, dtype = config.dtype }: {
     readonly device: Device;
     readonly config: KvCacheConfig;
     readonly heads: "kvHeads" | "queryHeads";
     readonly tokens: number;
+    /** Default: that of keys and values. */
+    readonly dtype?: KvQueryDType;
   },
 ): NativeTensor {
-  const { dtype, headDim } = config;
+  const { headDim } = config;
   if (buffer.dtype !== dtype || buffer.length !== tokens * config[heads] * headDim) {
     refuse(
       `${name} must be [${tokens}, ${config[heads]}, ${headDim}] (tokens, ${heads}, headDim) of ` +

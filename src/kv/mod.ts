@@ -19,6 +19,7 @@ export type {
   KvCacheDType,
   KvCacheOptions,
   KvCachePartCodec,
+  KvQueryDType,
 } from "./cache_options.ts";
 export type { KvAttendOptions, KvCacheStep, KvPrefillTensors } from "./cache_step.ts";
 export type { KvStepGraph } from "./step_graph.ts";

@@ -1,6 +1,6 @@
 import { PackhorseError } from "../error.ts";
-import { InputFile } from "../io/input_file.ts";
-import { isCount, isObject, parseJsonObject } from "../io/untrusted_json.ts";
+import { isGiven, JsonFields, parseConfig, readConfigFile } from "../io/json_fields.ts";
+import { isCount, isObject } from "../io/untrusted_json.ts";
 import type { KvCacheDType } from "./cache_options.ts";
 
 /** What the `config.json` of a Hugging Face model says that matters to its key/value cache. */
@@ -62,9 +62,6 @@ const BYTES_PER_PARAMETER: Readonly<Record<string, number>> = {
 /** Kinds of attention whose layers cache the keys and values of tokens. */
 const CACHED_LAYERS: readonly unknown[] = ["full_attention", "sliding_attention"];
 
-/** Far above what such a file takes. */
-const MOST_BYTES = 2 ** 24;
-
 /**
  * Reads the `config.json` of a Hugging Face model: its own fields, or those of its `text_config`.
  *
@@ -82,46 +79,41 @@ const MOST_BYTES = 2 ** 24;
  * ```
  */
 export async function readModelConfig(path: string): Promise<KvModel> {
-  using file = await InputFile.open(path);
-  if (file.size > MOST_BYTES) {
-    const message = `Cannot read ${path}: ${file.size} bytes are too many for a configuration`;
-    throw new PackhorseError("corrupt", message);
-  }
-  return parseModelConfig(await file.read(0, file.size), path);
+  return parseModelConfig(await readConfigFile(path), path);
 }
 
 /** {@linkcode readModelConfig} on the bytes of a file, whose `path` is for messages. */
 export function parseModelConfig(bytes: Uint8Array, path: string): KvModel {
-  const outer = parseJsonObject(bytes, `Cannot read ${path}: it`);
+  const outer = parseConfig(bytes, path);
   const fields = isObject(outer.text_config) ? { ...outer, ...outer.text_config } : outer;
-  const { number, word } = reader(fields, path);
+  const config = modelFields(fields, path);
   refuseOtherCaches(fields, path);
 
-  const layers = number("num_hidden_layers", 4096);
-  const queryHeads = number("num_attention_heads", 16_384);
-  const kvHeads = number("num_key_value_heads", 1024, queryHeads);
-  const headDim = number("head_dim", 65_536, () => {
-    const hidden = number("hidden_size", 2 ** 24);
+  const layers = config.count("num_hidden_layers", 4096);
+  const queryHeads = config.count("num_attention_heads", 16_384);
+  const kvHeads = config.count("num_key_value_heads", 1024, queryHeads);
+  const headDim = config.count("head_dim", 65_536, () => {
+    const hidden = config.count("hidden_size", 2 ** 24);
     if (hidden % queryHeads === 0) return hidden / queryHeads;
-    return corrupt(path, `hidden_size ${hidden} is no multiple of the ${queryHeads} heads`);
+    return config.refuse(`hidden_size ${hidden} is no multiple of the ${queryHeads} heads`);
   });
   if (queryHeads % kvHeads !== 0) {
     const heads = `num_attention_heads ${queryHeads}`;
-    corrupt(path, `${heads} is no multiple of num_key_value_heads ${kvHeads}`);
+    config.refuse(`${heads} is no multiple of num_key_value_heads ${kvHeads}`);
   }
-  const dtype = word("dtype") ?? word("torch_dtype");
+  const dtype = config.word("dtype") ?? config.word("torch_dtype");
   const usesWindow = fields.use_sliding_window !== false && isGiven(fields.sliding_window);
   return {
-    type: word("model_type"),
+    type: config.word("model_type"),
     layers,
     queryHeads,
     kvHeads,
     headDim,
     dtype: dtype === "float16" ? "f16" : "bf16",
     contextLimit: isGiven(fields.max_position_embeddings)
-      ? number("max_position_embeddings", 2 ** 40)
+      ? config.count("max_position_embeddings", 2 ** 40)
       : undefined,
-    slidingWindow: usesWindow ? number("sliding_window", 2 ** 40) : undefined,
+    slidingWindow: usesWindow ? config.count("sliding_window", 2 ** 40) : undefined,
     weights: countWeights(fields, path, { layers, queryHeads, kvHeads, headDim, dtype }),
   };
 }
@@ -152,8 +144,8 @@ function countWeights(
     dtype: string | undefined;
   },
 ): KvModel["weights"] {
-  const { number, word } = reader(fields, path);
-  const type = word("model_type");
+  const config = modelFields(fields, path);
+  const type = config.word("model_type");
   if (type === undefined || !Object.hasOwn(ARCHITECTURES, type)) {
     const known = Object.keys(ARCHITECTURES).join(", ");
     return { unknown: `its model_type is ${type ?? "missing"}, none of ${known}` };
@@ -167,9 +159,9 @@ function countWeights(
   if (bytesPerParameter === undefined) {
     return { unknown: `its dtype is ${dtype ?? "missing"}, not float16, bfloat16 or float32` };
   }
-  const hidden = number("hidden_size", 2 ** 24);
-  const intermediate = number("intermediate_size", 2 ** 24);
-  const vocabulary = number("vocab_size", 2 ** 24);
+  const hidden = config.count("hidden_size", 2 ** 24);
+  const intermediate = config.count("intermediate_size", 2 ** 24);
+  const vocabulary = config.count("vocab_size", 2 ** 24);
   const [queries, keys] = [queryHeads * headDim, kvHeads * headDim];
   const bias = queryKeyValueBias || fields.attention_bias === true ? queries + 2 * keys : 0;
   const outputBias = fields.attention_bias === true && !queryKeyValueBias ? hidden : 0;
@@ -179,37 +171,11 @@ function countWeights(
   const tied = fields.tie_word_embeddings ?? tiesEmbeddings ?? false;
   const parameters = layers * layer + hidden + (tied === true ? 1 : 2) * vocabulary * hidden;
   const bytes = parameters * bytesPerParameter;
-  if (!Number.isSafeInteger(bytes)) corrupt(path, `its sizes make ${parameters} weights`);
+  if (!Number.isSafeInteger(bytes)) config.refuse(`its sizes make ${parameters} weights`);
   return { parameters, bytesPerParameter, bytes };
 }
 
-/** Fields of the configuration by their kind; what is of another is `corrupt`. */
-function reader(fields: Record<string, unknown>, path: string) {
-  return {
-    /** An integer from 1 on; where it is not given, what stands for it. */
-    number(name: string, most: number, instead?: number | (() => number)): number {
-      const value = fields[name];
-      if (!isGiven(value)) {
-        if (instead !== undefined) return typeof instead === "number" ? instead : instead();
-        return corrupt(path, `it has no ${name}`);
-      }
-      if (isCount(value) && value >= 1 && value <= most) return value;
-      const found = JSON.stringify(value).slice(0, 40);
-      return corrupt(path, `${name} must be an integer from 1 to ${most}, got ${found}`);
-    },
-    word(name: string): string | undefined {
-      const value = fields[name];
-      if (!isGiven(value)) return undefined;
-      if (typeof value === "string" && value.length <= 100) return value;
-      return corrupt(path, `${name} must be a word, got ${JSON.stringify(value).slice(0, 40)}`);
-    },
-  };
-}
-
-function isGiven(value: unknown): boolean {
-  return value !== undefined && value !== null;
-}
-
-function corrupt(path: string, reason: string): never {
-  throw new PackhorseError("corrupt", `Cannot use ${path} as a model's config.json: ${reason}`);
+/** Fields of a model's config.json. */
+export function modelFields(fields: Readonly<Record<string, unknown>>, path: string): JsonFields {
+  return new JsonFields(fields, `Cannot use ${path} as a model's config.json`);
 }

@@ -2,8 +2,9 @@ import { CacheFile } from "./cache_file.ts";
 import type { KvCacheDType } from "./cache_options.ts";
 import { BLOCK_TOKENS } from "./codec.ts";
 import { PackhorseError } from "../error.ts";
+import { convertFloats } from "../float_conversion.ts";
 import type { KvCacheFileOptions } from "./file_options.ts";
-import { type KvDType, type KvPair, PARTS } from "./tensor.ts";
+import { type KvPair, PARTS } from "./tensor.ts";
 
 /** 16-bit values of a layer's keys and values. */
 type Bits = KvPair<Uint16Array<ArrayBuffer>>;
@@ -56,8 +57,8 @@ export class KvSampler {
       const tokens = Math.min(all, MOST_TOKENS);
       const bytes = await file.read(layer, 0, tokens);
       const bits = {
-        keys: convert(bytes.keys, { from, to: dtype }),
-        values: convert(bytes.values, { from, to: dtype }),
+        keys: bitsOf(convertFloats(bytes.keys, { from, to: dtype })),
+        values: bitsOf(convertFloats(bytes.values, { from, to: dtype })),
       };
       layers.push({ heads, tokens, headDim, bits });
       options.signal?.throwIfAborted();
@@ -103,26 +104,6 @@ export class KvSampler {
   }
 }
 
-function convert(
-  bytes: Uint8Array<ArrayBuffer>,
-  { from, to }: { from: KvDType; to: KvCacheDType },
-): Uint16Array<ArrayBuffer> {
-  const { buffer, byteOffset, byteLength } = bytes;
-  if (from === to) return new Uint16Array(buffer, byteOffset, byteLength / 2);
-  const values = from === "f32"
-    ? new Float32Array(buffer, byteOffset, byteLength / 4)
-    : from === "f16"
-    ? new Float16Array(buffer, byteOffset, byteLength / 2)
-    : widen(new Uint16Array(buffer, byteOffset, byteLength / 2));
-  return to === "f16" ? new Uint16Array(Float16Array.from(values).buffer) : narrow(values);
-}
-
-function widen(bits: Uint16Array): Float32Array {
-  return new Float32Array(Uint32Array.from(bits, (word) => word << 16).buffer);
-}
-
-/** To bf16, halves to even. */
-function narrow(values: Float32Array | Float16Array): Uint16Array<ArrayBuffer> {
-  const words = new Uint32Array(Float32Array.from(values).buffer);
-  return Uint16Array.from(words, (word) => (word + 0x7fff + (word >>> 16 & 1)) >>> 16);
+function bitsOf({ buffer, byteOffset, byteLength }: Uint8Array<ArrayBuffer>) {
+  return new Uint16Array(buffer, byteOffset, byteLength / 2);
 }

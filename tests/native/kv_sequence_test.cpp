@@ -187,7 +187,7 @@ int main(int count, char** words) {
     config.kv_heads = 1 + head_dim % 3;
     config.query_heads = 2 * config.kv_heads;
     config.head_dim = head_dim;
-    config.dtype = head_dim % 128 == 0 ? PH_BF16 : PH_F16;
+    config.dtype = config.query_dtype = head_dim % 128 == 0 ? PH_BF16 : PH_F16;
     config.sequences = 3;
     config.residual = 20;
     config.sinks = head_dim == 64 ? 0 : 5;
