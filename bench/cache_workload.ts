@@ -1,6 +1,12 @@
 /** Growing caches to measure, filled with keys and values that are a real model's. */
 import type { Device, DeviceBuffer } from "../src/device/mod.ts";
-import { KvCache, type KvCacheCodec, type KvCacheStep, type KvSequence } from "../src/kv/mod.ts";
+import {
+  KvCache,
+  type KvCacheCodec,
+  type KvCacheStep,
+  type KvSequence,
+  type KvStepGraph,
+} from "../src/kv/mod.ts";
 import { KvSampler } from "../src/kv/sample.ts";
 import { withWholePool } from "../src/kv/whole_pool.ts";
 
@@ -151,6 +157,16 @@ export class CacheWorkload implements Disposable {
       const rows = (buffer: DeviceBuffer<"bf16">) => buffer.view(first * row, step.tokens * row);
       step.append(layer, rows(keys), rows(values));
     }
+  }
+
+  /** Captures {@linkcode attend}, to enqueue it as one graph by {@linkcode replay}; on a GPU only. */
+  capture(): KvStepGraph {
+    return this.#step.capture(() => this.attend());
+  }
+
+  /** Enqueues captured attention. */
+  replay(graph: KvStepGraph): void {
+    this.#step.replay(graph);
   }
 
   /** Enqueues attention in every layer. */

@@ -153,7 +153,11 @@ test("linear multiplies with every type, bias and sum", (device) => {
         }
       }
       const what = `${JSON.stringify({ ...types, ...sizes, hasBias })}, seed ${1000 * shape + at}`;
-      assertNear(out.buffer, expected, { slack: (i) => 1e-6 * magnitudes[i]!, what });
+      // cuBLAS rounds a product to out's type before it is added, and the sum once more.
+      const isRoundedTwice = device.backend === "cuda" && rows > 8 && (hasBias || accumulate);
+      const second = isRoundedTwice ? ROUNDING[out.buffer.dtype] : 0;
+      const slack = (i: number) => (1e-6 + second) * magnitudes[i]!;
+      assertNear(out.buffer, expected, { slack, what });
     });
   });
 });

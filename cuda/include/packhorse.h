@@ -564,7 +564,7 @@ PH_API int32_t ph_kv_cache_import(ph_device* device, ph_kv_cache* cache, uint32_
  * CUDA: up to 8 rows are multiplied by a kernel of Packhorse's own, of which the same is true; more by cuBLAS, which is
  * opened at the first such call: PACKHORSE_CUBLAS names the library, else libcublas.so.13, then .12; PH_ERROR_UNSUPPORTED
  * without it, or if that first call is captured. x must have the weight's dtype, or up to 8 rows be f32; of more rows, out
- * must be f32 or have x's dtype, and the bias is rounded to out's dtype before it is added. */
+ * must be f32 or have x's dtype, and bias and product are rounded to out's dtype before they are added. */
 PH_API int32_t ph_llm_linear(ph_device* device, const ph_buffer* x, uint64_t x_offset, uint32_t x_dtype,
                              const ph_buffer* weight, uint64_t weight_offset, uint32_t weight_dtype,
                              const ph_buffer* bias, uint64_t bias_offset, uint32_t bias_dtype, ph_buffer* out,
