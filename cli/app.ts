@@ -33,6 +33,8 @@ const KV_FORMS = "How tokens are packed: raw16, packkv:k=0.1,v=0.2, fixed:k=4,v=
   "May be given several times. ";
 const LLM_KV_HELP =
   "How the cache packs tokens: raw16, packkv:k=0.1,v=0.2, fixed:k=4,v=4 or kivi:4. ";
+const LLM_RESIDUAL_HELP =
+  "Latest tokens to leave in 16 bits, from 8 on; 0 to pack every token before it is read.";
 const KV_HELP = `${KV_FORMS}packkv unless given.`;
 const KV_BENCH_HELP = `${KV_FORMS}All of ${DEFAULT_CACHE_CODECS.join(", ")} unless given.`;
 
@@ -252,11 +254,7 @@ function createLlm() {
     .option("--windows <windows:count>", "Windows of the text to score.", { default: 1 })
     .option("--tokens <tokens:count>", "Predictions of a window.", { default: 1024 })
     .option("--kv <codec:string>", `${LLM_KV_HELP}raw16 unless given.`)
-    .option(
-      "--residual <tokens:tokens>",
-      "Latest tokens in 16 bits, from 8 on; 0 to pack all before any is read.",
-      { default: 0 },
-    )
+    .option("--residual <tokens:tokens>", LLM_RESIDUAL_HELP, { default: 0 })
     .example(
       "See what 4 windows of 1,024 tokens cost",
       "packhorse llm perplexity --model tests/fixtures/tiny --text tests/fixtures/tiny/heldout.txt \\\n" +
@@ -265,6 +263,24 @@ function createLlm() {
     .action(async (options) =>
       (await import("./commands/llm_perplexity.ts")).llmPerplexity(options)
     )
+    .command("frontier", "Compare what codecs cost a model: bits per value and divergence.")
+    .option("--model <folder:file>", "Folder of the model.", { required: true })
+    .option("--text <file:file>", "Text to predict.", { required: true })
+    .option("--windows <windows:count>", "Windows of the text to score.", { default: 1 })
+    .option("--tokens <tokens:count>", "Predictions of a window.", { default: 1024 })
+    .option(
+      "--kv <codec:string>",
+      `${LLM_KV_HELP}May be given several times. Settings of packkv, fixed and kivi unless given.`,
+      { collect: true },
+    )
+    .option("--residual <tokens:tokens>", LLM_RESIDUAL_HELP, { default: 0 })
+    .option("--svg <file:file>", "Also write a chart of bits per value against divergence.")
+    .example(
+      "Compare settings of packkv with KIVI",
+      "packhorse llm frontier --model tests/fixtures/tiny --text tests/fixtures/tiny/heldout.txt \\\n" +
+        "  --kv packkv:k=0.05,v=0.1 --kv packkv:k=0.1,v=0.2 --kv kivi:4 --svg frontier.svg",
+    )
+    .action(async (options) => (await import("./commands/llm_frontier.ts")).llmFrontier(options))
     .command("generate", "Continue a prompt.")
     .option("--model <folder:file>", "Folder of the model.", { required: true })
     .option("--prompt <text:string>", "Text to continue.", { conflicts: ["file"] })

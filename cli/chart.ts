@@ -70,6 +70,23 @@ export async function writeBenchChart(file: AtomicFile, bars: readonly BenchBar[
   await writeChart(file, benchChart(bars));
 }
 
+/** What a codec costs a model. */
+export interface FrontierPoint {
+  kv: string;
+  quantizer: string;
+  bitsPerValue: number;
+  kld: number;
+}
+
+/** Fills a file with an SVG chart of bits per value against divergence, a line per quantizer. */
+export async function writeFrontierChart(
+  file: AtomicFile,
+  points: readonly FrontierPoint[],
+): Promise<void> {
+  // A logarithm has no place for what does not diverge.
+  await writeChart(file, frontierChart(points.filter(({ kld }) => kld > 0)));
+}
+
 /** Fills a file with a chart as SVG. */
 export async function writeChart(file: AtomicFile, chart: TopLevelSpec): Promise<void> {
   const { spec } = compile(chart);
@@ -151,6 +168,44 @@ function planChart(points: readonly PlanPoint[], memoryBytes: number): TopLevelS
         encoding: { x: memory },
       },
     ],
+  };
+}
+
+function frontierChart(points: readonly FrontierPoint[]): TopLevelSpec {
+  return {
+    ...STYLE,
+    width: 520,
+    height: 340,
+    title: { text: "Bits per value against divergence", anchor: "middle", offset: 12 },
+    data: { values: points.map((point) => ({ ...point })) },
+    layer: [
+      { mark: { type: "line", strokeWidth: 2 } },
+      { mark: { type: "point", filled: true, size: 55, opacity: 1 } },
+      {
+        mark: { type: "text", align: "left", dx: 7, dy: -7, fontSize: 10 },
+        encoding: { text: { field: "kv", type: "nominal" } },
+      },
+    ],
+    encoding: {
+      x: {
+        field: "bitsPerValue",
+        type: "quantitative",
+        title: "bits per value",
+        scale: { zero: false, padding: 24 },
+      },
+      y: {
+        field: "kld",
+        type: "quantitative",
+        title: "mean Kullback-Leibler divergence from a 16-bit cache, in nats",
+        scale: { type: "log", nice: false, padding: 16 },
+      },
+      color: {
+        field: "quantizer",
+        type: "nominal",
+        title: "quantizer",
+        sort: [...new Set(points.map(({ quantizer }) => quantizer))],
+      },
+    },
   };
 }
 
