@@ -1,4 +1,4 @@
-/** `llm perplexity` and `llm generate` as processes: what they print, and how they fail. */
+/** `llm perplexity`, `llm frontier` and `llm generate` as processes: what they print, and how they fail. */
 import {
   assert,
   assertAlmostEquals,
@@ -21,12 +21,16 @@ const TEXT = HELDOUT.slice(0, 2000);
 const SETTINGS = { windows: 2, tokens: 64 };
 const GENERATE = ["llm", "generate", "--model", MODEL];
 
-/** `llm perplexity` on `TEXT`. */
-async function perplexity(...args: string[]): Promise<string> {
+/** A command that evaluates, on `TEXT`. */
+async function evaluate(command: string, ...args: string[]): Promise<string> {
   using folder = new TemporaryFolder();
   const text = await folder.write("text", TEXT);
-  const command = ["llm", "perplexity", "--model", MODEL, "--text", text];
-  return await succeed(...command, "--windows", "2", "--tokens", "64", ...args);
+  const options = ["--model", MODEL, "--text", text, "--windows", "2", "--tokens", "64"];
+  return await succeed("llm", command, ...options, ...args);
+}
+
+function perplexity(...args: string[]): Promise<string> {
+  return evaluate("perplexity", ...args);
 }
 
 async function generate(...args: string[]) {
@@ -42,7 +46,7 @@ async function withModel<Result>(work: (model: LanguageModel) => Promise<Result>
 
 Deno.test("cli: llm perplexity and llm generate explain themselves", async () => {
   const llm = await succeed("llm", "--help");
-  for (const command of ["perplexity", "generate"]) assertStringIncludes(llm, command);
+  for (const command of ["perplexity", "frontier", "generate"]) assertStringIncludes(llm, command);
   assertEquals(await succeed("llm"), llm);
   const perplexity = await succeed("llm", "perplexity", "--help");
   for (const option of ["--text", "--windows", "--kv", "--residual", "Examples:"]) {
@@ -89,6 +93,11 @@ Deno.test("cli: llm fails with exit code 1 and one line that names what is wrong
     [[...perplexity, text, "--tokens", "64", "--kv", "zip"], '"zip" is no quantizer'],
     [[...perplexity, text, "--tokens", "64", "--kv", "kivi", "--residual", "4"], "residual"],
     [["llm", "perplexity", "--model", missing, "--text", text], `${missing}/config.json`],
+    [["llm", "frontier", "--model", MODEL, "--text", text, "--kv", "zip"], '"zip" is no quantizer'],
+    [
+      ["llm", "frontier", "--model", MODEL, "--text", missing, "--svg", folder.file("svg")],
+      missing,
+    ],
     [[...GENERATE, "--file", missing], `Cannot read ${missing}: no such file`],
     [[...GENERATE, "--prompt", "a", "--kv", "packkv:2"], "is not from 1/254 to 1"],
     [[...GENERATE, "--prompt", "a ".repeat(40), "--context", "16"], "16"],
@@ -97,6 +106,7 @@ Deno.test("cli: llm fails with exit code 1 and one line that names what is wrong
   for (const [args, expected] of cases) {
     assertStringIncludes(await fail(1, ...args, "--json"), expected);
   }
+  assertEquals(folder.list(), ["latin1", "short", "text"]); // no half of a chart
 });
 
 Deno.test("cli: a broken checkpoint fails with exit code 1 and one line", async () => {
@@ -174,6 +184,34 @@ Deno.test("cli: llm perplexity prints a table, and nothing else into a pipe", as
     `raw16        16.00  ${reference.perplexity.toFixed(3).padStart(10)}`,
   );
   assertMatch(table, /^kivi:4 +4\.\d\d +\d+\.\d{3} +-?[\d.]+ % +[\d.]+ +[\d.]+ %$/m);
+});
+
+Deno.test("cli: llm frontier compares codecs, and says which no other beats", async () => {
+  using folder = new TemporaryFolder();
+  const svg = folder.file("frontier.svg");
+  // 2 bits for the keys alone spoil them, for more bits than KIVI's.
+  const codecs = ["packkv:k=0.1,v=0.2", "fixed:k=2,v=8", "kivi:4", "raw16"];
+  const kv = codecs.flatMap((codec) => ["--kv", codec]);
+  const found = JSON.parse(await evaluate("frontier", ...kv, "--svg", svg, "--json"));
+  const { reference, results } = await withModel((model) =>
+    model.evaluate(TEXT, { ...SETTINGS, codecs })
+  );
+  assertEquals(found.raw16Perplexity, reference.perplexity);
+  assertEquals(
+    found.rows.map(({ frontier: _, ...row }: { frontier: boolean }) => row),
+    results.map(({ codec: _, name: kv, ...result }) => ({ kv, ...result })),
+  );
+  assertEquals(
+    found.rows.map(({ frontier }: { frontier: boolean }) => frontier),
+    [true, false, true, true],
+  );
+  const chart = await Deno.readTextFile(svg);
+  for (const text of ["bits per value", "packkv:k=0.1,v=0.2", "kivi:4"]) {
+    assertStringIncludes(chart, text);
+  }
+  const table = await evaluate("frontier", ...kv);
+  assertMatch(table, /^kivi:4 .* ✓$/m);
+  assertMatch(table, /^fixed:k=2,v=8 .* %$/m);
 });
 
 Deno.test("cli: llm generate continues greedily as the module and the oracle do", async () => {
