@@ -76,6 +76,8 @@ export interface FrontierPoint {
   quantizer: string;
   bitsPerValue: number;
   kld: number;
+  /** Whether no other is as good. */
+  frontier: boolean;
 }
 
 /** Fills a file with an SVG chart of bits per value against divergence, a line per quantizer. */
@@ -174,15 +176,22 @@ function planChart(points: readonly PlanPoint[], memoryBytes: number): TopLevelS
 function frontierChart(points: readonly FrontierPoint[]): TopLevelSpec {
   return {
     ...STYLE,
-    width: 520,
-    height: 340,
+    width: 640,
+    height: 360,
     title: { text: "Bits per value against divergence", anchor: "middle", offset: 12 },
     data: { values: points.map((point) => ({ ...point })) },
     layer: [
       { mark: { type: "line", strokeWidth: 2 } },
       { mark: { type: "point", filled: true, size: 55, opacity: 1 } },
+      // Names stand on the side of the frontier where no other points are.
       {
-        mark: { type: "text", align: "left", dx: 7, dy: -7, fontSize: 10 },
+        transform: [{ filter: "datum.frontier" }],
+        mark: { type: "text", align: "right", dx: -6, dy: 8, fontSize: 10 },
+        encoding: { text: { field: "kv", type: "nominal" } },
+      },
+      {
+        transform: [{ filter: "!datum.frontier" }],
+        mark: { type: "text", align: "left", dx: 6, dy: -8, fontSize: 10 },
         encoding: { text: { field: "kv", type: "nominal" } },
       },
     ],
@@ -191,7 +200,7 @@ function frontierChart(points: readonly FrontierPoint[]): TopLevelSpec {
         field: "bitsPerValue",
         type: "quantitative",
         title: "bits per value",
-        scale: { zero: false, padding: 24 },
+        scale: { zero: false, padding: 110 }, // as long as a name
       },
       y: {
         field: "kld",
