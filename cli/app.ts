@@ -8,6 +8,7 @@ import {
   bytesPerSecond,
   cacheCodec,
   type GlobalOptions,
+  numberFrom,
   positiveCount,
   relativeScale,
   tensorPattern,
@@ -30,6 +31,10 @@ const VALUE_PATTERN: ["--value-pattern <name:pattern>", string, { depends: strin
 
 const KV_FORMS = "How tokens are packed: raw16, packkv:k=0.1,v=0.2, fixed:k=4,v=4 or kivi:4. " +
   "May be given several times. ";
+const LLM_KV_HELP =
+  "How the cache packs tokens: raw16, packkv:k=0.1,v=0.2, fixed:k=4,v=4 or kivi:4. ";
+const LLM_RESIDUAL_HELP =
+  "Latest tokens to leave in 16 bits, from 8 on; 0 to pack every token before it is read.";
 const KV_HELP = `${KV_FORMS}packkv unless given.`;
 const KV_BENCH_HELP = `${KV_FORMS}All of ${DEFAULT_CACHE_CODECS.join(", ")} unless given.`;
 
@@ -59,6 +64,7 @@ export function createApp() {
         "packhorse kv unpack cache.phkv -o restored.safetensors",
     )
     .command("kv", createKv())
+    .command("llm", createLlm())
     .command("doctor", "Show what Packhorse finds on this machine, and what is missing.")
     .example("Check the GPU", "packhorse doctor --backend cuda")
     .action(async (options) => (await import("./commands/doctor.ts")).doctor(options))
@@ -228,5 +234,104 @@ function createKv() {
       "packhorse kv bench --tokens 32768 --kv packkv:k=0.1,v=0.2 --kv fixed:4 --kv fixed:2",
     )
     .action(async (options) => (await import("./commands/kv_bench.ts")).kvBench(options))
+    .reset();
+}
+
+function createLlm() {
+  return new Command<GlobalOptions>()
+    .description("Run language models of Hugging Face folders over a packed cache.")
+    .globalType("tokens", tokenCount)
+    .globalType("count", positiveCount)
+    .globalType("temperature", numberFrom(0, 1000))
+    .globalType("share", numberFrom(0, 1))
+    .globalType("penalty", numberFrom(0.01, 100))
+    .action(function () {
+      this.showHelp();
+    })
+    .command("perplexity", "Measure how well a model predicts a text, and what packing costs.")
+    .option("--model <folder:file>", "Folder of the model.", { required: true })
+    .option("--text <file:file>", "Text to predict.", { required: true })
+    .option("--windows <windows:count>", "Windows of the text to score.", { default: 1 })
+    .option("--tokens <tokens:count>", "Predictions of a window.", { default: 1024 })
+    .option("--kv <codec:string>", `${LLM_KV_HELP}raw16 unless given.`)
+    .option("--residual <tokens:tokens>", LLM_RESIDUAL_HELP, { default: 0 })
+    .example(
+      "See what 4 windows of 1,024 tokens cost",
+      "packhorse llm perplexity --model tests/fixtures/tiny --text tests/fixtures/tiny/heldout.txt \\\n" +
+        "  --windows 4 --kv packkv:k=0.1,v=0.2",
+    )
+    .action(async (options) =>
+      (await import("./commands/llm_perplexity.ts")).llmPerplexity(options)
+    )
+    .command("frontier", "Compare what codecs cost a model: bits per value and divergence.")
+    .option("--model <folder:file>", "Folder of the model.", { required: true })
+    .option("--text <file:file>", "Text to predict.", { required: true })
+    .option("--windows <windows:count>", "Windows of the text to score.", { default: 1 })
+    .option("--tokens <tokens:count>", "Predictions of a window.", { default: 1024 })
+    .option(
+      "--kv <codec:string>",
+      `${LLM_KV_HELP}May be given several times. Settings of packkv, fixed and kivi unless given.`,
+      { collect: true },
+    )
+    .option("--residual <tokens:tokens>", LLM_RESIDUAL_HELP, { default: 0 })
+    .option("--svg <file:file>", "Also write a chart of bits per value against divergence.")
+    .example(
+      "Compare settings of packkv with KIVI",
+      "packhorse llm frontier --model tests/fixtures/tiny --text tests/fixtures/tiny/heldout.txt \\\n" +
+        "  --kv packkv:k=0.05,v=0.1 --kv packkv:k=0.1,v=0.2 --kv kivi:4 --svg frontier.svg",
+    )
+    .action(async (options) => (await import("./commands/llm_frontier.ts")).llmFrontier(options))
+    .command("generate", "Continue a prompt.")
+    .option("--model <folder:file>", "Folder of the model.", { required: true })
+    .option("--prompt <text:string>", "Text to continue.", { conflicts: ["file"] })
+    .option("--file <file:file>", "File with the text to continue.")
+    .option("--max-tokens <tokens:count>", "Most tokens of the continuation.", { default: 256 })
+    .option(
+      "--context <tokens:count>",
+      "Most tokens of prompt and continuation. 4096, or the model's limit, unless given.",
+    )
+    .option(
+      "--temperature <number:temperature>",
+      "What logits are divided by; 0 for the likeliest.",
+      {
+        default: 0,
+      },
+    )
+    .option("--top-k <tokens:tokens>", "Draw only so many of the likeliest tokens; 0 for all.", {
+      default: 0,
+    })
+    .option("--top-p <share:share>", "Draw only the likeliest tokens that reach it together.", {
+      default: 1,
+    })
+    .option(
+      "--min-p <share:share>",
+      "Draw only tokens with this share of the likeliest's probability.",
+      {
+        default: 0,
+      },
+    )
+    .option(
+      "--repetition-penalty <number:penalty>",
+      "What logits of known tokens are divided by.",
+      {
+        default: 1,
+      },
+    )
+    .option("--seed <number:tokens>", "What random choices follow from.", { default: 0 })
+    .option(
+      "--stop <text:string>",
+      "Text that ends the continuation. May be given several times.",
+      {
+        collect: true,
+      },
+    )
+    .option("--kv <codec:string>", `${LLM_KV_HELP}packkv:k=0.1,v=0.2 unless given.`)
+    .option("--residual <tokens:count>", "Latest tokens to leave in 16 bits.", { default: 128 })
+    .example(
+      "Draw a continuation",
+      'packhorse llm generate --model tests/fixtures/tiny --prompt "And the king said" \\\n' +
+        "  --temperature 0.8 --top-p 0.95 --seed 1 --max-tokens 64",
+    )
+    .action(async (options) => (await import("./commands/llm_generate.ts")).llmGenerate(options))
     .reset();
 }

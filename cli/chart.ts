@@ -70,6 +70,25 @@ export async function writeBenchChart(file: AtomicFile, bars: readonly BenchBar[
   await writeChart(file, benchChart(bars));
 }
 
+/** What a codec costs a model. */
+export interface FrontierPoint {
+  kv: string;
+  quantizer: string;
+  bitsPerValue: number;
+  kld: number;
+  /** Whether no other is as good. */
+  frontier: boolean;
+}
+
+/** Fills a file with an SVG chart of bits per value against divergence, a line per quantizer. */
+export async function writeFrontierChart(
+  file: AtomicFile,
+  points: readonly FrontierPoint[],
+): Promise<void> {
+  // A logarithm has no place for what does not diverge.
+  await writeChart(file, frontierChart(points.filter(({ kld }) => kld > 0)));
+}
+
 /** Fills a file with a chart as SVG. */
 export async function writeChart(file: AtomicFile, chart: TopLevelSpec): Promise<void> {
   const { spec } = compile(chart);
@@ -151,6 +170,51 @@ function planChart(points: readonly PlanPoint[], memoryBytes: number): TopLevelS
         encoding: { x: memory },
       },
     ],
+  };
+}
+
+function frontierChart(points: readonly FrontierPoint[]): TopLevelSpec {
+  return {
+    ...STYLE,
+    width: 640,
+    height: 360,
+    title: { text: "Bits per value against divergence", anchor: "middle", offset: 12 },
+    data: { values: points.map((point) => ({ ...point })) },
+    layer: [
+      { mark: { type: "line", strokeWidth: 2 } },
+      { mark: { type: "point", filled: true, size: 55, opacity: 1 } },
+      // Names stand on the side of the frontier where no other points are.
+      {
+        transform: [{ filter: "datum.frontier" }],
+        mark: { type: "text", align: "right", dx: -6, dy: 8, fontSize: 10 },
+        encoding: { text: { field: "kv", type: "nominal" } },
+      },
+      {
+        transform: [{ filter: "!datum.frontier" }],
+        mark: { type: "text", align: "left", dx: 6, dy: -8, fontSize: 10 },
+        encoding: { text: { field: "kv", type: "nominal" } },
+      },
+    ],
+    encoding: {
+      x: {
+        field: "bitsPerValue",
+        type: "quantitative",
+        title: "bits per value",
+        scale: { zero: false, padding: 110 }, // as long as a name
+      },
+      y: {
+        field: "kld",
+        type: "quantitative",
+        title: "mean Kullback-Leibler divergence from a 16-bit cache, in nats",
+        scale: { type: "log", nice: false, padding: 16 },
+      },
+      color: {
+        field: "quantizer",
+        type: "nominal",
+        title: "quantizer",
+        sort: [...new Set(points.map(({ quantizer }) => quantizer))],
+      },
+    },
   };
 }
 

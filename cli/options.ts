@@ -62,6 +62,22 @@ export function positiveCount({ label, name, value }: ArgumentValue): number {
   return Number(value);
 }
 
+/** Reads numbers of a range. */
+export function numberFrom(
+  least: number,
+  most: number,
+): (argument: ArgumentValue) => number {
+  return ({ label, name, value }) => {
+    const number = value.trim() === "" ? NaN : Number(value);
+    if (!(number >= least && number <= most)) {
+      throw new ValidationError(
+        `${label} "${name}" must be a number from ${least} to ${most}, but got "${value}".`,
+      );
+    }
+    return number;
+  };
+}
+
 const POWERS: Readonly<Record<string, number>> = { "": 0, k: 1, m: 2, g: 3, t: 4 };
 
 /** Bytes of "24GiB", "80GB" or "512B"; undefined for what is no size. */

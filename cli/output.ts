@@ -11,6 +11,17 @@ export function print(text = ""): void {
   console.log(text);
 }
 
+/** Prints a piece of a text, without the end of a line. */
+export function printPiece(text: string): void {
+  const bytes = new TextEncoder().encode(text);
+  for (let at = 0; at < bytes.length;) at += Deno.stdout.writeSync(bytes.subarray(at));
+}
+
+/** Prints a line on standard error where that is a terminal: what whoever reads the output need not know. */
+export function printAside(text: string): void {
+  if (Deno.stderr.isTerminal()) console.error(text);
+}
+
 /** Prints one JSON document. */
 export function printJson(value: unknown): void {
   console.log(JSON.stringify(value, null, 2));
@@ -97,6 +108,11 @@ export function formatBits(bits: number): string {
 /** "4.8×" for 4.812. */
 export function formatRatio(ratio: number): string {
   return `${significant(ratio)}×`;
+}
+
+/** "29 %" for 0.2901. */
+export function formatPerCent(share: number): string {
+  return `${significant(100 * share)} %`;
 }
 
 /** "0.0123" for 0.012345; "1.2e-7" for what is small. */

@@ -1,0 +1,131 @@
+import { ValidationError } from "@cliffy/command";
+import { Device } from "../../src/device/mod.ts";
+import { parseCacheCodec } from "../../src/kv/cache_codec.ts";
+import { BLOCK_TOKENS } from "../../src/kv/codec.ts";
+import { LanguageModel } from "../../src/llm/mod.ts";
+import { listenForInterrupt } from "../interrupt.ts";
+import { defined, type GlobalOptions } from "../options.ts";
+import {
+  formatBits,
+  formatBytes,
+  formatSeconds,
+  printAside,
+  printJson,
+  printPiece,
+  withProgress,
+} from "../output.ts";
+import { readText } from "../text_file.ts";
+
+/** Options of `llm generate`. */
+export interface LlmGenerateOptions {
+  model: string;
+  prompt?: string | undefined;
+  file?: string | undefined;
+  maxTokens: number;
+  context?: number | undefined;
+  temperature: number;
+  topK: number;
+  topP: number;
+  minP: number;
+  repetitionPenalty: number;
+  seed: number;
+  stop?: string[] | undefined;
+  kv?: string | undefined;
+  residual: number;
+}
+
+/** Continues a prompt: prints the text as it comes, or all about it as JSON. */
+export async function llmGenerate(options: GlobalOptions & LlmGenerateOptions): Promise<void> {
+  const { backend, json, context, kv = "packkv:k=0.1,v=0.2", residual } = options;
+  const { maxTokens, temperature, topK, topP, minP, repetitionPenalty, seed, stop } = options;
+  const codec = parseCacheCodec(kv);
+  const prompt = await promptOf(options);
+  using device = Device.open(defined({ backend }));
+  using interrupt = listenForInterrupt();
+  const { signal } = interrupt;
+  using model = await withProgress(
+    "loading",
+    (onProgress) =>
+      LanguageModel.load(device, options.model, {
+        codec,
+        sequences: 1,
+        residual,
+        ...defined({ tokens: context }),
+        onProgress,
+        signal,
+      }),
+  );
+  // Keeps the sequence, whose bytes are to be counted.
+  using memory = model.createMemory();
+  const tokens: number[] = [];
+  let text = "";
+  let finish: string | undefined;
+  const start = performance.now();
+  const sampling = { temperature, topK, topP, minP, repetitionPenalty, seed };
+  try {
+    const generation = { ...sampling, maxTokens, stop, memory, signal };
+    for await (const piece of model.generate(prompt, generation)) {
+      tokens.push(...piece.tokens);
+      text += piece.text;
+      finish = piece.finish;
+      if (!json) printPiece(piece.text);
+    }
+  } finally {
+    // Also before the message of what went wrong half way.
+    if (!json && tokens.length > 0) printPiece("\n");
+  }
+  const seconds = (performance.now() - start) / 1000;
+  const cache = cacheReport(model);
+  if (json) {
+    return printJson({
+      model: options.model,
+      backend: device.backend,
+      device: device.info.name,
+      kv,
+      residual,
+      promptTokens: cache.tokens - tokens.length + 1, // the last was chosen, but not computed
+      text,
+      tokens,
+      tokenCount: tokens.length,
+      finish,
+      seconds,
+      tokensPerSecond: tokens.length / seconds,
+      cacheBytes: cache.bytes,
+      raw16CacheBytes: cache.raw16Bytes,
+      bitsPerValue: cache.bitsPerValue,
+      packedTokens: cache.packedTokens,
+      allocatedBytes: cache.allocatedBytes,
+    });
+  }
+  printAside(
+    `${tokens.length} tokens in ${formatSeconds(seconds)}; cache of ` +
+      `${cache.tokens.toLocaleString("en")} tokens in ${formatBytes(cache.bytes)}, ` +
+      `${formatBits(cache.bitsPerValue)} bits per value`,
+  );
+}
+
+async function promptOf({ prompt, file }: LlmGenerateOptions): Promise<string> {
+  if (prompt !== undefined) return prompt;
+  if (file === undefined) throw new ValidationError('Missing option "--prompt" or "--file".');
+  return await readText(file);
+}
+
+/** What says where a record of a block and head ends. */
+const INDEX_BYTES = 4;
+
+/** What the tokens in a cache take: records, where they end, and tokens in 16 bits. */
+function cacheReport(model: LanguageModel) {
+  const { layers, kvHeads, headDim } = model.config;
+  const { tokens, packedTokens, packedBytes, allocatedBytes } = model.cacheStatistics();
+  const values = layers * 2 * kvHeads * headDim; // of a token
+  const indexBytes = layers * kvHeads * packedTokens / BLOCK_TOKENS * INDEX_BYTES;
+  const bytes = packedBytes + indexBytes + (tokens - packedTokens) * values * 2;
+  return {
+    tokens,
+    packedTokens,
+    bytes,
+    raw16Bytes: tokens * values * 2,
+    bitsPerValue: 8 * bytes / (tokens * values),
+    allocatedBytes,
+  };
+}
