@@ -8,7 +8,7 @@ import { LIBRARY_SYMBOLS } from "./symbols/library.ts";
 import { LLM_SYMBOLS } from "./symbols/llm.ts";
 
 /** `PH_ABI_VERSION` of the header that this code was written to. */
-export const ABI_VERSION = 1;
+export const ABI_VERSION = 2;
 
 /** Where native code can run; each has its own library. */
 export type NativeBackend = "cpu" | "cuda";
