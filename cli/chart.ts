@@ -205,7 +205,7 @@ function frontierChart(points: readonly FrontierPoint[]): TopLevelSpec {
       y: {
         field: "kld",
         type: "quantitative",
-        title: "mean Kullback-Leibler divergence from a 16-bit cache, in nats",
+        title: "mean KLD from 16 bits, in nats",
         scale: { type: "log", nice: false, padding: 16 },
       },
       color: {
