@@ -242,6 +242,7 @@ function createLlm() {
     .description("Run language models of Hugging Face folders over a packed cache.")
     .globalType("tokens", tokenCount)
     .globalType("count", positiveCount)
+    .globalType("codec", cacheCodec)
     .globalType("temperature", numberFrom(0, 1000))
     .globalType("share", numberFrom(0, 1))
     .globalType("penalty", numberFrom(0.01, 100))
@@ -253,7 +254,7 @@ function createLlm() {
     .option("--text <file:file>", "Text to predict.", { required: true })
     .option("--windows <windows:count>", "Windows of the text to score.", { default: 1 })
     .option("--tokens <tokens:count>", "Predictions of a window.", { default: 1024 })
-    .option("--kv <codec:string>", `${LLM_KV_HELP}raw16 unless given.`)
+    .option("--kv <codec:codec>", `${LLM_KV_HELP}raw16 unless given.`)
     .option("--residual <tokens:tokens>", LLM_RESIDUAL_HELP, { default: 0 })
     .example(
       "See what 4 windows of 1,024 tokens cost",
@@ -269,7 +270,7 @@ function createLlm() {
     .option("--windows <windows:count>", "Windows of the text to score.", { default: 1 })
     .option("--tokens <tokens:count>", "Predictions of a window.", { default: 1024 })
     .option(
-      "--kv <codec:string>",
+      "--kv <codec:codec>",
       `${LLM_KV_HELP}May be given several times. Settings of packkv, fixed and kivi unless given.`,
       { collect: true },
     )
@@ -325,7 +326,7 @@ function createLlm() {
         collect: true,
       },
     )
-    .option("--kv <codec:string>", `${LLM_KV_HELP}packkv:k=0.1,v=0.2 unless given.`)
+    .option("--kv <codec:codec>", `${LLM_KV_HELP}packkv:k=0.1,v=0.2 unless given.`)
     .option("--residual <tokens:count>", "Latest tokens to leave in 16 bits.", { default: 128 })
     .example(
       "Draw a continuation",

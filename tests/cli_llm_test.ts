@@ -74,6 +74,9 @@ Deno.test("cli: llm refuses bad usage with exit code 2", async () => {
     [[...prompt, "--temperature", "warm"], 'but got "warm"'],
     [[...prompt, "--min-p", "2"], 'from 0 to 1, but got "2"'],
     [[...prompt, "--seed", "1.5"], 'but got "1.5"'],
+    [[...prompt, "--kv", "packkv:2"], "is not from 1/254 to 1"],
+    [[...perplexity, "--kv", "zip"], '"zip" is no quantizer'],
+    [["llm", "frontier", ...perplexity.slice(2), "--kv", "zip"], '"zip" is no quantizer'],
   ];
   for (const [args, expected] of cases) assertStringIncludes(await fail(2, ...args), expected);
 });
@@ -90,16 +93,13 @@ Deno.test("cli: llm fails with exit code 1 and one line that names what is wrong
     [[...perplexity, missing], `Cannot read ${missing}: no such file`],
     [[...perplexity, latin1], `Cannot read ${latin1}: it is no text in UTF-8`],
     [[...perplexity, short, "--tokens", "64"], "the text has 8 tokens"],
-    [[...perplexity, text, "--tokens", "64", "--kv", "zip"], '"zip" is no quantizer'],
     [[...perplexity, text, "--tokens", "64", "--kv", "kivi", "--residual", "4"], "residual"],
     [["llm", "perplexity", "--model", missing, "--text", text], `${missing}/config.json`],
-    [["llm", "frontier", "--model", MODEL, "--text", text, "--kv", "zip"], '"zip" is no quantizer'],
     [
       ["llm", "frontier", "--model", MODEL, "--text", missing, "--svg", folder.file("svg")],
       missing,
     ],
     [[...GENERATE, "--file", missing], `Cannot read ${missing}: no such file`],
-    [[...GENERATE, "--prompt", "a", "--kv", "packkv:2"], "is not from 1/254 to 1"],
     [[...GENERATE, "--prompt", "a ".repeat(40), "--context", "16"], "16"],
     [["llm", "generate", "--model", missing, "--prompt", "a"], `${missing}/config.json`],
   ];

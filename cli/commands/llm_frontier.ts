@@ -1,5 +1,4 @@
 import { AtomicFile } from "../../src/io/mod.ts";
-import { parseCacheCodec } from "../../src/kv/cache_codec.ts";
 import type { CodecEvaluation } from "../../src/llm/mod.ts";
 import {
   CODEC_HEADINGS,
@@ -10,12 +9,12 @@ import {
   evaluationHeading,
   raw16Cells,
 } from "../model_evaluation.ts";
-import type { GlobalOptions } from "../options.ts";
+import type { GlobalOptions, NamedCacheCodec } from "../options.ts";
 import { print, printJson, printTable } from "../output.ts";
 
 /** Options of `llm frontier`. */
 export interface LlmFrontierOptions extends EvaluationCommandOptions {
-  kv?: string[] | undefined;
+  kv?: NamedCacheCodec[] | undefined;
   svg?: string | undefined;
 }
 
@@ -28,8 +27,8 @@ const CODECS = [
 
 /** Measures what codecs cost a model, and which of them no other beats. */
 export async function llmFrontier(options: GlobalOptions & LlmFrontierOptions): Promise<void> {
-  const { model, text, windows, tokens, residual, kv: codecs = CODECS, svg } = options;
-  codecs.forEach(parseCacheCodec); // so that a wrong one fails at once
+  const { model, text, windows, tokens, residual, svg } = options;
+  const codecs = options.kv?.map(({ kv }) => kv) ?? CODECS;
   using chart = svg === undefined ? undefined : await AtomicFile.create(svg);
   const measured = await evaluateFolder(options, codecs);
   const { evaluation, backend, device } = measured;

@@ -4,7 +4,7 @@ import { parseCacheCodec } from "../../src/kv/cache_codec.ts";
 import { BLOCK_TOKENS } from "../../src/kv/codec.ts";
 import { LanguageModel } from "../../src/llm/mod.ts";
 import { listenForInterrupt } from "../interrupt.ts";
-import { defined, type GlobalOptions } from "../options.ts";
+import { defined, type GlobalOptions, type NamedCacheCodec } from "../options.ts";
 import {
   formatBits,
   formatBytes,
@@ -30,15 +30,18 @@ export interface LlmGenerateOptions {
   repetitionPenalty: number;
   seed: number;
   stop?: string[] | undefined;
-  kv?: string | undefined;
+  kv?: NamedCacheCodec | undefined;
   residual: number;
 }
 
+const PACKKV = "packkv:k=0.1,v=0.2";
+const DEFAULT_CODEC: NamedCacheCodec = { kv: PACKKV, codec: parseCacheCodec(PACKKV) };
+
 /** Continues a prompt: prints the text as it comes, or all about it as JSON. */
 export async function llmGenerate(options: GlobalOptions & LlmGenerateOptions): Promise<void> {
-  const { backend, json, context, kv = "packkv:k=0.1,v=0.2", residual } = options;
+  const { backend, json, context, residual } = options;
+  const { kv, codec } = options.kv ?? DEFAULT_CODEC;
   const { maxTokens, temperature, topK, topP, minP, repetitionPenalty, seed, stop } = options;
-  const codec = parseCacheCodec(kv);
   const prompt = await promptOf(options);
   using device = Device.open(defined({ backend }));
   using interrupt = listenForInterrupt();

@@ -8,18 +8,20 @@ import {
   evaluationHeading,
   raw16Cells,
 } from "../model_evaluation.ts";
-import type { GlobalOptions } from "../options.ts";
+import type { GlobalOptions, NamedCacheCodec } from "../options.ts";
 import { print, printJson, printTable } from "../output.ts";
 
 /** Options of `llm perplexity`. */
 export interface LlmPerplexityOptions extends EvaluationCommandOptions {
-  kv?: string | undefined;
+  kv?: NamedCacheCodec | undefined;
 }
+
+const RAW16: NamedCacheCodec = { kv: "raw16", codec: parseCacheCodec("raw16") };
 
 /** Measures how well a model predicts a text, and what packing its cache costs. */
 export async function llmPerplexity(options: GlobalOptions & LlmPerplexityOptions): Promise<void> {
-  const { model, text, windows, tokens, kv = "raw16", residual } = options;
-  const { keys, values } = parseCacheCodec(kv);
+  const { model, text, windows, tokens, residual } = options;
+  const { kv, codec: { keys, values } } = options.kv ?? RAW16;
   const packs = keys.quantizer !== "raw16" || values.quantizer !== "raw16";
   const measured = await evaluateFolder(options, packs ? [kv] : []);
   const { evaluation, backend, device } = measured;
