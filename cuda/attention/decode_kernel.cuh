@@ -1,17 +1,15 @@
 // Decode attention over a growing cache on the GPU: one launch for a layer and step.
 //
 // A thread block takes a piece of a sequence (packed blocks, and runs of tokens in 16 bits), a kv head, and up to
-// 4 * kTiles columns: query tokens times heads of the group, which share one unpacking; then the next one, as there are
-// no more thread blocks than fit the GPU. Each of its warps works alone on its share of a piece: first its runs
-// (recent.cuh), then its packed blocks (tile.cuh), whose records come into shared memory by bulk copies, kStages blocks
-// ahead, those of the next piece while the last ones are worked on. The warps' results are merged in order. With more
-// than one piece, partial results go through the workspace and the last thread block of a sequence and head merges them,
-// in the order of the pieces: deterministic, and independent of the rest of the batch, as pieces depend on the sequence's
-// own length alone.
+// 4 * kTiles columns: query tokens times heads of the group, which share one unpacking. Each of its warps works alone on
+// its share of the piece: first its runs (recent.cuh), then its packed blocks (tile.cuh), whose records come into shared
+// memory by bulk copies, kStages blocks ahead. The warps' results are merged in order. With more than one piece, partial
+// results go through the workspace and the last thread block of a sequence and head merges them, in the order of the
+// pieces: deterministic, and independent of the rest of the batch, as pieces depend on the sequence's own length alone.
 //
-// Layers whose parts are both packkv or fixed, the common case, have kernels of their own, and so have those that are
-// raw16 throughout: their warps take values from device memory into registers as tile_raw16.cuh says. A last flavour
-// serves every other mixture.
+// Layers whose parts are both packkv or fixed, the common case, have kernels of their own, where all widths are 2, 3 or 4
+// one for each, whose code has no branches on them; so have layers that are raw16 throughout: their warps take values from
+// device memory into registers as tile_raw16.cuh says. A last flavour serves every other mixture.
 //
 // Reads every record once (its params once per kv head, from the cache), writes 4 * head_dim + 8 bytes per piece and
 // column. Records and params are 16-byte aligned, and may straddle two pages of the pool.
