@@ -15,7 +15,7 @@ build: setup ## Build the native library (the CUDA one too if there are nvcc and
 cuda: setup ## Build both native libraries (needs nvcc, not a GPU)
 	@$(BOOTSTRAP) cuda
 
-demo: build ## Pack a real cache, show what it gained, unpack it and check the error bound
+demo: build ## Pack a real cache, check the error bound, run its model over such a cache
 	@./packhorse demo
 
 test: build ## Run the tests on every backend present

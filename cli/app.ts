@@ -68,7 +68,7 @@ export function createApp() {
     .command("doctor", "Show what Packhorse finds on this machine, and what is missing.")
     .example("Check the GPU", "packhorse doctor --backend cuda")
     .action(async (options) => (await import("./commands/doctor.ts")).doctor(options))
-    .command("demo", "Pack a real cache, show what it gained, unpack it and check the bound.")
+    .command("demo", "Pack a real cache, check the bound, and run its model over such a cache.")
     .option("-o, --output <folder:file>", "Folder for the files it writes.", { default: "demo" })
     .action(async (options) => (await import("./commands/demo.ts")).demo(options))
     .command("completions", new CompletionsCommand())

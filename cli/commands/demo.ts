@@ -5,6 +5,7 @@ import { packKvFile, sweepKvFile, unpackKvFile } from "../../src/kv/mod.ts";
 import { writeSweepChart } from "../chart.ts";
 import { FIXTURE_PATH } from "../fixture.ts";
 import { listenForInterrupt } from "../interrupt.ts";
+import { continueText, printContinuations } from "../model_demo.ts";
 import { defined, type GlobalOptions } from "../options.ts";
 import { print, printJson } from "../output.ts";
 import { packReport, printLayers, printTotal } from "../report.ts";
@@ -12,7 +13,7 @@ import { packReport, printLayers, printTotal } from "../report.ts";
 const KEY_REL = 0.1;
 const VALUE_REL = 0.2;
 
-/** Packs the cache of a small model that ships with Packhorse, restores it and checks the errors. */
+/** Packs the cache of a small model that ships with Packhorse, checks the errors, and runs the model over such a cache. */
 export async function demo(options: GlobalOptions & { output: string }): Promise<void> {
   const { backend, output, json } = options;
   const input = FIXTURE_PATH;
@@ -58,8 +59,15 @@ export async function demo(options: GlobalOptions & { output: string }): Promise
   using file = await AtomicFile.create(chart, { signal });
   await writeSweepChart(file, rows);
   say(`   ${packed}\n   ${restored}\n   ${chart}`);
+
+  say("\n4. Let the model go on with a text, over a 16-bit and over a packed cache.\n");
+  const continuations = await continueText(device, { signal });
+  if (!json) printContinuations(continuations);
   if (json) {
-    printJson({ backend: device.backend, pack: packReport(report), errors, within, chart });
+    printJson({
+      ...{ backend: device.backend, pack: packReport(report), errors, within, chart },
+      continuations,
+    });
   }
   if (!within) throw new PackhorseError("internal", `Restored values leave the bound: ${restored}`);
 }

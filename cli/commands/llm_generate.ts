@@ -1,8 +1,8 @@
 import { ValidationError } from "@cliffy/command";
 import { Device } from "../../src/device/mod.ts";
 import { parseCacheCodec } from "../../src/kv/cache_codec.ts";
-import { BLOCK_TOKENS } from "../../src/kv/codec.ts";
 import { LanguageModel } from "../../src/llm/mod.ts";
+import { cacheReport } from "../cache_report.ts";
 import { listenForInterrupt } from "../interrupt.ts";
 import { defined, type GlobalOptions, type NamedCacheCodec } from "../options.ts";
 import {
@@ -111,24 +111,4 @@ async function promptOf({ prompt, file }: LlmGenerateOptions): Promise<string> {
   if (prompt !== undefined) return prompt;
   if (file === undefined) throw new ValidationError('Missing option "--prompt" or "--file".');
   return await readText(file);
-}
-
-/** What says where a record of a block and head ends. */
-const INDEX_BYTES = 4;
-
-/** What the tokens in a cache take: records, where they end, and tokens in 16 bits. */
-function cacheReport(model: LanguageModel) {
-  const { layers, kvHeads, headDim } = model.config;
-  const { tokens, packedTokens, packedBytes, allocatedBytes } = model.cacheStatistics();
-  const values = layers * 2 * kvHeads * headDim; // of a token
-  const indexBytes = layers * kvHeads * packedTokens / BLOCK_TOKENS * INDEX_BYTES;
-  const bytes = packedBytes + indexBytes + (tokens - packedTokens) * values * 2;
-  return {
-    tokens,
-    packedTokens,
-    bytes,
-    raw16Bytes: tokens * values * 2,
-    bitsPerValue: 8 * bytes / (tokens * values),
-    allocatedBytes,
-  };
 }
