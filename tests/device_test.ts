@@ -3,6 +3,7 @@ import type { DType } from "../src/dtype.ts";
 import { Device, measureCopyBandwidth, probeBackends } from "../src/device/mod.ts";
 import { type ErrorCode, PackhorseError } from "../src/error.ts";
 import { rejectsWith } from "./rejects_with.ts";
+import { ABI_VERSION } from "../ffi/library.ts";
 
 const ROOT = new URL("../", import.meta.url);
 
@@ -51,7 +52,7 @@ test("it says what it is", (device) => {
   assert(info.processors > 0 && info.totalBytes >= info.freeBytes && info.freeBytes > 0);
   assertEquals(info.driverVersion > 0, device.backend === "cuda");
   assert(library.path.endsWith(`libpackhorse_${device.backend}.so`));
-  assertEquals(library.abiVersion, 1);
+  assertEquals(library.abiVersion, ABI_VERSION);
 });
 
 test("buffers keep every bit of every type", async (device) => {
