@@ -50,10 +50,8 @@ void decode(ph_device& device, const CacheView& cache, const kv::TileShape& shap
   parameters.layer = layer;
   parameters.scale = scale;
   parameters.window = window;
-  if (cache.head_dim == 64) launch_decode<64>(device, parameters, columns);
-  else if (cache.head_dim == 96) launch_decode<96>(device, parameters, columns);
-  else if (cache.head_dim == 128) launch_decode<128>(device, parameters, columns);
-  else launch_decode<256>(device, parameters, columns);
+  dispatch_dim(cache.head_dim,
+               [&](auto dim) { launch_decode<decltype(dim)::value>(device, parameters, columns); });
 }
 
 }  // namespace ph::attention

@@ -710,10 +710,6 @@ void with_flavour(const kv::TileShape& shape, Use use) {
   else use(std::integral_constant<Flavour, Flavour::kNarrow>{});
 }
 
-// A header word of widths 1.
-template <int kDim>
-constexpr uint32_t kEveryGroup = kDim == 256 ? 0x11111111u : (1u << kDim / 8) / 15;
-
 template <int kDim, int kTiles, bool kBfloat, Flavour kFlavour>
 void launch_kernel(const ph_device& device, DecodeParameters parameters, uint32_t columns) {
   const kv::TileShape& shape = parameters.shape;
@@ -724,9 +720,8 @@ void launch_kernel(const ph_device& device, DecodeParameters parameters, uint32_
       std::max({is_raw16(shape) ? 0 : tile_slot_bytes(record_bytes), run_scratch_bytes(kDim),
                 static_cast<uint32_t>(sizeof(WarpResult<kDim, kTiles>))});
   parameters.slot_bytes = round_to_sectors(slot_bytes);
-  parameters.record_units = kv::head_record_bytes(shape, width_of(kFlavour) * kEveryGroup<kDim>,
-                                                  width_of(kFlavour) * kEveryGroup<kDim>) /
-                            kUnitBytes;
+  constexpr uint32_t kWidths = width_of(kFlavour) * kWidthsOfOne<kDim / 32>;
+  parameters.record_units = kv::head_record_bytes(shape, kWidths, kWidths) / kUnitBytes;
   // As many tiles ahead as fit the shared memory of a thread block.
   const uint32_t warps_bytes = kWarps<kDim, kTiles> * parameters.slot_bytes,
                  limit = static_cast<uint32_t>(device.shared_bytes) - kOwnBytes;
@@ -734,8 +729,7 @@ void launch_kernel(const ph_device& device, DecodeParameters parameters, uint32_
   if (parameters.stages == 0) {
     throw Error(PH_ERROR_UNSUPPORTED,
                 "Cannot attend to packed records of up to %u bytes on this GPU: that takes %u bytes of "
-                "shared memory, "
-                "and a thread block has %u",
+                "shared memory, and a thread block has %u",
                 record_bytes, warps_bytes, limit);
   }
   const auto kernel = DecodeKernel<kDim, kTiles, kBfloat, kFlavour>;
@@ -751,17 +745,11 @@ void launch_decode(const ph_device& device, const DecodeParameters& parameters, 
   const CacheView& cache = parameters.cache;
   with_flavour(parameters.shape, [&](auto flavour) {
     constexpr Flavour kFlavour = decltype(flavour)::value;
-    const auto launch = [&](auto tiles) {
+    dispatch_tiles<kDim>(cache, [&](auto tiles) {
       constexpr int kTiles = decltype(tiles)::value;
       if (cache.dtype == PH_BF16) launch_kernel<kDim, kTiles, true, kFlavour>(device, parameters, columns);
       else launch_kernel<kDim, kTiles, false, kFlavour>(device, parameters, columns);
-    };
-    // By the group alone, not by the step's tokens: a sequence's results must not depend on the rest of the batch. One
-    // tile of four columns leaves more registers to wide heads.
-    if constexpr (kDim < 256) {
-      if (cache.query_heads / cache.heads > 4) return launch(std::integral_constant<int, 2>{});
-    }
-    launch(std::integral_constant<int, 1>{});
+    });
   });
 }
 

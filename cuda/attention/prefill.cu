@@ -34,6 +34,7 @@
 // Deterministic: no atomics, and the order of sums is that of a row's tokens, whatever tile it is in.
 #include <algorithm>
 
+#include "attention/launch.cuh"
 #include "attention/prefill.h"
 #include "attention/prefill_packed.cuh"
 #include "device/device_cuda.h"
@@ -407,13 +408,13 @@ void prefill(ph_device& device, const CacheView& cache, const kv::TileShape& sha
   // More rows share what a warp loads, where there are so many; a row's results are the same. Wide heads take all
   // registers with one band.
   const bool many = step.most_queries * (cache.query_heads / cache.heads) > kWarps * 16;
-  if (cache.head_dim == 64)
-    many ? launch_bands<64, 2>(device, parameters) : launch_bands<64, 1>(device, parameters);
-  else if (cache.head_dim == 96)
-    many ? launch_bands<96, 2>(device, parameters) : launch_bands<96, 1>(device, parameters);
-  else if (cache.head_dim == 128)
-    many ? launch_bands<128, 2>(device, parameters) : launch_bands<128, 1>(device, parameters);
-  else launch_bands<256, 1>(device, parameters);
+  dispatch_dim(cache.head_dim, [&](auto dim) {
+    constexpr int kDim = decltype(dim)::value;
+    if constexpr (kDim < 256) {
+      if (many) return launch_bands<kDim, 2>(device, parameters);
+    }
+    launch_bands<kDim, 1>(device, parameters);
+  });
 }
 
 }  // namespace ph::attention

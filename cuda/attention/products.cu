@@ -114,7 +114,8 @@ __device__ __forceinline__ void fetch_part(const Ring& ring, const ProductParame
                         piece.bytes, units * kUnitBytes);
 }
 
-// Calls use(at, tile, widths, position of the part's groups) for the warp's blocks, from units.first_block on; prepare() once the first are on their way.
+// Calls use(at, tile, widths, position of the part's groups) for the warp's blocks, from units.first_block on; prepare()
+// once the first are on their way.
 template <uint32_t kPart, typename Prepare, typename Use>
 __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, const WarpUnits& units,
                                           const Ring& ring, PartSpans (&spans)[kWarpUnits], Prepare prepare,
@@ -489,14 +490,6 @@ __global__ void __launch_bounds__(kProductThreads, 3)
 
 // ---- launch ----
 
-template <typename Run>
-void dispatch_dim(uint32_t head_dim, Run run) {
-  if (head_dim == 64) run(std::integral_constant<int, 64>{});
-  else if (head_dim == 96) run(std::integral_constant<int, 96>{});
-  else if (head_dim == 128) run(std::integral_constant<int, 128>{});
-  else run(std::integral_constant<int, 256>{});
-}
-
 // Of the groups of a part, at most.
 uint32_t group_bytes(const kv::TileShape& shape, uint32_t part) {
   return kv::kGroupBytes * kv::tile_groups(shape) * kv::largest_width(shape.parts[part]);
@@ -527,19 +520,14 @@ void with_options(const CacheView& cache, const kv::TileShape& shape, Launch lau
   const bool wide = std::max(kv::largest_width(shape.parts[0]), kv::largest_width(shape.parts[1])) > 4;
   dispatch_dim(cache.head_dim, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
-    const auto with_tiles = [&](auto tiles) {
+    dispatch_tiles<kDim>(cache, [&](auto tiles) {
       const auto with_type = [&](auto bfloat) {
         if (wide) launch(dim, tiles, bfloat, std::true_type{});
         else launch(dim, tiles, bfloat, std::false_type{});
       };
       if (cache.dtype == PH_BF16) with_type(std::true_type{});
       else with_type(std::false_type{});
-    };
-    // One tile of four columns leaves more registers to wide heads.
-    if constexpr (kDim < 256) {
-      if (cache.query_heads / cache.heads > 4) return with_tiles(std::integral_constant<int, 2>{});
-    }
-    with_tiles(std::integral_constant<int, 1>{});
+    });
   });
 }
 

@@ -105,7 +105,7 @@ struct Ring {
   uint32_t slot_bytes, stages;
   uint64_t* barriers;  // [stages]
 
-  // One lane per warp, or thread block, begins barriers, publishes them, and the others wait for it as they like.
+  // For a warp that begins its own barriers; where a thread block does it for all, a barrier follows.
   __device__ __forceinline__ void begin() const {
     if (threadIdx.x % kWarpThreads == 0) {
       for (uint32_t stage = 0; stage < stages; ++stage) begin_barrier(barriers + stage, 1);
