@@ -12,19 +12,13 @@
 #include <vector>
 
 #include "attention/decode.h"
+#include "check.h"
 #include "kv/cache_operations.h"
 
 namespace {
 
 using namespace ph;
 using namespace ph::kv;
-
-void check(bool condition, const char* what, int line) {
-  if (condition) return;
-  fprintf(stderr, "line %d: %s\n", line, what);
-  exit(1);
-}
-#define CHECK(condition) check(condition, #condition, __LINE__)
 
 ph_device* device;
 std::mt19937 source_of_random;

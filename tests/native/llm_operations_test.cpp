@@ -11,20 +11,11 @@
 #include <random>
 #include <vector>
 
+#include "check.h"
 #include "common/float16.h"
 #include "packhorse.h"
 
 namespace {
-
-char error[512];
-
-void check(bool condition, const char* what, int line) {
-  if (condition) return;
-  fprintf(stderr, "line %d: %s\n", line, what);
-  exit(1);
-}
-#define CHECK(condition) check(condition, #condition, __LINE__)
-#define OK(call) check((call) == PH_OK, error, __LINE__)
 
 ph_device* device;
 std::mt19937 random_numbers;
