@@ -1,22 +1,17 @@
-import { BLOCK_TOKENS } from "../src/kv/codec.ts";
+import { bytesOfTokens } from "../src/llm/cache_bytes.ts";
 import type { LanguageModel } from "../src/llm/mod.ts";
 
-/** What says where a record of a block and head ends. */
-const INDEX_BYTES = 4;
-
-/** What the tokens in a cache take: records, where they end, and tokens in 16 bits. */
+/** What the tokens in a model's cache take. */
 export function cacheReport(model: LanguageModel) {
-  const { layers, kvHeads, headDim } = model.config;
-  const { tokens, packedTokens, packedBytes, allocatedBytes } = model.cacheStatistics();
-  const values = layers * 2 * kvHeads * headDim; // of a token
-  const indexBytes = layers * kvHeads * packedTokens / BLOCK_TOKENS * INDEX_BYTES;
-  const bytes = packedBytes + indexBytes + (tokens - packedTokens) * values * 2;
+  const statistics = model.cacheStatistics();
+  const { tokens, packedTokens, allocatedBytes } = statistics;
+  const { bytes, values } = bytesOfTokens(model.config, statistics);
   return {
     tokens,
     packedTokens,
     bytes,
-    raw16Bytes: tokens * values * 2,
-    bitsPerValue: 8 * bytes / (tokens * values),
+    raw16Bytes: 2 * values,
+    bitsPerValue: 8 * bytes / values,
     allocatedBytes,
   };
 }

@@ -62,12 +62,11 @@ export async function demo(options: GlobalOptions & { output: string }): Promise
 
   say("\n4. Let the model go on with a text, over a 16-bit and over a packed cache.\n");
   const continuations = await continueText(device, { signal });
-  if (!json) printContinuations(continuations);
   if (json) {
-    printJson({
-      ...{ backend: device.backend, pack: packReport(report), errors, within, chart },
-      continuations,
-    });
+    const { backend } = device;
+    printJson({ backend, pack: packReport(report), errors, within, chart, continuations });
+  } else {
+    printContinuations(continuations);
   }
   if (!within) throw new PackhorseError("internal", `Restored values leave the bound: ${restored}`);
 }

@@ -6,6 +6,7 @@ import type { KvCacheCodec, KvCacheOptions } from "../kv/cache_options.ts";
 import { BLOCK_TOKENS } from "../kv/codec.ts";
 import { encodePrompt, type Prompt } from "./generate.ts";
 import type { ModelParts } from "./language_model.ts";
+import { bytesOfTokens, INDEX_BYTES } from "./cache_bytes.ts";
 import { poolBytesFor } from "./pool_bytes.ts";
 import { RestoreCache } from "./restore_cache.ts";
 import { type ForwardOptions, ModelRunner } from "./runner.ts";
@@ -80,8 +81,6 @@ const LOGITS_AT_ONCE = 2 ** 25;
 const ROWS_ALIGNMENT = 4;
 /** Tokens of a step that attend to packed blocks: what one call of attention takes. */
 const STEP_TOKENS = 8;
-/** What says where a record of a block and head ends. */
-const INDEX_BYTES = 4;
 
 /** {@linkcode LanguageModel.evaluate}. */
 export async function evaluateModel(
@@ -370,7 +369,7 @@ class CachedCandidate implements Candidate {
     const { ids, runner } = this.#scorer;
     const cache = this.#cache;
     const { device, turns, config } = this.#parts;
-    const { hidden, layers, kvHeads, headDim } = config;
+    const { hidden } = config;
     const states = runner.states(ids.length);
     const sequence = cache.add();
     try {
@@ -387,12 +386,9 @@ class CachedCandidate implements Candidate {
           signal?.throwIfAborted();
         }
       }
-      const { packedBytes, packedTokens } = cache.statistics();
-      const token = 2 * kvHeads * headDim;
-      this.#bytes += packedBytes +
-        layers * (packedTokens / BLOCK_TOKENS * kvHeads * INDEX_BYTES +
-            (ids.length - packedTokens) * token * 2);
-      this.#values += layers * ids.length * token;
+      const { bytes, values } = bytesOfTokens(this.#parts.config, cache.statistics());
+      this.#bytes += bytes;
+      this.#values += values;
     } finally {
       cache.remove(sequence);
     }
