@@ -9,7 +9,8 @@
 namespace ph::attention {
 
 // A kernel launched by launch_overlapping may begin while the one before it in the stream ends. Here it waits for that one,
-// with all it wrote, and lets the next one begin likewise.
+// with all it wrote, and lets the next one begin likewise. Before, it may read only what was there before that one began:
+// whoever lets the next kernel begin has itself waited.
 __device__ __forceinline__ void await_preceding() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -44,7 +45,8 @@ void dispatch_tiles(const kv::CacheView& cache, Run run) {
   run(std::integral_constant<int, 1>{});
 }
 
-// Launches a kernel whose first access to what kernels write, or read and then overwrite, comes after await_preceding.
+// Launches a kernel all of whose thread blocks call await_preceding before they access what the kernel before may write,
+// or write what it may read.
 template <typename Parameters>
 void launch_overlapping(const ph_device& device, void (*kernel)(Parameters), dim3 grid, uint32_t threads,
                         uint32_t shared_bytes, const Parameters& parameters) {

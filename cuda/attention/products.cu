@@ -4,14 +4,15 @@
 // tile.cuh, which share one unpacking. Its four warps share the piece's units evenly, and each works alone: packed blocks
 // first, which bulk copies bring to shared memory kProductStages ahead, then runs of 16 tokens in 16 bits.
 //
-// Of a block, `score` copies 256 bytes of params (the keys' scales and zeros), then the record up to where its key groups
-// end at the latest: header, bases of both parts, 256 * (the largest width) bytes per group. `weigh` copies 272 bytes of
-// params (the values' and the largest scale), header and bases of both parts, then from where the value groups begin at the
-// earliest to the record's end. `score` writes, and `weigh` reads, 4 bytes per token and query head.
+// Of a block, `score` copies 256 bytes of params (the keys' scales and zeros), then the record up to the end of its key
+// groups: header, bases of both parts, 256 bytes per group and bit. `weigh` copies 272 bytes of params (the values' and the
+// largest scale), header and bases of both parts, then the value groups. Where widths differ, a warp first reads the
+// headers of all its blocks, 8 bytes each. `score` writes, and `weigh` reads, 4 bytes per token and query head.
 //
 // The keys' scales, queries and scores are as in decode attention. Weights, of any sign, go in 16-bit fixed point, relative
 // to the tile's and column's largest product of weight and scale. Sums of warps, then of pieces, are added in their order,
-// the latter by the last thread block of a kv head: deterministic.
+// the latter by the last thread block of a kv head: deterministic on GPUs with as many multiprocessors, by which pieces are
+// cut so that they fill them once, or a few times.
 #include <algorithm>
 
 #include "attention/decode.h"
@@ -31,10 +32,13 @@ using kv::kUnitBytes;
 
 constexpr int kProductWarps = 4;
 constexpr int kProductThreads = kProductWarps * kWarpThreads;
-constexpr uint32_t kProductStages = 3;  // tiles ahead, unless shared memory is short
-constexpr uint32_t kWarpUnits = (kMostPieceUnits + kProductWarps - 1) / kProductWarps;  // of a warp, at most
+constexpr uint32_t kProductStages = 3;   // tiles ahead, unless shared memory is short
+constexpr uint32_t kResidentBlocks = 3;  // thread blocks of a multiprocessor, unless shared memory is short
+constexpr uint32_t kWarpUnits = kWarpThreads;  // of a warp, at most: a lane looks up one
+constexpr uint32_t kMostPieceUnits = kProductWarps * kWarpUnits;
+constexpr uint32_t kMostPieces = 128;  // unless those are too large
 constexpr uint32_t kHalfParams = 256;  // of one part's scales and zeros
-static_assert(kHalfParams % kUnitBytes == 0 && kWarpUnits <= kWarpThreads);
+static_assert(kHalfParams % kUnitBytes == 0);
 
 struct ProductParameters {
   CacheView cache;
@@ -42,7 +46,7 @@ struct ProductParameters {
   SequenceTokens tokens;
   uint32_t runs, pieces;
   uint32_t slot_bytes, stages;
-  uint32_t most_units;     // of the part's groups
+  uint32_t widths;         // the part's header word where its groups have the same width in every block, or 0
   const uint8_t* queries;  // score
   const float* weights;    // weigh
   float* out;
@@ -51,11 +55,10 @@ struct ProductParameters {
   float* partials;     // weigh: [pieces][query_heads][kDim]
 };
 
-// What is copied of a block. How many bytes its groups take is known from its header only, for which nobody waits: as many
-// are copied as there may be, those of keys together with what precedes them, those of values up to the record's end.
+// What is copied of a block.
 struct PartSpans {
   Span params, bases, groups;  // of keys, `bases` includes the groups
-  uint32_t skipped;            // of values: bytes of key groups that are not copied
+  uint32_t widths;             // of the part's groups, as in the header
 };
 
 // A warp's part of a piece.
@@ -81,18 +84,23 @@ __device__ __forceinline__ PartSpans make_part_spans(const ProductParameters& pa
   const kv::RecordSpan span = kv::record_span(cache, kv::index_of(cache, tokens.layer, tokens.sequence),
                                               block, head, kv::kParamsUnits);
   const uint32_t* pages = kv::page_table_of(cache, tokens.layer, tokens.sequence);
+  uint32_t widths = parameters.widths;
+  if (widths == 0) {
+    const uint8_t* header = kv::stream_byte(cache, pages, static_cast<uint64_t>(span.begin) * kUnitBytes);
+    widths = reinterpret_cast<const uint32_t*>(header)[kPart];
+  }
   const uint32_t groups = span.begin + parameters.layout.groups / kUnitBytes;
+  const uint32_t group_units = kv::kGroupBytes / kUnitBytes * kv::width_sum(widths);
   constexpr uint32_t kHalf = kHalfParams / kUnitBytes;
   if constexpr (kPart == PH_KV_KEYS) {
     return {make_span(pages, span.params, span.params + kHalf),
-            make_span(pages, span.begin, min(span.end, groups + parameters.most_units)),
+            make_span(pages, span.begin, groups + group_units),
             {},
-            0};
+            widths};
   } else {
-    const uint32_t first = max(groups, span.end - min(span.end, parameters.most_units));
     return {make_span(pages, span.params + kHalf, span.params + kv::kParamsUnits),
             make_span(pages, span.begin, groups),
-            first < span.end ? make_span(pages, first, span.end) : Span{}, (first - groups) * kUnitBytes};
+            group_units > 0 ? make_span(pages, span.end - group_units, span.end) : Span{}, widths};
   }
 }
 
@@ -114,21 +122,29 @@ __device__ __forceinline__ void fetch_part(const Ring& ring, const ProductParame
                         piece.bytes, units * kUnitBytes);
 }
 
-// Calls use(at, tile, widths, position of the part's groups) for the warp's blocks, from units.first_block on; prepare()
-// once the first are on their way.
+// Calls use(at, tile, widths) for the warp's blocks, from units.first_block on. The first settled ones are on their way
+// before the kernel that precedes this one has ended; then it calls prepare().
 template <uint32_t kPart, typename Prepare, typename Use>
 __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, const WarpUnits& units,
                                           const Ring& ring, PartSpans (&spans)[kWarpUnits], Prepare prepare,
                                           Use use) {
-  const uint32_t lane = threadIdx.x % kWarpThreads;
+  const uint32_t lane = threadIdx.x % kWarpThreads, settled_blocks = parameters.tokens.settled,
+                 settled = settled_blocks > units.first_block ? settled_blocks - units.first_block : 0;
+  const auto find = [&](bool wanted) {
+    if (wanted && lane < units.blocks)
+      spans[lane] = make_part_spans<kPart>(parameters, units.first_block + lane, blockIdx.y);
+    __syncwarp();
+  };
   const auto fetch = [&](uint32_t at, uint32_t stage) {
     fetch_part<kPart>(ring, parameters, at < units.blocks ? &spans[at] : nullptr, stage);
   };
-  if (lane < units.blocks)
-    spans[lane] = make_part_spans<kPart>(parameters, units.first_block + lane, blockIdx.y);
+  find(lane < settled);
   ring.begin();
-  __syncwarp();
-  for (uint32_t stage = 0; stage < ring.stages; ++stage) fetch(stage, stage);
+  const uint32_t early = min(ring.stages, settled);
+  for (uint32_t ahead = 0; ahead < early; ++ahead) fetch(ahead, ahead);
+  await_preceding();
+  find(lane >= settled);
+  for (uint32_t ahead = early; ahead < ring.stages; ++ahead) fetch(ahead, ahead);
   prepare();
   uint32_t stage = 0, phase = 0;
 #pragma unroll 1
@@ -140,13 +156,7 @@ __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, c
     asm volatile("" : "+r"(own_lane));
     const Tile tile = {slot, slot + kParamsBytes, own_lane};
     // The same in every lane: a reduction tells the compiler, which then branches on scalars.
-    const auto widths_of = [&](uint32_t part) {
-      return __reduce_or_sync(kEveryLane, reinterpret_cast<const uint32_t*>(tile.record)[part]);
-    };
-    const uint32_t before = kPart == PH_KV_VALUES
-                                ? kv::kGroupBytes * kv::width_sum(widths_of(PH_KV_KEYS)) - spans[at].skipped
-                                : 0;
-    use(at, tile, widths_of(kPart), parameters.layout.groups + before);
+    use(at, tile, __reduce_or_sync(kEveryLane, spans[at].widths));
     __syncwarp();
     fetch(at + ring.stages, stage);
     if (++stage == ring.stages) stage = 0, phase ^= 1;
@@ -225,7 +235,6 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   __shared__ PartSpans spans[kProductWarps][kWarpUnits];
   __shared__ uint64_t barriers[kProductWarps][kProductStages];
   __shared__ __align__(16) float found[kProductWarps][kColumns][kBlockTokens];
-  await_preceding();
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
                  i = lane % 4;
   const uint32_t length = parameters.tokens.length;
@@ -247,7 +256,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
           state.query_scale[n] = queries.scale[4 * n + i];
         }
       },
-      [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t) {
+      [&](uint32_t at, const Tile& tile, uint32_t widths) {
         float scores[kTiles][8];
         with_width<kGroups, kWide>(widths, [&](auto width) {
           tile_scores<kDim, kTiles, kBfloat, kWide, decltype(width)::value>(tile, parameters.layout, widths,
@@ -368,7 +377,6 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   __shared__ PartSpans spans[kProductWarps][kWarpUnits];
   __shared__ uint64_t barriers[kProductWarps][kProductStages];
   __shared__ uint32_t is_last;
-  await_preceding();
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
                  i = lane % 4;
   const CacheView& cache = parameters.cache;
@@ -384,7 +392,6 @@ __global__ void __launch_bounds__(kProductThreads, 3)
       tile.load(weights, length, columns.count, cache.sinks + (units.first_block + at) * kBlockTokens);
   };
   TileWeights<kTiles> next;
-  load_weights(0, next);
 
   WarpState<kDim, kTiles> state;
 #pragma unroll
@@ -394,8 +401,8 @@ __global__ void __launch_bounds__(kProductThreads, 3)
     for (int o = 0; o < kDim / 8; ++o) state.out[n][o] = 0.0f;
   }
   for_tiles<PH_KV_VALUES>(
-      parameters, units, ring, spans[warp], [] {},
-      [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t groups) {
+      parameters, units, ring, spans[warp], [&] { load_weights(0, next); },
+      [&](uint32_t at, const Tile& tile, uint32_t widths) {
         const TileWeights<kTiles> own = next;
         load_weights(at + 1, next);
         float scales[8], zeros[8];
@@ -425,8 +432,8 @@ __global__ void __launch_bounds__(kProductThreads, 3)
           weight_fragments(tile.lane, fixed, fragments[n]);
         }
         with_width<kGroups, kWide>(widths, [&](auto width) {
-          tile_values<kDim, kTiles, kWide, decltype(width)::value>(tile, parameters.layout, groups, widths,
-                                                                   state, fragments, weight_units);
+          tile_values<kDim, kTiles, kWide, decltype(width)::value>(
+              tile, parameters.layout, parameters.layout.groups, widths, state, fragments, weight_units);
         });
       });
 
@@ -502,16 +509,33 @@ uint32_t slot_bytes(const kv::TileShape& shape, uint32_t part, uint32_t least) {
   return (bytes + 127) / 128 * 128;
 }
 
-uint32_t stages_of(const ph_device& device, uint32_t slot) {
-  constexpr uint32_t kFixedBytes = 20480;  // static shared memory of the kernels, at most
-  const uint32_t limit = static_cast<uint32_t>(device.shared_bytes) - kFixedBytes;
-  for (uint32_t stages = kProductStages; stages > 0; --stages) {
-    if (kProductWarps * stages * slot <= limit) return stages;
+// How many tiles ahead, and thread blocks of a multiprocessor, there is shared memory for.
+struct Residency {
+  uint32_t stages, blocks;
+};
+
+Residency residency_of(const ph_device& device, uint32_t slot) {
+  constexpr uint32_t kFixedBytes = 16384;    // static shared memory of the kernels, at most
+  constexpr uint32_t kReservedBytes = 1024;  // of every thread block
+  const uint32_t limit = static_cast<uint32_t>(device.shared_bytes), tile = kProductWarps * slot;
+  for (uint32_t blocks = kResidentBlocks; blocks > 0; --blocks) {
+    const uint32_t of_block = (limit + kReservedBytes) / blocks - kReservedBytes;
+    if (of_block < kFixedBytes + tile) continue;
+    return {std::min(kProductStages, (of_block - kFixedBytes) / tile), blocks};
   }
   throw Error(PH_ERROR_UNSUPPORTED,
               "Cannot multiply packed records of up to %u bytes on this GPU: that takes %u bytes of shared "
               "memory, and a thread block has %u",
-              slot, kProductWarps * slot, limit);
+              slot, tile, limit - kFixedBytes);
+}
+
+uint32_t least_pieces(uint32_t units) { return (units + kMostPieceUnits - 1) / kMostPieceUnits; }
+
+// Into how many pieces so many units are cut, where `rows` thread blocks take each and the GPU holds `resident` at a time:
+// as few as fill it once, or a few times. A thread block's way to its first bytes takes as long as several units.
+uint32_t product_pieces(uint32_t units, uint32_t rows, uint32_t resident) {
+  const uint32_t least = std::max(least_pieces(units), 1u), times = (least * rows + resident - 1) / resident;
+  return std::max(least, std::min({times * resident / rows, units, kMostPieces}));
 }
 
 // Calls launch(head_dim, tiles, bfloat, wide) with the template arguments of a kernel.
@@ -539,9 +563,8 @@ ProductParameters parameters_of(const CacheView& cache, const kv::TileShape& sha
                        kv::bases_position(shape, kv::kParts),
                        {shape.parts[0].base_bits == 4, shape.parts[1].base_bits == 4}};
   parameters.tokens = tokens;
-  parameters.most_units = group_bytes(shape, part) / kUnitBytes;
+  parameters.widths = shape.parts[part].width * (0x11111111u >> 4 * (8 - kv::tile_groups(shape)));
   parameters.runs = tokens.runs(cache);
-  parameters.pieces = product_pieces(parameters.runs + tokens.packed);
   return parameters;
 }
 
@@ -549,11 +572,14 @@ template <typename Kernel>
 void launch(ph_device& device, ProductParameters& parameters, Kernel kernel, uint32_t slot,
             uint32_t columns) {
   const CacheView& cache = parameters.cache;
+  const Residency residency = residency_of(device, slot);
   parameters.slot_bytes = slot;
-  parameters.stages = stages_of(device, slot);
+  parameters.stages = residency.stages;
+  const uint32_t group = cache.query_heads / cache.heads, column_groups = (group + columns - 1) / columns;
+  parameters.pieces = product_pieces(parameters.runs + parameters.tokens.packed, cache.heads * column_groups,
+                                     static_cast<uint32_t>(device.processors) * residency.blocks);
   allow_shared(device, kernel, SharedMemory::kPrefer);
-  const uint32_t group = cache.query_heads / cache.heads;
-  const dim3 grid(parameters.pieces, cache.heads, (group + columns - 1) / columns);
+  const dim3 grid(parameters.pieces, cache.heads, column_groups);
   launch_overlapping(device, kernel, grid, kProductThreads, kProductWarps * parameters.stages * slot,
                      parameters);
 }
@@ -561,7 +587,8 @@ void launch(ph_device& device, ProductParameters& parameters, Kernel kernel, uin
 }  // namespace
 
 uint64_t products_workspace_bytes(const CacheView& cache) {
-  const uint64_t pieces = product_pieces(static_cast<uint32_t>(most_product_units(cache)));
+  const uint64_t pieces =
+      std::max(least_pieces(static_cast<uint32_t>(most_product_units(cache))), kMostPieces);
   return decode_counter_bytes(cache) + pieces * cache.query_heads * cache.head_dim * sizeof(float);
 }
 

@@ -389,7 +389,7 @@ uint32_t ph_kv_cache::add() {
     starts[layer] = {stream_of(view_, layer, slot) * index_words(view_), kStreamStart, 0};
   enqueue_upload(device_, words_.data(), starts.data(), starts.size() * sizeof(WordAt));
   scatter_words(device_, view_.index, reinterpret_cast<const WordAt*>(words_.data()), config_.layers);
-  sequences_[slot] = Sequence{true, 0, 0, std::move(streams)};
+  sequences_[slot] = Sequence{true, 0, 0, 0, std::move(streams)};
   return slot;
 }
 
@@ -510,7 +510,7 @@ uint32_t ph_kv_cache::fork(uint32_t sequence) {
                 "Cannot fork sequence %u: that takes %u pages of the pool, and %u are free", sequence, copies,
                 pages_.available());
   }
-  Sequence child{true, parent.tokens, parent.packed, std::vector<Stream>(config_.layers)};
+  Sequence child{true, parent.tokens, parent.packed, 0, std::vector<Stream>(config_.layers)};
   sequences_[slot] = std::move(child);
   const uint64_t used = (static_cast<uint64_t>(parent.packed) * view_.heads + 1) * sizeof(uint32_t);
   for (uint32_t layer = 0; layer < config_.layers; ++layer) {
@@ -584,6 +584,7 @@ void ph_kv_cache::truncate(uint32_t sequence, uint64_t tokens) {
     send_grants();
   }
   cut.tokens = tokens;
+  cut.settled = 0;
   planned_ = false;
 }
 
@@ -690,6 +691,7 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
     }
     sequence.tokens += entry.tokens;
     sequence.packed = entry.packed;
+    sequence.settled = entry.first_block;
     sequence.step = steps_ + 1;
   }
   ++steps_;
@@ -802,7 +804,7 @@ attention::SequenceTokens ph_kv_cache::all_tokens(uint32_t layer, uint32_t seque
         "left the others",
         what, sequence, config_.sinks, layer, static_cast<unsigned_long>(first_held(stream)));
   }
-  return {layer, sequence, static_cast<uint32_t>(from.tokens), from.packed};
+  return {layer, sequence, static_cast<uint32_t>(from.tokens), from.packed, from.settled};
 }
 
 void ph_kv_cache::score(uint32_t layer, uint32_t sequence, const uint8_t* queries, float* out, float scale) {

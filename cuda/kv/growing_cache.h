@@ -43,7 +43,8 @@ struct Stream {
 struct Sequence {
   bool alive = false;
   uint64_t tokens = 0;
-  uint32_t packed = 0;  // blocks
+  uint32_t packed = 0;   // blocks
+  uint32_t settled = 0;  // of those, how many the last step found, if nothing was changed since
   std::vector<Stream> streams;
   // While it is imported it is not alive yet, but takes its slot and its pages: the layers that are still to come.
   std::vector<bool> awaited = {};
