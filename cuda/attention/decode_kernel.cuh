@@ -366,10 +366,21 @@ __device__ __forceinline__ void merge_pieces(const Partials& partials, uint64_t 
                                              MergeShared<kTiles>& shared) {
   constexpr uint32_t kItems = 4 * kTiles * kDim / 4 / kThreads<kDim, kTiles> + 1;  // four channels each
   constexpr uint32_t kParts = MergeShared<kTiles>::kParts, kHeld = kParts / kWarpThreads;
+  constexpr uint32_t kAhead = 16;  // of a thread's first four channels, loaded before their weights are known
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
-  float4 values[kItems] = {};
+  const auto source_of = [&](uint32_t item) {
+    const uint32_t at = threadIdx.x + item * kThreads<kDim, kTiles>;
+    return reinterpret_cast<const float4*>(partials.out + (start + 4 * at / kDim) * kDim + 4 * at % kDim);
+  };
+  float4 values[kItems] = {}, ahead[kAhead];
   for (uint32_t begin = 0; begin < pieces; begin += kParts) {
     const uint32_t count = min(kParts, pieces - begin);
+#pragma unroll
+    for (uint32_t piece = 0; piece < kAhead; ++piece) {
+      ahead[piece] = piece < count && threadIdx.x < columns.count * kDim / 4
+                         ? __ldcg(source_of(0) + (begin + piece) * stride * (kDim / 4))
+                         : float4{};
+    }
     // A warp finds the weights of a column. What is relative to the highest reference needs a look at all of them; mostly
     // they are the ones at hand.
     for (uint32_t column = warp; column < columns.count; column += kWarps<kDim, kTiles>) {
@@ -405,12 +416,18 @@ __device__ __forceinline__ void merge_pieces(const Partials& partials, uint64_t 
     for (uint32_t item = 0; item < kItems; ++item) {
       const uint32_t at = threadIdx.x + item * kThreads<kDim, kTiles>;
       if (at >= columns.count * kDim / 4) break;
-      const uint32_t column = 4 * at / kDim, channel = 4 * at % kDim;
-      const float* source = partials.out + (start + column + begin * stride) * kDim + channel;
-#pragma unroll 8
-      for (uint32_t piece = 0; piece < count; ++piece) {
-        add_weighted(values[item], shared.weights[column][piece],
-                     __ldcg(reinterpret_cast<const float4*>(source + piece * stride * kDim)));
+      const float* weights = shared.weights[4 * at / kDim];
+      uint32_t first = 0;
+      if (item == 0) {
+#pragma unroll
+        for (; first < kAhead; ++first) {
+          if (first < count) add_weighted(values[item], weights[first], ahead[first]);
+        }
+      }
+#pragma unroll 16
+      for (uint32_t piece = first; piece < count; ++piece) {
+        add_weighted(values[item], weights[piece],
+                     __ldcg(source_of(item) + (begin + piece) * stride * (kDim / 4)));
       }
     }
     __syncthreads();

@@ -32,7 +32,7 @@ using kv::kUnitBytes;
 
 constexpr int kProductWarps = 4;
 constexpr int kProductThreads = kProductWarps * kWarpThreads;
-constexpr uint32_t kProductStages = 3;   // tiles ahead, unless shared memory is short
+constexpr uint32_t kProductStages = 4;   // tiles ahead, unless shared memory is short
 constexpr uint32_t kResidentBlocks = 3;  // thread blocks of a multiprocessor, unless shared memory is short
 constexpr uint32_t kWarpUnits = kWarpThreads;  // of a warp, at most: a lane looks up one
 constexpr uint32_t kMostPieceUnits = kProductWarps * kWarpUnits;
@@ -509,9 +509,11 @@ uint32_t slot_bytes(const kv::TileShape& shape, uint32_t part, uint32_t least) {
   return (bytes + 127) / 128 * 128;
 }
 
-// How many tiles ahead, and thread blocks of a multiprocessor, there is shared memory for.
+// Shared memory of a thread block beside what the kernel has itself, how many tiles ahead it holds, and how many thread
+// blocks of a multiprocessor. They take all there is, even if they need less: were there room for more of them, those of the
+// next kernel, which begin early, would gather where it is.
 struct Residency {
-  uint32_t stages, blocks;
+  uint32_t bytes, stages, blocks;
 };
 
 Residency residency_of(const ph_device& device, uint32_t slot) {
@@ -519,9 +521,8 @@ Residency residency_of(const ph_device& device, uint32_t slot) {
   constexpr uint32_t kReservedBytes = 1024;  // of every thread block
   const uint32_t limit = static_cast<uint32_t>(device.shared_bytes), tile = kProductWarps * slot;
   for (uint32_t blocks = kResidentBlocks; blocks > 0; --blocks) {
-    const uint32_t of_block = (limit + kReservedBytes) / blocks - kReservedBytes;
-    if (of_block < kFixedBytes + tile) continue;
-    return {std::min(kProductStages, (of_block - kFixedBytes) / tile), blocks};
+    const uint32_t bytes = (limit + kReservedBytes) / blocks - kReservedBytes - kFixedBytes;
+    if (bytes >= tile) return {bytes, std::min(kProductStages, bytes / tile), blocks};
   }
   throw Error(PH_ERROR_UNSUPPORTED,
               "Cannot multiply packed records of up to %u bytes on this GPU: that takes %u bytes of shared "
@@ -580,8 +581,7 @@ void launch(ph_device& device, ProductParameters& parameters, Kernel kernel, uin
                                      static_cast<uint32_t>(device.processors) * residency.blocks);
   allow_shared(device, kernel, SharedMemory::kPrefer);
   const dim3 grid(parameters.pieces, cache.heads, column_groups);
-  launch_overlapping(device, kernel, grid, kProductThreads, kProductWarps * parameters.stages * slot,
-                     parameters);
+  launch_overlapping(device, kernel, grid, kProductThreads, residency.bytes, parameters);
 }
 
 }  // namespace

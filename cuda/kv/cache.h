@@ -123,7 +123,7 @@ struct StepView {
 };
 
 constexpr uint32_t kRunTokens = 16;       // of a run; it takes about as long as a packed block
-constexpr uint32_t kMostPieceWork = 160;  // of a piece of attention: runs and packed blocks
+constexpr uint32_t kMostPieceWork = 144;  // of a piece of attention: runs and packed blocks
 constexpr uint32_t kMostQueries = 8;      // tokens of a sequence in one attention call
 
 }  // namespace ph::kv
