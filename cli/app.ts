@@ -33,6 +33,54 @@ const KV_FORMS = "How tokens are packed: raw16, packkv:k=0.1,v=0.2, fixed:k=4,v=
   "May be given several times. ";
 const LLM_KV_HELP =
   "How the cache packs tokens: raw16, packkv:k=0.1,v=0.2, fixed:k=4,v=4 or kivi:4. ";
+// What generate and chat, which let a model write, take alike.
+const CONTEXT: ["--context <tokens:count>", string] = [
+  "--context <tokens:count>",
+  "Most tokens of a sequence, prompt and answers. 4096, or the model's limit, unless given.",
+];
+const TEMPERATURE: ["--temperature <number:temperature>", string, { default: number }] = [
+  "--temperature <number:temperature>",
+  "What logits are divided by; 0 for the likeliest.",
+  { default: 0 },
+];
+const TOP_K: ["--top-k <tokens:tokens>", string, { default: number }] = [
+  "--top-k <tokens:tokens>",
+  "Draw only so many of the likeliest tokens; 0 for all.",
+  { default: 0 },
+];
+const TOP_P: ["--top-p <share:share>", string, { default: number }] = [
+  "--top-p <share:share>",
+  "Draw only the likeliest tokens that reach it together.",
+  { default: 1 },
+];
+const MIN_P: ["--min-p <share:share>", string, { default: number }] = [
+  "--min-p <share:share>",
+  "Draw only tokens with this share of the likeliest's probability.",
+  { default: 0 },
+];
+const REPETITION_PENALTY: [
+  "--repetition-penalty <number:penalty>",
+  string,
+  { default: number },
+] = [
+  "--repetition-penalty <number:penalty>",
+  "What logits of known tokens are divided by.",
+  { default: 1 },
+];
+const SEED: ["--seed <number:tokens>", string, { default: number }] = [
+  "--seed <number:tokens>",
+  "What random choices follow from.",
+  { default: 0 },
+];
+const GENERATION_KV: ["--kv <codec:codec>", string] = [
+  "--kv <codec:codec>",
+  `${LLM_KV_HELP}packkv:k=0.1,v=0.2 unless given.`,
+];
+const GENERATION_RESIDUAL: ["--residual <tokens:count>", string, { default: number }] = [
+  "--residual <tokens:count>",
+  "Latest tokens to leave in 16 bits.",
+  { default: 128 },
+];
 const LLM_RESIDUAL_HELP =
   "Latest tokens to leave in 16 bits, from 8 on; 0 to pack every token before it is read.";
 const KV_HELP = `${KV_FORMS}packkv unless given.`;
@@ -287,38 +335,13 @@ function createLlm() {
     .option("--prompt <text:string>", "Text to continue.", { conflicts: ["file"] })
     .option("--file <file:file>", "File with the text to continue.")
     .option("--max-tokens <tokens:count>", "Most tokens of the continuation.", { default: 256 })
-    .option(
-      "--context <tokens:count>",
-      "Most tokens of prompt and continuation. 4096, or the model's limit, unless given.",
-    )
-    .option(
-      "--temperature <number:temperature>",
-      "What logits are divided by; 0 for the likeliest.",
-      {
-        default: 0,
-      },
-    )
-    .option("--top-k <tokens:tokens>", "Draw only so many of the likeliest tokens; 0 for all.", {
-      default: 0,
-    })
-    .option("--top-p <share:share>", "Draw only the likeliest tokens that reach it together.", {
-      default: 1,
-    })
-    .option(
-      "--min-p <share:share>",
-      "Draw only tokens with this share of the likeliest's probability.",
-      {
-        default: 0,
-      },
-    )
-    .option(
-      "--repetition-penalty <number:penalty>",
-      "What logits of known tokens are divided by.",
-      {
-        default: 1,
-      },
-    )
-    .option("--seed <number:tokens>", "What random choices follow from.", { default: 0 })
+    .option(...CONTEXT)
+    .option(...TEMPERATURE)
+    .option(...TOP_K)
+    .option(...TOP_P)
+    .option(...MIN_P)
+    .option(...REPETITION_PENALTY)
+    .option(...SEED)
     .option(
       "--stop <text:string>",
       "Text that ends the continuation. May be given several times.",
@@ -326,13 +349,41 @@ function createLlm() {
         collect: true,
       },
     )
-    .option("--kv <codec:codec>", `${LLM_KV_HELP}packkv:k=0.1,v=0.2 unless given.`)
-    .option("--residual <tokens:count>", "Latest tokens to leave in 16 bits.", { default: 128 })
+    .option(...GENERATION_KV)
+    .option(...GENERATION_RESIDUAL)
     .example(
       "Draw a continuation",
       'packhorse llm generate --model tests/fixtures/tiny --prompt "And the king said" \\\n' +
         "  --temperature 0.8 --top-p 0.95 --seed 1 --max-tokens 64",
     )
     .action(async (options) => (await import("./commands/llm_generate.ts")).llmGenerate(options))
+    .command(
+      "chat",
+      "Talk with a model: a line of input is what you say.\n\n" +
+        "/reset starts anew, /exit or the end of input leaves, Ctrl-C stops an answer.",
+    )
+    .option("--model <folder:file>", "Folder of the model, which must have a chat template.", {
+      required: true,
+    })
+    .option("--system <text:string>", "What the model is told first.")
+    .option("--max-tokens <tokens:count>", "Most tokens of an answer.", { default: 1024 })
+    .option(...CONTEXT)
+    .option(...TEMPERATURE)
+    .option(...TOP_K)
+    .option(...TOP_P)
+    .option(...MIN_P)
+    .option(...REPETITION_PENALTY)
+    .option(...SEED)
+    .option(...GENERATION_KV)
+    .option(...GENERATION_RESIDUAL)
+    .example(
+      "Talk over a cache of about 4 bits per value",
+      "packhorse llm chat --model DIR --kv packkv:k=0.1,v=0.2 --temperature 0.7",
+    )
+    .example(
+      "Ask from a script, a question a line",
+      "printf 'What is a packhorse?\\nAnd a mule?\\n' | packhorse llm chat --model DIR",
+    )
+    .action(async (options) => (await import("./commands/llm_chat.ts")).llmChat(options))
     .reset();
 }

@@ -9,6 +9,7 @@ import {
   resolveCacheOptions,
 } from "../kv/cache_options.ts";
 import { Checkpoint, type WeightDType } from "./checkpoint.ts";
+import { Conversation, type ConversationOptions } from "./conversation.ts";
 import { DecodeGraphs } from "./decode_graphs.ts";
 import { evaluateModel, type Evaluation, type EvaluationOptions } from "./evaluate.ts";
 import {
@@ -66,8 +67,8 @@ export interface LanguageModelOptions {
    * measure speed, which does not depend on them. Default: false.
    */
   readonly randomWeights?: boolean | undefined;
-  /** Whether to load a tokenizer; without one, prompts and results are tokens. Default: true. */
-  readonly tokenizer?: boolean | undefined;
+  /** The tokenizer, or whether to load the folder's; without one, prompts and results are tokens. Default: true. */
+  readonly tokenizer?: Tokenizer | boolean | undefined;
   /** Called with the bytes of weights that are loaded, and how many there are. */
   readonly onProgress?: ((done: number, total: number) => void) | undefined;
   /** Stops loading. */
@@ -150,7 +151,8 @@ export class LanguageModel implements Disposable {
     options: LanguageModelOptions = {},
   ): Promise<LanguageModel> {
     const config = await readLanguageModelConfig(folder);
-    const tokenizer = options.tokenizer === false ? undefined : await Tokenizer.load(folder);
+    const { tokenizer: asked = true } = options;
+    const tokenizer = asked === true ? await Tokenizer.load(folder) : asked || undefined;
     if (tokenizer !== undefined && tokenizer.vocabulary > config.vocabulary) {
       const message = `Cannot load the model in ${folder}: its tokenizer has ` +
         `${tokenizer.vocabulary} tokens, but config.json has a vocab_size of ${config.vocabulary}`;
@@ -255,6 +257,15 @@ export class LanguageModel implements Disposable {
    */
   createMemory(): PromptMemory {
     return new PromptMemory(this.#parts.cache);
+  }
+
+  /**
+   * Begins a conversation through the model's chat template: see {@linkcode Conversation}.
+   *
+   * Throws `unsupported` for a model without a chat template, or loaded without a tokenizer.
+   */
+  createConversation(options: ConversationOptions = {}): Conversation {
+    return new Conversation(this, options);
   }
 
   /**

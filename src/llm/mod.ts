@@ -4,6 +4,12 @@
  * @module
  */
 export type { WeightDType } from "./checkpoint.ts";
+export {
+  Conversation,
+  type ConversationOptions,
+  type ConversationPrompt,
+  type ReplyOptions,
+} from "./conversation.ts";
 export type {
   CodecEvaluation,
   Evaluation,

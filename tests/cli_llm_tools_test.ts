@@ -1,0 +1,138 @@
+/** `llm chat`, `llm bench`, `llm dump` and `kv tune` as processes: what they print and write, and how they fail. */
+import {
+  assert,
+  assertEquals,
+  assertGreater,
+  assertMatch,
+  assertStringIncludes,
+} from "@std/assert";
+import { Device } from "../src/device/mod.ts";
+import { type ChatMessage, LanguageModel } from "../src/llm/mod.ts";
+import { denoArguments, fail, packhorse, ROOT, succeed } from "./packhorse_command.ts";
+import { TemporaryFolder } from "./temporary_folder.ts";
+
+const MODEL = `${ROOT}tests/fixtures/tiny`;
+/** Shows who says what; the tiny model has no template of its own. */
+const TEMPLATE = "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n" +
+  "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}";
+
+/** A folder with the tiny model and a chat template. */
+async function chatFolder(): Promise<TemporaryFolder> {
+  const folder = new TemporaryFolder();
+  for (const name of ["config.json", "model.safetensors", "tokenizer.json"]) {
+    await Deno.copyFile(`${MODEL}/${name}`, folder.file(name));
+  }
+  await folder.write("chat_template.jinja", TEMPLATE);
+  return folder;
+}
+
+Deno.test("cli: llm chat answers a line at a time, as the template says, and remembers", async () => {
+  using folder = await chatFolder();
+  const questions = ["Who went up to Jerusalem?", "And what did the king say?"];
+  const system = "Speak as a prophet.";
+  const command = ["llm", "chat", "--model", folder.path, "--kv", "raw16", "--max-tokens", "12"];
+  const input = `${questions.join("\n\n")}\n`;
+  const plain = await packhorse([...command, "--system", system], { input });
+  assertEquals([plain.code, plain.stderr], [0, ""]);
+
+  using device = Device.open();
+  using model = await LanguageModel.load(device, folder.path, { codec: "raw16", tokens: 512 });
+  const messages: ChatMessage[] = [{ role: "system", content: system }];
+  const prompts: number[] = [];
+  for (const content of questions) {
+    messages.push({ role: "user", content });
+    const text = model.tokenizer!.chat(messages);
+    assertStringIncludes(text, `[system] ${system}\n[user] ${questions[0]}\n[assistant]`);
+    const prompt = model.tokenizer!.encode(text, { specialTokens: false });
+    prompts.push(prompt.length);
+    const answer = await model.complete(prompt, { maxTokens: 12 });
+    messages.push({ role: "assistant", content: answer.text });
+  }
+  const answers = [messages[2]!.content, messages[4]!.content];
+  // In bf16 the likeliest token may be another, where two are close: what is computed at once differs.
+  if (device.backend === "cpu") assertEquals(plain.stdout, `${answers.join("\n")}\n`);
+
+  const { code, stdout } = await packhorse([...command, "--system", system, "--json"], { input });
+  assertEquals(code, 0);
+  const { turns, kv } = JSON.parse(stdout);
+  assertEquals(kv, "raw16");
+  assertEquals(turns.map(({ user }: { user: string }) => user), questions);
+  if (device.backend === "cpu") {
+    assertEquals(turns.map(({ assistant }: { assistant: string }) => assistant), answers);
+    assertEquals(turns.map((turn: { promptTokens: number }) => turn.promptTokens), prompts);
+  }
+  // The second prompt is computed from about where the first one ends: the answer may be cut into other tokens.
+  assertEquals(turns[0].rememberedTokens, 0);
+  assertGreater(turns[1].rememberedTokens, prompts[0]! - 2);
+  assert(turns[1].cacheBytes > turns[0].cacheBytes && turns[1].bitsPerValue >= 16);
+});
+
+Deno.test("cli: llm chat starts anew at /reset and ends at /exit", async () => {
+  using folder = await chatFolder();
+  const command = ["llm", "chat", "--model", folder.path, "--max-tokens", "6", "--json"];
+  const input = "In the beginning\n/reset\nIn the beginning\n/exit\nnot read\n";
+  const { code, stdout, stderr } = await packhorse(command, { input });
+  assertEquals([code, stderr], [0, ""]);
+  const { turns } = JSON.parse(stdout);
+  assertEquals(turns.length, 2);
+  const [first, second] = turns;
+  assertEquals([second.assistant, second.promptTokens], [first.assistant, first.promptTokens]);
+  assertEquals(second.rememberedTokens, 0);
+});
+
+Deno.test("cli: llm chat stops an answer at Ctrl-C, and goes on", async () => {
+  using folder = await chatFolder();
+  // No token ends an answer, so that only an interrupt does in time.
+  const { eos_token_id: _, ...config } = JSON.parse(
+    await Deno.readTextFile(folder.file("config.json")),
+  );
+  await folder.write("config.json", JSON.stringify(config));
+  const command = ["llm", "chat", "--model", folder.path, "--max-tokens", "8000", "--context"];
+  const process = new Deno.Command(Deno.execPath(), {
+    args: denoArguments([...command, "8192", "--temperature", "1"]),
+    stdin: "piped",
+    stdout: "piped",
+    stderr: "piped",
+  }).spawn();
+  const writer = process.stdin.getWriter();
+  const reader = process.stdout.getReader();
+  const decoder = new TextDecoder();
+  let text = "";
+  const readUntil = async (isThere: () => boolean) => {
+    while (!isThere()) {
+      const { done, value } = await reader.read();
+      if (done) break;
+      text += decoder.decode(value, { stream: true });
+    }
+  };
+  await writer.write(new TextEncoder().encode("In the beginning\n"));
+  await readUntil(() => text.length > 20);
+  process.kill("SIGINT");
+  await writer.write(new TextEncoder().encode("And then?\n"));
+  const stopped = text.length;
+  await readUntil(() => text.length > stopped + 200);
+  process.kill("SIGINT");
+  await writer.write(new TextEncoder().encode("/exit\n"));
+  await writer.close();
+  await readUntil(() => false);
+  const stderr = await new Response(process.stderr).text();
+  const { code } = await process.status;
+  assertEquals([code, stderr], [0, ""]);
+  assertMatch(text, /\n$/);
+});
+
+Deno.test("cli: llm chat refuses what cannot chat in one line", async () => {
+  using folder = await chatFolder();
+  const none = await fail(1, "llm", "chat", "--model", MODEL);
+  assertStringIncludes(none, `Cannot chat with ${MODEL}: it has no chat template`);
+  assertStringIncludes(await fail(2, "llm", "chat"), "--model");
+  const long = ["llm", "chat", "--model", folder.path, "--context", "64", "--max-tokens", "4"];
+  const { code, stdout, stderr } = await packhorse(long, { input: `a\n${"word ".repeat(80)}\n` });
+  assertEquals(code, 1);
+  assertMatch(
+    stderr,
+    /^packhorse: Cannot chat: with this message the conversation has \d+ tokens, .* 64, .*\n$/,
+  );
+  assertMatch(stdout, /^.*\n$/s); // the first answer
+  assertStringIncludes(await succeed("llm", "chat", "--help"), "/reset");
+});
