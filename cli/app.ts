@@ -294,6 +294,8 @@ function createLlm() {
     .globalType("temperature", numberFrom(0, 1000))
     .globalType("share", numberFrom(0, 1))
     .globalType("penalty", numberFrom(0.01, 100))
+    .globalType("bits", numberFrom(0.1, 16))
+    .globalType("pattern", tensorPattern)
     .action(function () {
       this.showHelp();
     })
@@ -385,5 +387,40 @@ function createLlm() {
       "printf 'What is a packhorse?\\nAnd a mule?\\n' | packhorse llm chat --model DIR",
     )
     .action(async (options) => (await import("./commands/llm_chat.ts")).llmChat(options))
+    .command("bench", "Measure how fast a model runs over caches: prompts, and decode steps.")
+    .option("--model <folder:file>", "Folder of the model.", { conflicts: ["config"] })
+    .option("--config <file:file>", "A config.json alone, for a model of random weights.")
+    .option("--kv <codec:codec>", KV_BENCH_HELP, { collect: true })
+    .option("--context <tokens:count>", "Tokens of a sequence after the last step.", {
+      default: 4096,
+    })
+    .option("--batch <sequences:count>", "Sequences at once.", { default: 1 })
+    .option("--tokens <steps:count>", "Decode steps to time.", { default: 64 })
+    .option(
+      "--synthetic",
+      "Fill the cache with keys and values that look like a real cache's, instead of computing prompts.",
+    )
+    .option(
+      "--dump <file:file>",
+      "That cache, a .safetensors file. One of a small model unless given.",
+      {
+        depends: ["synthetic"],
+      },
+    )
+    .option(
+      "--bits-per-value <bits:bits>",
+      "Bits that packkv takes, to size the pool. Unless given, what --synthetic tokens take, or the most.",
+    )
+    .option("--residual <tokens:count>", "Latest tokens to leave in 16 bits. 128 unless given.")
+    .option("--sinks <tokens:tokens>", "First tokens to leave in 16 bits. 4 unless given.")
+    .option("--step-tokens <tokens:count>", "Tokens of a prompt at once. 2048 unless given.")
+    .option(...KEY_PATTERN)
+    .option(...VALUE_PATTERN)
+    .example(
+      "Compare codecs at a long context of an 8B model, whose weights need not be there",
+      "packhorse llm bench --config tests/fixtures/configs/llama-3.1-8b.json --synthetic \\\n" +
+        "  --context 131072 --batch 4 --kv raw16 --kv packkv:k=0.1,v=0.2",
+    )
+    .action(async (options) => (await import("./commands/llm_bench.ts")).llmBench(options))
     .reset();
 }

@@ -8,7 +8,7 @@ import {
 } from "@std/assert";
 import { Device } from "../src/device/mod.ts";
 import { type ChatMessage, LanguageModel } from "../src/llm/mod.ts";
-import { denoArguments, fail, packhorse, ROOT, succeed } from "./packhorse_command.ts";
+import { denoArguments, fail, packhorse, ROOT, succeed, TINY } from "./packhorse_command.ts";
 import { TemporaryFolder } from "./temporary_folder.ts";
 
 const MODEL = `${ROOT}tests/fixtures/tiny`;
@@ -135,4 +135,76 @@ Deno.test("cli: llm chat refuses what cannot chat in one line", async () => {
   );
   assertMatch(stdout, /^.*\n$/s); // the first answer
   assertStringIncludes(await succeed("llm", "chat", "--help"), "/reset");
+});
+
+Deno.test("cli: llm bench measures every codec, over prompts or synthetic tokens", async () => {
+  const config = `${MODEL}/config.json`;
+  const size = ["--context", "1024", "--batch", "2", "--tokens", "8", "--residual", "16"];
+  const kv = ["--kv", "raw16", "--kv", "fixed:k=4,v=2"];
+  const computed = JSON.parse(
+    await succeed("llm", "bench", "--model", MODEL, ...size, ...kv, "--json"),
+  );
+  assertEquals([computed.synthetic, computed.randomWeights], [false, false]);
+  const [raw16, fixed] = computed.rows;
+  const { filledTokens } = raw16;
+  assert(filledTokens > 900 && filledTokens <= 1024 - 8);
+  for (const row of [raw16, fixed]) {
+    assertEquals([row.prefillTokens, row.isSynthetic], [2 * filledTokens, false]);
+    assert(row.prefillTokensPerSecond > 0 && row.decodeTokensPerSecond > 0 && row.stepSeconds > 0);
+    assertEquals(row.raw16CacheBytes, 2 * 1024 * 4 * 2 * 2 * 64 * 2); // batch, tokens, layers, parts, heads, channels
+    assert(row.allocatedBytes > row.cacheBytes);
+    const onGpu = computed.backend === "cuda";
+    assertEquals(
+      [typeof row.launchGapShare, typeof row.backToBackSeconds],
+      Array(2).fill(onGpu ? "number" : "undefined"),
+    );
+  }
+  assertEquals(raw16.speedup, 1);
+  assert(raw16.bitsPerValue >= 16 && raw16.bitsPerValue < 16.1);
+  // 15 blocks of 64 tokens, at 3 bits and their tables, and 64 tokens in 16 bits.
+  assert(
+    fixed.bitsPerValue > (960 * 3 + 64 * 16) / 1024 && fixed.bitsPerValue < 4.3,
+    `${fixed.bitsPerValue}`,
+  );
+
+  const args = ["llm", "bench", "--config", config, "--synthetic", ...size];
+  const packkv = ["--kv", "packkv:k=0.1,v=0.2"];
+  const filled = JSON.parse(await succeed(...args, ...packkv, "--dump", TINY, "--json"));
+  assertEquals([filled.synthetic, filled.randomWeights, filled.filledFrom], [true, true, TINY]);
+  const [row] = filled.rows;
+  assertEquals([row.isSynthetic, row.filledTokens], [true, filledTokens]);
+  assert(row.bitsPerValue > 3 && row.bitsPerValue < 4.5, `${row.bitsPerValue}`);
+  const table = await succeed(...args, ...packkv);
+  assertMatch(table, /^packkv:k=0.1,v=0.2 .*\/s .*\/s/m);
+  assertStringIncludes(
+    table,
+    "filled with synthetic keys and values, drawn from tests/fixtures/tiny/kv.safetensors",
+  );
+});
+
+Deno.test("cli: llm bench goes on where one codec does not fit, and refuses bad usage", async () => {
+  const args = ["llm", "bench", "--config", `${MODEL}/config.json`, "--synthetic", "--tokens", "4"];
+  // Too few bits for what the tokens take; the other codec's do not depend on them.
+  const few = ["--context", "4096", "--bits-per-value", "1", "--kv", "packkv:k=0.01,v=0.01"];
+  const { rows } = JSON.parse(await succeed(...args, ...few, "--kv", "fixed:2", "--json"));
+  assertStringIncludes(rows[0].error, "pool is full");
+  assert(rows[1].decodeTokensPerSecond > 0);
+  assertEquals((await packhorse([...args, ...few])).code, 1);
+
+  const cases: [number, string[], string][] = [
+    [2, ["llm", "bench"], '"--model" or "--config"'],
+    [2, [...args, "--model", MODEL], "conflicts"],
+    [2, ["llm", "bench", "--model", MODEL, "--dump", TINY], "depends"],
+    [2, [...args, "--batch", "0"], 'but got "0"'],
+    [
+      1,
+      [...args, "--context", "100000"],
+      "context, of which the steps take a part, must be an integer from",
+    ],
+    [1, [...args, "--dump", "/missing"], "/missing"],
+    [1, ["llm", "bench", "--config", "/missing.json"], "/missing.json"],
+  ];
+  for (const [code, args, expected] of cases) {
+    assertStringIncludes(await fail(code, ...args), expected);
+  }
 });

@@ -1,5 +1,6 @@
 import type { Device } from "../device/device.ts";
 import { PackhorseError } from "../error.ts";
+import { readConfigFile } from "../io/json_fields.ts";
 import { KvCache, type KvCacheStatistics } from "../kv/cache.ts";
 import { parseCacheCodec } from "../kv/cache_codec.ts";
 import {
@@ -8,6 +9,7 @@ import {
   type KvQueryDType,
   resolveCacheOptions,
 } from "../kv/cache_options.ts";
+import { benchModel, type ModelBench, type ModelBenchOptions } from "./bench_model.ts";
 import { Checkpoint, type WeightDType } from "./checkpoint.ts";
 import { Conversation, type ConversationOptions } from "./conversation.ts";
 import { DecodeGraphs } from "./decode_graphs.ts";
@@ -19,7 +21,11 @@ import {
   type GenerationOptions,
   type Prompt,
 } from "./generate.ts";
-import { type LanguageModelConfig, readLanguageModelConfig } from "./model_config.ts";
+import {
+  type LanguageModelConfig,
+  parseLanguageModelConfig,
+  readLanguageModelConfig,
+} from "./model_config.ts";
 import { prepareLinear } from "./operations.ts";
 import { poolBytesFor } from "./pool_bytes.ts";
 import { PromptMemory } from "./prompt_memory.ts";
@@ -63,8 +69,9 @@ export interface LanguageModelOptions {
   /** Type of cached keys and values. Default: that of the weights, or f16 if they are f32. */
   readonly cacheDType?: KvCacheDType | undefined;
   /**
-   * Whether weights are random numbers instead of those of a checkpoint, so that the folder needs only a `config.json`: to
-   * measure speed, which does not depend on them. Default: false.
+   * Whether weights are random numbers instead of those of a checkpoint: to measure speed, which does not depend on them.
+   * The folder needs only a `config.json`, which may be named in its place, and there is no tokenizer unless one is given.
+   * Default: false.
    */
   readonly randomWeights?: boolean | undefined;
   /** The tokenizer, or whether to load the folder's; without one, prompts and results are tokens. Default: true. */
@@ -150,8 +157,10 @@ export class LanguageModel implements Disposable {
     folder: string,
     options: LanguageModelOptions = {},
   ): Promise<LanguageModel> {
-    const config = await readLanguageModelConfig(folder);
-    const { tokenizer: asked = true } = options;
+    const { randomWeights = false, tokenizer: asked = !randomWeights } = options;
+    const config = randomWeights && folder.endsWith(".json")
+      ? parseLanguageModelConfig(await readConfigFile(folder), folder)
+      : await readLanguageModelConfig(folder);
     const tokenizer = asked === true ? await Tokenizer.load(folder) : asked || undefined;
     if (tokenizer !== undefined && tokenizer.vocabulary > config.vocabulary) {
       const message = `Cannot load the model in ${folder}: its tokenizer has ` +
@@ -160,7 +169,7 @@ export class LanguageModel implements Disposable {
     }
     using stack = new DisposableStack();
     using files = new DisposableStack();
-    const planned = options.randomWeights === true
+    const planned = randomWeights
       ? planRandomWeights(device, config, options.dtype)
       : planWeights(device, files.use(await Checkpoint.open(folder)), config, options.dtype);
     // Before the weights, which take long, for it may be refused.
@@ -308,6 +317,38 @@ export class LanguageModel implements Disposable {
     return await evaluateModel(this.#parts, text, options);
   }
 
+  /**
+   * Measures how fast the model runs over a cache of its own, of any codec and size: prompts, and decode steps of a batch
+   * whose sequences all have `context` tokens. The cache is freed again.
+   *
+   * Throws `invalid-argument` for options outside their range, `out-of-memory` if the cache does not fit the device, or
+   * packed tokens take more bits than assumed, `disposed`, the signal's reason; as {@linkcode measureKvCacheWidths} for
+   * the file that the cache is filled from.
+   *
+   * @example
+   * ```ts
+   * import { Device, LanguageModel } from "@packhorse/packhorse";
+   * import { assert } from "@std/assert";
+   *
+   * using device = Device.open();
+   * using model = await LanguageModel.load(device, "tests/fixtures/tiny/config.json", {
+   *   randomWeights: true,
+   *   tokens: 64,
+   * });
+   * const size = { context: 1024, batch: 2, tokens: 8 };
+   * const computed = await model.bench({ ...size, codec: "fixed:4" });
+   * assert(computed.prefillTokens === 2 * computed.filledTokens && computed.bitsPerValue < 8);
+   *
+   * // As if prompts of a real model had filled it, in a pool that is just large enough.
+   * const fill = { input: "tests/fixtures/tiny/kv.safetensors" };
+   * const filled = await model.bench({ ...size, codec: "packkv", fill });
+   * assert(filled.isSynthetic && filled.decodeTokensPerSecond > 0);
+   * ```
+   */
+  async bench(options: ModelBenchOptions = {}): Promise<ModelBench> {
+    return await benchModel(this.#parts, options);
+  }
+
   /** Frees its memory, once the work enqueued so far is done. Does nothing the second time. */
   [Symbol.dispose](): void {
     this.#stack.dispose();
@@ -341,6 +382,7 @@ function createCache(
   const cache = { ...shape, ...limits, sequences, tokens, codec, window: windows };
   // Here its own messages name what is wrong.
   resolveCacheOptions({ ...cache, poolBytes: cacheBytes ?? LEAST_POOL_BYTES });
-  const poolBytes = cacheBytes ?? poolBytesFor(device, cache, Math.ceil(cacheTokens / sequences));
+  const poolBytes = cacheBytes ??
+    poolBytesFor(device, cache, { context: Math.ceil(cacheTokens / sequences) });
   return KvCache.create(device, { ...cache, poolBytes });
 }

@@ -3,6 +3,7 @@
  *
  * @module
  */
+export type { ModelBench, ModelBenchOptions } from "./bench_model.ts";
 export type { WeightDType } from "./checkpoint.ts";
 export {
   Conversation,
