@@ -422,5 +422,22 @@ function createLlm() {
         "  --context 131072 --batch 4 --kv raw16 --kv packkv:k=0.1,v=0.2",
     )
     .action(async (options) => (await import("./commands/llm_bench.ts")).llmBench(options))
+    .command(
+      "dump",
+      "Write the cache that a text leaves to a .safetensors file, for kv pack and others.",
+    )
+    .option("--model <folder:file>", "Folder of the model.", { required: true })
+    .option("--text <file:file>", "Text to compute.", { required: true })
+    .option("-o, --out <file:file>", "The .safetensors file to write.", { required: true })
+    .option("--tokens <tokens:count>", "How many tokens, from the beginning of the text.", {
+      default: 1024,
+    })
+    .option("--layers <layers:tokens[]>", "Layers to write, such as 0,2. All unless given.")
+    .example(
+      "See how a model's own cache packs",
+      "packhorse llm dump --model DIR --text text.txt --tokens 4096 --out kv.safetensors\n" +
+        "packhorse kv sweep kv.safetensors",
+    )
+    .action(async (options) => (await import("./commands/llm_dump.ts")).llmDump(options))
     .reset();
 }

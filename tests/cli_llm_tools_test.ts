@@ -3,10 +3,13 @@ import {
   assert,
   assertEquals,
   assertGreater,
+  assertLess,
   assertMatch,
   assertStringIncludes,
 } from "@std/assert";
 import { Device } from "../src/device/mod.ts";
+import { convertFloats, type FloatDType } from "../src/float_conversion.ts";
+import { SafetensorsReader } from "../src/io/mod.ts";
 import { type ChatMessage, LanguageModel } from "../src/llm/mod.ts";
 import { denoArguments, fail, packhorse, ROOT, succeed, TINY } from "./packhorse_command.ts";
 import { TemporaryFolder } from "./temporary_folder.ts";
@@ -15,6 +18,10 @@ const MODEL = `${ROOT}tests/fixtures/tiny`;
 /** Shows who says what; the tiny model has no template of its own. */
 const TEMPLATE = "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n" +
   "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}";
+
+function floatsOf(bytes: Uint8Array<ArrayBuffer>, from: FloatDType): Float32Array {
+  return new Float32Array(convertFloats(bytes, { from, to: "f32" }).buffer);
+}
 
 /** A folder with the tiny model and a chat template. */
 async function chatFolder(): Promise<TemporaryFolder> {
@@ -206,5 +213,84 @@ Deno.test("cli: llm bench goes on where one codec does not fit, and refuses bad 
   ];
   for (const [code, args, expected] of cases) {
     assertStringIncludes(await fail(code, ...args), expected);
+  }
+});
+
+Deno.test("cli: llm dump writes the cache that transformers computes, and kv commands read it", async () => {
+  using folder = new TemporaryFolder();
+  const output = folder.file("kv.safetensors");
+  const args = ["llm", "dump", "--model", MODEL, "--text", `${MODEL}/heldout.txt`, "--out", output];
+  const report = JSON.parse(await succeed(...args, "--layers", "0,2", "--json"));
+  assertEquals([report.tokens, report.layers, report.byteLength], [1024, [0, 2], 2 ** 20]);
+  {
+    using expected = await SafetensorsReader.open(TINY);
+    using found = await SafetensorsReader.open(output);
+    assertEquals([...found.tensors.keys()].sort(), [...expected.tensors.keys()].sort());
+    for (const [name, { shape, dtype }] of expected.tensors) {
+      const info = found.info(name);
+      assertEquals([info.shape, info.dtype], [shape, report.dtype]);
+      const [a, b] = [
+        floatsOf(await found.read(name), report.dtype),
+        floatsOf(await expected.read(name), dtype as FloatDType),
+      ];
+      const largest = b.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+      const error = a.reduce((most, value, i) => Math.max(most, Math.abs(value - b[i]!)), 0);
+      // A step or two of f16; on a GPU weights, keys and values are bf16.
+      assertLess(error / largest, report.dtype === "f16" ? 2 ** -9 : 0.05, name);
+      assertGreater(largest, 0.1);
+    }
+  }
+  const packed = JSON.parse(
+    await succeed("kv", "pack", output, "-o", folder.file("kv.phkv"), "--json"),
+  );
+  assertEquals(packed.layers.length, 2);
+  const bench = [
+    "llm",
+    "bench",
+    "--model",
+    MODEL,
+    "--synthetic",
+    "--dump",
+    output,
+    "--tokens",
+    "4",
+  ];
+  assertGreater(
+    JSON.parse(await succeed(...bench, "--context", "512", "--kv", "packkv", "--json")).rows[0]
+      .cacheBytes,
+    0,
+  );
+
+  // All layers, of a text that does not end with a step.
+  const all = folder.file("all.safetensors");
+  const some = [...args.slice(0, -1), all, "--tokens", "600"];
+  assertMatch(await succeed(...some), /all\.safetensors written .* 600 tokens of 4 layers/);
+  using long = await SafetensorsReader.open(output);
+  using short = await SafetensorsReader.open(all);
+  assertEquals(short.tensors.size, 8);
+  assertEquals(short.info("layers.3.value").shape, [2, 600, 64]);
+  const head = 600 * 64 * 2;
+  const [a, b] = [await short.read("layers.2.key"), await long.read("layers.2.key")];
+  const prefix = report.backend === "cpu" ? head : 512 * 64 * 2; // the same steps
+  assertEquals(a.subarray(0, prefix), b.subarray(0, prefix));
+});
+
+Deno.test("cli: llm dump refuses what it cannot write, and leaves nothing behind", async () => {
+  using folder = new TemporaryFolder();
+  const text = await folder.write("text", "In the beginning");
+  const out = ["--out", folder.file("kv.safetensors")];
+  const args = ["llm", "dump", "--model", MODEL, "--text", text];
+  const cases: [number, string[], string][] = [
+    [2, args, "--out"],
+    [2, [...args, ...out, "--tokens", "0"], 'but got "0"'],
+    [1, [...args, ...out], "the text has 6 tokens, fewer than 1024"],
+    [1, [...args, ...out, "--tokens", "4", "--layers", "1,4"], "from 0 to 3, got 4"],
+    [1, [...args, ...out, "--tokens", "4", "--layers", "1,1"], "layer 1 is given twice"],
+    [1, [...args, "--tokens", "4", "--out", folder.file("missing/kv.safetensors")], "missing"],
+    [1, ["llm", "dump", "--model", MODEL, "--text", "/missing", ...out], "/missing"],
+  ];
+  for (const [code, args, expected] of cases) {
+    assertStringIncludes(await fail(code, ...args), expected);
+    assertEquals(folder.list(), ["text"]);
   }
 });

@@ -2,9 +2,10 @@ import { ValidationError } from "@cliffy/command";
 import { Device } from "../../src/device/mod.ts";
 import { PackhorseError } from "../../src/error.ts";
 import { DEFAULT_CACHE_CODECS, parseCacheCodec } from "../../src/kv/cache_codec.ts";
-import { LanguageModel, type ModelBench } from "../../src/llm/mod.ts";
+import type { ModelBench } from "../../src/llm/mod.ts";
 import { FIXTURE, FIXTURE_PATH } from "../fixture.ts";
 import { listenForInterrupt } from "../interrupt.ts";
+import { loadForMeasuring } from "../model_evaluation.ts";
 import {
   defined,
   type GlobalOptions,
@@ -60,14 +61,8 @@ export async function llmBench(options: GlobalOptions & LlmBenchOptions): Promis
   using device = Device.open(defined({ backend }));
   using interrupt = listenForInterrupt();
   const { signal } = interrupt;
-  using model = await withProgress("loading", (onProgress) =>
-    LanguageModel.load(device, folder, {
-      // Measuring has caches of its own; the model's is as small as can be.
-      ...{ codec: "raw16", sequences: 1, tokens: 64, stepTokens: 64 },
-      ...{ randomWeights: options.config !== undefined, tokenizer: false },
-      onProgress,
-      signal,
-    }));
+  const randomWeights = options.config !== undefined;
+  using model = await loadForMeasuring(device, folder, signal, { randomWeights, tokenizer: false });
   const measured: ({ kv: string } & (ModelBench | { error: PackhorseError }))[] = [];
   for (const { kv, codec } of codecs) {
     try {
@@ -98,13 +93,13 @@ export async function llmBench(options: GlobalOptions & LlmBenchOptions): Promis
       backend: device.backend,
       device: device.info.name,
       ...{ parameters: model.parameters, weightBytes: model.weightBytes },
-      ...{ randomWeights: options.config !== undefined, context, batch, tokens },
+      ...{ randomWeights, context, batch, tokens },
       ...{ synthetic: options.synthetic ?? false, ...defined({ filledFrom }), rows },
     });
   } else {
     print(
       `${folder} on ${device.info.name}: ${formatBytes(model.weightBytes)} of ` +
-        `${options.config === undefined ? "" : "random "}weights; ${batch} × ` +
+        `${randomWeights ? "random " : ""}weights; ${batch} × ` +
         `${context.toLocaleString("en")} tokens, the last ${tokens} timed`,
     );
     printRows(rows);

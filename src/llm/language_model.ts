@@ -13,6 +13,7 @@ import { benchModel, type ModelBench, type ModelBenchOptions } from "./bench_mod
 import { Checkpoint, type WeightDType } from "./checkpoint.ts";
 import { Conversation, type ConversationOptions } from "./conversation.ts";
 import { DecodeGraphs } from "./decode_graphs.ts";
+import { dumpCache, type DumpOptions, type DumpReport } from "./dump.ts";
 import { evaluateModel, type Evaluation, type EvaluationOptions } from "./evaluate.ts";
 import {
   type Completion,
@@ -315,6 +316,34 @@ export class LanguageModel implements Disposable {
     options: EvaluationOptions = {},
   ): Promise<Evaluation> {
     return await evaluateModel(this.#parts, text, options);
+  }
+
+  /**
+   * Writes the keys (after rotary embedding) and values that a text leaves to a `.safetensors` file: of each layer
+   * `layers.<n>.key` and `layers.<n>.value`, `[kvHeads, tokens, headDim]` of the cache's type, computed without packing any.
+   * {@linkcode packKvFile}, {@linkcode measureKvCacheWidths} and others read such files.
+   *
+   * Throws `invalid-argument` for options outside their range and a text that is too short, `unsupported` for a text
+   * without a tokenizer, `non-finite` for what the cache's type cannot hold, `io`, `out-of-memory`, `disposed`, the
+   * signal's reason; then no file is left.
+   *
+   * @example
+   * ```ts
+   * import { Device, LanguageModel, measureKvCacheWidths, parseCacheCodec } from "@packhorse/packhorse";
+   * import { assert, assertEquals } from "@std/assert";
+   *
+   * using device = Device.open();
+   * using model = await LanguageModel.load(device, "tests/fixtures/tiny", { tokens: 64 });
+   * const text = await Deno.readTextFile("tests/fixtures/tiny/heldout.txt");
+   * const input = `${await Deno.makeTempDir()}/kv.safetensors`;
+   * const report = await model.dump(text.slice(0, 4000), input, { tokens: 512 });
+   * assertEquals([report.tokens, report.layers.length], [512, model.config.layers]);
+   * const widths = await measureKvCacheWidths(device, { input, codec: parseCacheCodec("packkv") });
+   * assert(widths.keys < 4);
+   * ```
+   */
+  async dump(text: Prompt, output: string, options: DumpOptions = {}): Promise<DumpReport> {
+    return await dumpCache(this.#parts, { text, output }, options);
   }
 
   /**

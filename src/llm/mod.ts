@@ -11,6 +11,7 @@ export {
   type ConversationPrompt,
   type ReplyOptions,
 } from "./conversation.ts";
+export type { DumpOptions, DumpReport } from "./dump.ts";
 export type {
   CodecEvaluation,
   Evaluation,
