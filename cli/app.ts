@@ -139,6 +139,7 @@ function createKv() {
     .globalType("quantizer", new EnumType(["packkv", "kivi"]))
     .globalType("grouping", new EnumType(["token", "head"]))
     .globalType("bits", new EnumType([2, 3, 4, 8]))
+    .globalType("divergence", numberFrom(0, 100))
     .globalType("repack", new EnumType(["none", "median", "greedy", "auto"]))
     .globalType("pack", new EnumType([4, 8, 16, 32]))
     .action(function () {
@@ -282,6 +283,28 @@ function createKv() {
       "packhorse kv bench --tokens 32768 --kv packkv:k=0.1,v=0.2 --kv fixed:4 --kv fixed:2",
     )
     .action(async (options) => (await import("./commands/kv_bench.ts")).kvBench(options))
+    .command(
+      "tune",
+      "Find the codec with the fewest bits that leaves a model's predictions as they are.",
+    )
+    .option("--model <folder:file>", "Folder of the model.", { required: true })
+    .option("--text <file:file>", "Text to predict, like what the model will see.", {
+      required: true,
+    })
+    .option("--max-kld <nats:divergence>", "Mean divergence from a 16-bit cache to allow.", {
+      required: true,
+    })
+    .option("--windows <windows:count>", "Windows of the text to score.", { default: 1 })
+    .option("--tokens <tokens:count>", "Predictions of a window.", { default: 1024 })
+    .option("--residual <tokens:tokens>", LLM_RESIDUAL_HELP, { default: 0 })
+    .option("--budget <codecs:count>", "Most codecs to measure.", { default: 40 })
+    .option("--svg <file:file>", "Also write a chart of bits per value against divergence.")
+    .example(
+      "Find what a divergence of 0.05 takes",
+      "packhorse kv tune --model tests/fixtures/tiny --text tests/fixtures/tiny/heldout.txt \\\n" +
+        "  --max-kld 0.05 --windows 2 --svg tune.svg",
+    )
+    .action(async (options) => (await import("./commands/kv_tune.ts")).kvTune(options))
     .reset();
 }
 

@@ -89,16 +89,31 @@ export function codecCells(kv: string, result: CodecEvaluation): string[] {
 }
 
 /** The 16-bit cache that codecs are compared with, as a row of a table. */
-export function raw16Cells({ reference }: Evaluation): string[] {
+export function raw16Cells({ reference }: Pick<Evaluation, "reference">): string[] {
   return ["raw16", formatBits(16), reference.perplexity.toFixed(3), "", "", ""];
 }
 
 /** "tests/fixtures/tiny on a CPU: 4 × 1,024 predictions of a file". */
 export function evaluationHeading(
   { model, text, windows, tokens }: EvaluationCommandOptions,
-  { device }: ModelEvaluation,
+  { device }: Pick<ModelEvaluation, "device">,
 ): string {
   return `${model} on ${device}: ${windows} × ${
     tokens.toLocaleString("en")
   } predictions of ${text}`;
+}
+
+/** Whether none of the others is nowhere worse and somewhere better. */
+export function isOnFrontier(one: CodecEvaluation, all: readonly CodecEvaluation[]): boolean {
+  return !all.some((other) =>
+    other.bitsPerValue <= one.bitsPerValue && other.kld <= one.kld &&
+    (other.bitsPerValue < one.bitsPerValue || other.kld < one.kld)
+  );
+}
+
+/** "packkv", or "fixed, kivi" where keys and values differ. */
+export function quantizerOf({ codec: { keys, values } }: CodecEvaluation): string {
+  return keys.quantizer === values.quantizer
+    ? keys.quantizer
+    : `${keys.quantizer}, ${values.quantizer}`;
 }

@@ -4,6 +4,7 @@ import {
   assertEquals,
   assertGreater,
   assertLess,
+  assertLessOrEqual,
   assertMatch,
   assertStringIncludes,
 } from "@std/assert";
@@ -18,6 +19,17 @@ const MODEL = `${ROOT}tests/fixtures/tiny`;
 /** Shows who says what; the tiny model has no template of its own. */
 const TEMPLATE = "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n" +
   "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}";
+
+/** What `kv tune --json` prints, as far as it is looked at. */
+interface TuneReport {
+  maxKld: number;
+  kv: string;
+  kld: number;
+  bitsPerValue: number;
+  measuredCodecs: number;
+  isCut: boolean;
+  rows: { kv: string; kld: number; bitsPerValue: number; holds: boolean }[];
+}
 
 function floatsOf(bytes: Uint8Array<ArrayBuffer>, from: FloatDType): Float32Array {
   return new Float32Array(convertFloats(bytes, { from, to: "f32" }).buffer);
@@ -288,6 +300,78 @@ Deno.test("cli: llm dump refuses what it cannot write, and leaves nothing behind
     [1, [...args, ...out, "--tokens", "4", "--layers", "1,1"], "layer 1 is given twice"],
     [1, [...args, "--tokens", "4", "--out", folder.file("missing/kv.safetensors")], "missing"],
     [1, ["llm", "dump", "--model", MODEL, "--text", "/missing", ...out], "/missing"],
+  ];
+  for (const [code, args, expected] of cases) {
+    assertStringIncludes(await fail(code, ...args), expected);
+    assertEquals(folder.list(), ["text"]);
+  }
+});
+
+Deno.test("cli: kv tune finds the codec with the fewest bits that holds", async () => {
+  using folder = new TemporaryFolder();
+  const excerpt = (await Deno.readTextFile(`${MODEL}/heldout.txt`)).slice(0, 2000);
+  const text = await folder.write("text", excerpt);
+  const svg = folder.file("tune.svg");
+  const args = ["kv", "tune", "--model", MODEL, "--text", text, "--windows", "2", "--tokens", "64"];
+  const tune = async (maxKld: number, ...more: string[]): Promise<TuneReport> =>
+    JSON.parse(await succeed(...args, "--max-kld", `${maxKld}`, "--json", ...more));
+  const found = await tune(0.05, "--svg", svg);
+  assertEquals([found.maxKld, found.isCut, found.rows.at(-1)!.kv], [0.05, false, "raw16"]);
+  assert(found.measuredCodecs <= 40 && found.rows.length === found.measuredCodecs + 1);
+  const holding = found.rows.filter(({ kld }) => kld <= 0.05);
+  assertEquals(found.rows.filter(({ holds }) => holds), holding);
+  const [best] = holding.sort((a, b) => a.bitsPerValue - b.bitsPerValue || a.kld - b.kld);
+  assertEquals([found.kv, found.kld, found.bitsPerValue], [
+    best!.kv,
+    best!.kld,
+    best!.bitsPerValue,
+  ]);
+  for (const quantizer of ["packkv", "fixed", "kivi"]) {
+    assert(found.rows.some(({ kv }) => kv.startsWith(quantizer)), quantizer);
+  }
+  assertStringIncludes(await Deno.readTextFile(svg), found.kv);
+
+  // It is what evaluation measures, and no worse than every number of bits that keys and values have alike.
+  using device = Device.open();
+  using model = await LanguageModel.load(device, MODEL, { tokens: 64 });
+  const bits = Array.from({ length: 8 }, (_, i) => i + 1);
+  const codecs = [found.kv, ...bits.flatMap((each) => [`fixed:${each}`, `kivi:${each}`])];
+  const { results } = await model.evaluate(excerpt, { windows: 2, tokens: 64, codecs });
+  const [own, ...others] = results;
+  assertEquals([own!.kld, own!.bitsPerValue], [found.kld, found.bitsPerValue]);
+  const cheapest = Math.min(
+    ...others.filter(({ kld }) => kld <= 0.05).map(({ bitsPerValue }) => bitsPerValue),
+  );
+  assertLessOrEqual(found.bitsPerValue, cheapest);
+  // packkv comes close to what is allowed, where it holds at all.
+  const packkv = found.rows.filter(({ kv, holds }) => holds && kv.startsWith("packkv"));
+  assertGreater(Math.max(...packkv.map(({ kld }) => kld)), 0.8 * 0.05);
+
+  // More may be allowed, or nothing; and the search may be cut.
+  assertLessOrEqual((await tune(0.5)).bitsPerValue, found.bitsPerValue);
+  const exact = await tune(0);
+  assertEquals([exact.kv, exact.kld, exact.measuredCodecs], ["raw16", 0, 0]);
+  const cut = await tune(0.05, "--budget", "4");
+  assertEquals([cut.measuredCodecs, cut.isCut], [4, true]);
+  const table = await succeed(...args, "--max-kld", "0.05", "--budget", "4");
+  assertMatch(table, /^raw16 +16\.00 .* ✓ +✓$/m);
+  assertStringIncludes(table, "the search ended at 4 codecs");
+});
+
+Deno.test("cli: kv tune refuses bad usage, and leaves no chart when it fails", async () => {
+  using folder = new TemporaryFolder();
+  const text = await folder.write("text", "In the beginning");
+  const args = ["kv", "tune", "--model", MODEL, "--text", text, "--svg", folder.file("tune.svg")];
+  const cases: [number, string[], string][] = [
+    [2, args, "--max-kld"],
+    [2, [...args, "--max-kld", "-1"], 'but got "-1"'],
+    [2, [...args, "--max-kld", "0.1", "--budget", "0"], 'but got "0"'],
+    [1, [...args, "--max-kld", "0.1"], "the text has 6 tokens"],
+    [
+      1,
+      ["kv", "tune", "--model", "/missing", ...args.slice(4), "--max-kld", "1"],
+      "/missing/config.json",
+    ],
   ];
   for (const [code, args, expected] of cases) {
     assertStringIncludes(await fail(code, ...args), expected);

@@ -33,6 +33,7 @@ import { PromptMemory } from "./prompt_memory.ts";
 import { ModelRunner } from "./runner.ts";
 import { Tokenizer } from "./tokenizer.ts";
 import { Turns } from "./turns.ts";
+import { tuneCodec, type Tuning, type TuningOptions } from "./tune.ts";
 import { type ModelWeights, planRandomWeights, planWeights } from "./weights.ts";
 
 /** Options of {@linkcode LanguageModel.load}. */
@@ -316,6 +317,30 @@ export class LanguageModel implements Disposable {
     options: EvaluationOptions = {},
   ): Promise<Evaluation> {
     return await evaluateModel(this.#parts, text, options);
+  }
+
+  /**
+   * Searches the codec with the fewest bits per value whose divergence from a 16-bit cache, as {@linkcode evaluate}
+   * measures it, is at most `maxKld` nats: scales of `packkv`, bits of `fixed` and `kivi`, for keys and values apart, and
+   * `raw16`, which always holds. What holds on this text may not on another: take one like what the model will see.
+   *
+   * Throws `invalid-argument` also for a `maxKld` below 0; else as {@linkcode evaluate}.
+   *
+   * @example
+   * ```ts
+   * import { Device, LanguageModel } from "@packhorse/packhorse";
+   * import { assert, assertEquals } from "@std/assert";
+   *
+   * using device = Device.open();
+   * using model = await LanguageModel.load(device, "tests/fixtures/tiny", { tokens: 64 });
+   * const text = await Deno.readTextFile("tests/fixtures/tiny/heldout.txt");
+   * const { best, measured } = await model.tune(text.slice(0, 2000), 0.1, { tokens: 256 });
+   * assert(best.kld <= 0.1 && best.bitsPerValue < 6);
+   * assertEquals(measured.at(-1)!.name, "raw16");
+   * ```
+   */
+  async tune(text: Prompt, maxKld: number, options: TuningOptions = {}): Promise<Tuning> {
+    return await tuneCodec(this.#parts, { text, maxKld }, options);
   }
 
   /**

@@ -42,3 +42,4 @@ export {
   Tokenizer,
   TokenStream,
 } from "./tokenizer.ts";
+export type { Tuning, TuningOptions } from "./tune.ts";
