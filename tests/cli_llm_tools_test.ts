@@ -204,7 +204,10 @@ Deno.test("cli: llm bench measures every codec, over prompts or synthetic tokens
 Deno.test("cli: llm bench goes on where one codec does not fit, and refuses bad usage", async () => {
   const args = ["llm", "bench", "--config", `${MODEL}/config.json`, "--synthetic", "--tokens", "4"];
   // Too few bits for what the tokens take; the other codec's do not depend on them.
-  const few = ["--context", "4096", "--bits-per-value", "1", "--kv", "packkv:k=0.01,v=0.01"];
+  const few = [
+    ["--context", "1024", "--step-tokens", "64", "--bits-per-value", "1"],
+    ["--kv", "packkv:k=0.01,v=0.01"],
+  ].flat();
   const { rows } = JSON.parse(await succeed(...args, ...few, "--kv", "fixed:2", "--json"));
   assertStringIncludes(rows[0].error, "pool is full");
   assert(rows[1].decodeTokensPerSecond > 0);
@@ -351,8 +354,6 @@ Deno.test("cli: kv tune finds the codec with the fewest bits that holds", async 
   assertLessOrEqual((await tune(0.5)).bitsPerValue, found.bitsPerValue);
   const exact = await tune(0);
   assertEquals([exact.kv, exact.kld, exact.measuredCodecs], ["raw16", 0, 0]);
-  const cut = await tune(0.05, "--budget", "4");
-  assertEquals([cut.measuredCodecs, cut.isCut], [4, true]);
   const table = await succeed(...args, "--max-kld", "0.05", "--budget", "4");
   assertMatch(table, /^raw16 +16\.00 .* ✓ +✓$/m);
   assertStringIncludes(table, "the search ended at 4 codecs");
