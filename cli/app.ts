@@ -33,6 +33,54 @@ const KV_FORMS = "How tokens are packed: raw16, packkv:k=0.1,v=0.2, fixed:k=4,v=
   "May be given several times. ";
 const LLM_KV_HELP =
   "How the cache packs tokens: raw16, packkv:k=0.1,v=0.2, fixed:k=4,v=4 or kivi:4. ";
+// What generate and chat, which let a model write, take alike.
+const CONTEXT: ["--context <tokens:count>", string] = [
+  "--context <tokens:count>",
+  "Most tokens of a sequence, prompt and answers. 4096, or the model's limit, unless given.",
+];
+const TEMPERATURE: ["--temperature <number:temperature>", string, { default: number }] = [
+  "--temperature <number:temperature>",
+  "What logits are divided by; 0 for the likeliest.",
+  { default: 0 },
+];
+const TOP_K: ["--top-k <tokens:tokens>", string, { default: number }] = [
+  "--top-k <tokens:tokens>",
+  "Draw only so many of the likeliest tokens; 0 for all.",
+  { default: 0 },
+];
+const TOP_P: ["--top-p <share:share>", string, { default: number }] = [
+  "--top-p <share:share>",
+  "Draw only the likeliest tokens that reach it together.",
+  { default: 1 },
+];
+const MIN_P: ["--min-p <share:share>", string, { default: number }] = [
+  "--min-p <share:share>",
+  "Draw only tokens with this share of the likeliest's probability.",
+  { default: 0 },
+];
+const REPETITION_PENALTY: [
+  "--repetition-penalty <number:penalty>",
+  string,
+  { default: number },
+] = [
+  "--repetition-penalty <number:penalty>",
+  "What logits of known tokens are divided by.",
+  { default: 1 },
+];
+const SEED: ["--seed <number:tokens>", string, { default: number }] = [
+  "--seed <number:tokens>",
+  "What random choices follow from.",
+  { default: 0 },
+];
+const GENERATION_KV: ["--kv <codec:codec>", string] = [
+  "--kv <codec:codec>",
+  `${LLM_KV_HELP}packkv:k=0.1,v=0.2 unless given.`,
+];
+const GENERATION_RESIDUAL: ["--residual <tokens:count>", string, { default: number }] = [
+  "--residual <tokens:count>",
+  "Latest tokens to leave in 16 bits.",
+  { default: 128 },
+];
 const LLM_RESIDUAL_HELP =
   "Latest tokens to leave in 16 bits, from 8 on; 0 to pack every token before it is read.";
 const KV_HELP = `${KV_FORMS}packkv unless given.`;
@@ -91,6 +139,7 @@ function createKv() {
     .globalType("quantizer", new EnumType(["packkv", "kivi"]))
     .globalType("grouping", new EnumType(["token", "head"]))
     .globalType("bits", new EnumType([2, 3, 4, 8]))
+    .globalType("divergence", numberFrom(0, 100))
     .globalType("repack", new EnumType(["none", "median", "greedy", "auto"]))
     .globalType("pack", new EnumType([4, 8, 16, 32]))
     .action(function () {
@@ -234,6 +283,28 @@ function createKv() {
       "packhorse kv bench --tokens 32768 --kv packkv:k=0.1,v=0.2 --kv fixed:4 --kv fixed:2",
     )
     .action(async (options) => (await import("./commands/kv_bench.ts")).kvBench(options))
+    .command(
+      "tune",
+      "Find the codec with the fewest bits that leaves a model's predictions as they are.",
+    )
+    .option("--model <folder:file>", "Folder of the model.", { required: true })
+    .option("--text <file:file>", "Text to predict, like what the model will see.", {
+      required: true,
+    })
+    .option("--max-kld <nats:divergence>", "Mean divergence from a 16-bit cache to allow.", {
+      required: true,
+    })
+    .option("--windows <windows:count>", "Windows of the text to score.", { default: 1 })
+    .option("--tokens <tokens:count>", "Predictions of a window.", { default: 1024 })
+    .option("--residual <tokens:tokens>", LLM_RESIDUAL_HELP, { default: 0 })
+    .option("--budget <codecs:count>", "Most codecs to measure.", { default: 40 })
+    .option("--svg <file:file>", "Also write a chart of bits per value against divergence.")
+    .example(
+      "Find what a divergence of 0.05 takes",
+      "packhorse kv tune --model tests/fixtures/tiny --text tests/fixtures/tiny/heldout.txt \\\n" +
+        "  --max-kld 0.05 --windows 2 --svg tune.svg",
+    )
+    .action(async (options) => (await import("./commands/kv_tune.ts")).kvTune(options))
     .reset();
 }
 
@@ -246,6 +317,8 @@ function createLlm() {
     .globalType("temperature", numberFrom(0, 1000))
     .globalType("share", numberFrom(0, 1))
     .globalType("penalty", numberFrom(0.01, 100))
+    .globalType("bits", numberFrom(0.1, 16))
+    .globalType("pattern", tensorPattern)
     .action(function () {
       this.showHelp();
     })
@@ -287,38 +360,13 @@ function createLlm() {
     .option("--prompt <text:string>", "Text to continue.", { conflicts: ["file"] })
     .option("--file <file:file>", "File with the text to continue.")
     .option("--max-tokens <tokens:count>", "Most tokens of the continuation.", { default: 256 })
-    .option(
-      "--context <tokens:count>",
-      "Most tokens of prompt and continuation. 4096, or the model's limit, unless given.",
-    )
-    .option(
-      "--temperature <number:temperature>",
-      "What logits are divided by; 0 for the likeliest.",
-      {
-        default: 0,
-      },
-    )
-    .option("--top-k <tokens:tokens>", "Draw only so many of the likeliest tokens; 0 for all.", {
-      default: 0,
-    })
-    .option("--top-p <share:share>", "Draw only the likeliest tokens that reach it together.", {
-      default: 1,
-    })
-    .option(
-      "--min-p <share:share>",
-      "Draw only tokens with this share of the likeliest's probability.",
-      {
-        default: 0,
-      },
-    )
-    .option(
-      "--repetition-penalty <number:penalty>",
-      "What logits of known tokens are divided by.",
-      {
-        default: 1,
-      },
-    )
-    .option("--seed <number:tokens>", "What random choices follow from.", { default: 0 })
+    .option(...CONTEXT)
+    .option(...TEMPERATURE)
+    .option(...TOP_K)
+    .option(...TOP_P)
+    .option(...MIN_P)
+    .option(...REPETITION_PENALTY)
+    .option(...SEED)
     .option(
       "--stop <text:string>",
       "Text that ends the continuation. May be given several times.",
@@ -326,13 +374,93 @@ function createLlm() {
         collect: true,
       },
     )
-    .option("--kv <codec:codec>", `${LLM_KV_HELP}packkv:k=0.1,v=0.2 unless given.`)
-    .option("--residual <tokens:count>", "Latest tokens to leave in 16 bits.", { default: 128 })
+    .option(...GENERATION_KV)
+    .option(...GENERATION_RESIDUAL)
     .example(
       "Draw a continuation",
       'packhorse llm generate --model tests/fixtures/tiny --prompt "And the king said" \\\n' +
         "  --temperature 0.8 --top-p 0.95 --seed 1 --max-tokens 64",
     )
     .action(async (options) => (await import("./commands/llm_generate.ts")).llmGenerate(options))
+    .command(
+      "chat",
+      "Talk with a model: a line of input is what you say.\n\n" +
+        "/reset starts anew, /exit or the end of input leaves, Ctrl-C stops an answer.",
+    )
+    .option("--model <folder:file>", "Folder of the model, which must have a chat template.", {
+      required: true,
+    })
+    .option("--system <text:string>", "What the model is told first.")
+    .option("--max-tokens <tokens:count>", "Most tokens of an answer.", { default: 1024 })
+    .option(...CONTEXT)
+    .option(...TEMPERATURE)
+    .option(...TOP_K)
+    .option(...TOP_P)
+    .option(...MIN_P)
+    .option(...REPETITION_PENALTY)
+    .option(...SEED)
+    .option(...GENERATION_KV)
+    .option(...GENERATION_RESIDUAL)
+    .example(
+      "Talk over a cache of about 4 bits per value",
+      "packhorse llm chat --model DIR --kv packkv:k=0.1,v=0.2 --temperature 0.7",
+    )
+    .example(
+      "Ask from a script, a question a line",
+      "printf 'What is a packhorse?\\nAnd a mule?\\n' | packhorse llm chat --model DIR",
+    )
+    .action(async (options) => (await import("./commands/llm_chat.ts")).llmChat(options))
+    .command("bench", "Measure how fast a model runs over caches: prompts, and decode steps.")
+    .option("--model <folder:file>", "Folder of the model.", { conflicts: ["config"] })
+    .option("--config <file:file>", "A config.json alone, for a model of random weights.")
+    .option("--kv <codec:codec>", KV_BENCH_HELP, { collect: true })
+    .option("--context <tokens:count>", "Tokens of a sequence after the last step.", {
+      default: 4096,
+    })
+    .option("--batch <sequences:count>", "Sequences at once.", { default: 1 })
+    .option("--tokens <steps:count>", "Decode steps to time.", { default: 64 })
+    .option(
+      "--synthetic",
+      "Fill the cache with keys and values that look like a real cache's, instead of computing prompts.",
+    )
+    .option(
+      "--dump <file:file>",
+      "That cache, a .safetensors file. One of a small model unless given.",
+      {
+        depends: ["synthetic"],
+      },
+    )
+    .option(
+      "--bits-per-value <bits:bits>",
+      "Bits that packkv takes, to size the pool. Unless given, what --synthetic tokens take, or the most.",
+    )
+    .option("--residual <tokens:count>", "Latest tokens to leave in 16 bits. 128 unless given.")
+    .option("--sinks <tokens:tokens>", "First tokens to leave in 16 bits. 4 unless given.")
+    .option("--step-tokens <tokens:count>", "Tokens of a prompt at once. 2048 unless given.")
+    .option(...KEY_PATTERN)
+    .option(...VALUE_PATTERN)
+    .example(
+      "Compare codecs at a long context of an 8B model, whose weights need not be there",
+      "packhorse llm bench --config tests/fixtures/configs/llama-3.1-8b.json --synthetic \\\n" +
+        "  --context 131072 --batch 4 --kv raw16 --kv packkv:k=0.1,v=0.2",
+    )
+    .action(async (options) => (await import("./commands/llm_bench.ts")).llmBench(options))
+    .command(
+      "dump",
+      "Write the cache that a text leaves to a .safetensors file, for kv pack and others.",
+    )
+    .option("--model <folder:file>", "Folder of the model.", { required: true })
+    .option("--text <file:file>", "Text to compute.", { required: true })
+    .option("-o, --out <file:file>", "The .safetensors file to write.", { required: true })
+    .option("--tokens <tokens:count>", "How many tokens, from the beginning of the text.", {
+      default: 1024,
+    })
+    .option("--layers <layers:tokens[]>", "Layers to write, such as 0,2. All unless given.")
+    .example(
+      "See how a model's own cache packs",
+      "packhorse llm dump --model DIR --text text.txt --tokens 4096 --out kv.safetensors\n" +
+        "packhorse kv sweep kv.safetensors",
+    )
+    .action(async (options) => (await import("./commands/llm_dump.ts")).llmDump(options))
     .reset();
 }

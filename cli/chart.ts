@@ -89,6 +89,21 @@ export async function writeFrontierChart(
   await writeChart(file, frontierChart(points.filter(({ kld }) => kld > 0)));
 }
 
+/** What was measured in a search for the best codec. */
+export interface TuningPoint extends FrontierPoint {
+  /** Whether it is the one that was found. */
+  best: boolean;
+}
+
+/** Fills a file with an SVG chart of bits per value against divergence, and how much of it is allowed. */
+export async function writeTuningChart(
+  file: AtomicFile,
+  points: readonly TuningPoint[],
+  maxKld: number,
+): Promise<void> {
+  await writeChart(file, tuningChart(points.filter(({ kld }) => kld > 0), maxKld));
+}
+
 /** Fills a file with a chart as SVG. */
 export async function writeChart(file: AtomicFile, chart: TopLevelSpec): Promise<void> {
   const { spec } = compile(chart);
@@ -215,6 +230,60 @@ function frontierChart(points: readonly FrontierPoint[]): TopLevelSpec {
         sort: [...new Set(points.map(({ quantizer }) => quantizer))],
       },
     },
+  };
+}
+
+function tuningChart(points: readonly TuningPoint[], maxKld: number): TopLevelSpec {
+  const x = {
+    field: "bitsPerValue",
+    type: "quantitative",
+    title: "bits per value",
+    scale: { zero: false, padding: 110 }, // as long as a name
+  } as const;
+  const y = {
+    field: "kld",
+    type: "quantitative",
+    title: "mean KLD from 16 bits, in nats",
+    scale: { type: "log", nice: false, padding: 16 },
+  } as const;
+  const frontier = points.filter((point) => point.frontier);
+  return {
+    ...STYLE,
+    width: 640,
+    height: 360,
+    title: { text: "The fewest bits within a divergence", anchor: "middle", offset: 12 },
+    layer: [
+      {
+        data: { values: frontier.map((point) => ({ ...point })) },
+        mark: { type: "line", color: "#bbb", interpolate: "step-after" },
+        encoding: { x, y },
+      },
+      {
+        data: { values: points.map((point) => ({ ...point })) },
+        mark: { type: "point", filled: true, opacity: 1 },
+        encoding: {
+          x,
+          y,
+          color: {
+            field: "quantizer",
+            type: "nominal",
+            title: "quantizer",
+            sort: [...new Set(points.map(({ quantizer }) => quantizer))],
+          },
+          size: { condition: { test: "datum.best", value: 160 }, value: 40 },
+        },
+      },
+      {
+        data: { values: points.filter(({ best }) => best).map((point) => ({ ...point })) },
+        mark: { type: "text", align: "right", dx: -10, dy: 10, fontSize: 11, fontWeight: "bold" },
+        encoding: { x, y, text: { field: "kv", type: "nominal" } },
+      },
+      {
+        data: { values: maxKld > 0 ? [{ kld: maxKld }] : [] },
+        mark: { type: "rule", strokeDash: [4, 4], color: "#666" },
+        encoding: { y },
+      },
+    ],
   };
 }
 

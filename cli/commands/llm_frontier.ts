@@ -1,5 +1,4 @@
 import { AtomicFile } from "../../src/io/mod.ts";
-import type { CodecEvaluation } from "../../src/llm/mod.ts";
 import {
   CODEC_HEADINGS,
   codecCells,
@@ -7,6 +6,8 @@ import {
   evaluateFolder,
   type EvaluationCommandOptions,
   evaluationHeading,
+  isOnFrontier,
+  quantizerOf,
   raw16Cells,
 } from "../model_evaluation.ts";
 import type { GlobalOptions, NamedCacheCodec } from "../options.ts";
@@ -37,7 +38,7 @@ export async function llmFrontier(options: GlobalOptions & LlmFrontierOptions): 
     kv: codecs[i]!,
     quantizer: quantizerOf(result),
     result,
-    frontier: !results.some((other) => beats(other, result)),
+    frontier: isOnFrontier(result, results),
   }));
   if (chart) {
     const points = rows.map(({ result: { kld, bitsPerValue }, ...row }) => ({
@@ -62,16 +63,4 @@ export async function llmFrontier(options: GlobalOptions & LlmFrontierOptions): 
   ]);
   print("✓: no other of these takes as few bits with as little divergence");
   if (svg !== undefined) print(`${svg} written`);
-}
-
-/** Whether a codec is nowhere worse than another and somewhere better. */
-function beats(one: CodecEvaluation, other: CodecEvaluation): boolean {
-  return one.bitsPerValue <= other.bitsPerValue && one.kld <= other.kld &&
-    (one.bitsPerValue < other.bitsPerValue || one.kld < other.kld);
-}
-
-function quantizerOf({ codec: { keys, values } }: CodecEvaluation): string {
-  return keys.quantizer === values.quantizer
-    ? keys.quantizer
-    : `${keys.quantizer}, ${values.quantizer}`;
 }

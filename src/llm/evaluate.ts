@@ -1,16 +1,16 @@
 import type { DeviceBuffer } from "../device/device_buffer.ts";
 import { PackhorseError } from "../error.ts";
-import { KvCache } from "../kv/cache.ts";
+import type { KvCache } from "../kv/cache.ts";
 import { parseCacheCodec } from "../kv/cache_codec.ts";
-import type { KvCacheCodec, KvCacheOptions } from "../kv/cache_options.ts";
+import type { KvCacheCodec } from "../kv/cache_options.ts";
 import { BLOCK_TOKENS } from "../kv/codec.ts";
 import { encodePrompt, type Prompt } from "./generate.ts";
 import type { ModelParts } from "./language_model.ts";
 import { bytesOfTokens, INDEX_BYTES } from "./cache_bytes.ts";
-import { poolBytesFor } from "./pool_bytes.ts";
 import { RestoreCache } from "./restore_cache.ts";
 import { type ForwardOptions, ModelRunner } from "./runner.ts";
 import { crossEntropy, divergence } from "./score_logits.ts";
+import { createWindowCache, RAW16 } from "./window_cache.ts";
 
 /** Options of {@linkcode LanguageModel.evaluate}. */
 export interface EvaluationOptions {
@@ -72,8 +72,6 @@ export interface Evaluation {
   /** One for each of the codecs. */
   readonly results: readonly CodecEvaluation[];
 }
-
-const RAW16: KvCacheCodec = { keys: { quantizer: "raw16" }, values: { quantizer: "raw16" } };
 
 /** Logits that are in memory at once, twice. */
 const LOGITS_AT_ONCE = 2 ** 25;
@@ -401,22 +399,6 @@ class CachedCandidate implements Candidate {
   [Symbol.dispose](): void {
     this.#stack.dispose();
   }
-}
-
-/** A cache for one window. */
-function createWindowCache(
-  { device, config, cache }: ModelParts,
-  codec: KvCacheCodec,
-  limits: Pick<KvCacheOptions, "tokens" | "stepTokens" | "residual" | "sinks">,
-): KvCache {
-  const { layers, queryHeads, kvHeads, headDim, windows: window } = config;
-  const { dtype, queryDType } = cache.config;
-  const { tokens, stepTokens, residual, sinks = 0 } = limits;
-  const options = {
-    ...{ layers, queryHeads, kvHeads, headDim, dtype, queryDType, window, codec },
-    ...{ sequences: 1, tokens, stepTokens, residual, sinks },
-  };
-  return KvCache.create(device, { ...options, poolBytes: poolBytesFor(device, options) });
 }
 
 function sum(values: Iterable<number>): number {

@@ -3,7 +3,15 @@
  *
  * @module
  */
+export type { ModelBench, ModelBenchOptions } from "./bench_model.ts";
 export type { WeightDType } from "./checkpoint.ts";
+export {
+  Conversation,
+  type ConversationOptions,
+  type ConversationPrompt,
+  type ReplyOptions,
+} from "./conversation.ts";
+export type { DumpOptions, DumpReport } from "./dump.ts";
 export type {
   CodecEvaluation,
   Evaluation,
@@ -34,3 +42,4 @@ export {
   Tokenizer,
   TokenStream,
 } from "./tokenizer.ts";
+export type { Tuning, TuningOptions } from "./tune.ts";
