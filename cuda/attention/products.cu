@@ -32,8 +32,7 @@ using kv::kUnitBytes;
 
 constexpr int kProductWarps = 4;
 constexpr int kProductThreads = kProductWarps * kWarpThreads;
-constexpr uint32_t kProductStages = 4;   // tiles ahead, unless shared memory is short
-constexpr uint32_t kResidentBlocks = 3;  // thread blocks of a multiprocessor, unless shared memory is short
+constexpr uint32_t kProductStages = 4;         // tiles ahead, unless shared memory is short
 constexpr uint32_t kWarpUnits = kWarpThreads;  // of a warp, at most: a lane looks up one
 constexpr uint32_t kMostPieceUnits = kProductWarps * kWarpUnits;
 constexpr uint32_t kMostPieces = 128;  // unless those are too large
@@ -226,15 +225,24 @@ __device__ __forceinline__ void score_run(const ProductParameters& parameters, c
   }
 }
 
+template <int kDim, int kTiles>
+struct ScoreShared {
+  // Thread blocks of a multiprocessor, as registers allow.
+  static constexpr uint32_t kResident = kDim <= 128 && kTiles == 1 ? 4 : 3;
+  Queries<kDim, kTiles> queries;
+  alignas(16) float found[kProductWarps][4 * kTiles][kBlockTokens];
+  PartSpans spans[kProductWarps][kWarpUnits];
+  uint64_t barriers[kProductWarps][kProductStages];
+};
+
 template <int kDim, int kTiles, bool kBfloat, bool kWide>
-__global__ void __launch_bounds__(kProductThreads, 3)
+__global__ void __launch_bounds__(kProductThreads, ScoreShared<kDim, kTiles>::kResident)
     ScoreKernel(const __grid_constant__ ProductParameters parameters) {
   constexpr int kColumns = 4 * kTiles, kGroups = kDim / 32;
   extern __shared__ __align__(128) uint8_t dynamic[];
-  __shared__ Queries<kDim, kTiles> queries;
-  __shared__ PartSpans spans[kProductWarps][kWarpUnits];
-  __shared__ uint64_t barriers[kProductWarps][kProductStages];
-  __shared__ __align__(16) float found[kProductWarps][kColumns][kBlockTokens];
+  __shared__ ScoreShared<kDim, kTiles> shared;
+  Queries<kDim, kTiles>& queries = shared.queries;
+  auto& found = shared.found;
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
                  i = lane % 4;
   const uint32_t length = parameters.tokens.length;
@@ -242,10 +250,10 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   float* out = parameters.out + static_cast<uint64_t>(blockIdx.y * columns.group + columns.first) * length;
   const WarpUnits units = warp_units(parameters, warp);
   const Ring ring = {dynamic + warp * parameters.stages * parameters.slot_bytes, parameters.slot_bytes,
-                     parameters.stages, barriers[warp]};
+                     parameters.stages, shared.barriers[warp]};
   WarpState<kDim, kTiles> state;
   for_tiles<PH_KV_KEYS>(
-      parameters, units, ring, spans[warp],
+      parameters, units, ring, shared.spans[warp],
       [&] {
         if (const uint32_t n = threadIdx.x / kWarpThreads; n < kTiles)
           quantize_queries<kDim, kTiles, kBfloat>(LaneQuery<kDim>(columns, n), n, parameters.scale, queries);
@@ -369,14 +377,19 @@ __device__ __forceinline__ void weigh_run(const ProductParameters& parameters, c
 template <int kDim>
 constexpr int kSumStride = kDim + 8;
 
+struct WeighShared {
+  static constexpr uint32_t kResident = 3;
+  PartSpans spans[kProductWarps][kWarpUnits];
+  uint64_t barriers[kProductWarps][kProductStages];
+  uint32_t is_last;
+};
+
 template <int kDim, int kTiles, bool kBfloat, bool kWide>
-__global__ void __launch_bounds__(kProductThreads, 3)
+__global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
     WeighKernel(const __grid_constant__ ProductParameters parameters) {
   constexpr int kColumns = 4 * kTiles, kGroups = kDim / 32, kStride = kSumStride<kDim>;
   extern __shared__ __align__(128) uint8_t dynamic[];
-  __shared__ PartSpans spans[kProductWarps][kWarpUnits];
-  __shared__ uint64_t barriers[kProductWarps][kProductStages];
-  __shared__ uint32_t is_last;
+  __shared__ WeighShared shared;
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
                  i = lane % 4;
   const CacheView& cache = parameters.cache;
@@ -386,7 +399,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   const float* weights = parameters.weights + static_cast<uint64_t>(query_head) * length;
   const WarpUnits units = warp_units(parameters, warp);
   const Ring ring = {dynamic + warp * parameters.stages * parameters.slot_bytes, parameters.slot_bytes,
-                     parameters.stages, barriers[warp]};
+                     parameters.stages, shared.barriers[warp]};
   const auto load_weights = [&](uint32_t at, TileWeights<kTiles>& tile) {
     if (at < units.blocks)
       tile.load(weights, length, columns.count, cache.sinks + (units.first_block + at) * kBlockTokens);
@@ -401,7 +414,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
     for (int o = 0; o < kDim / 8; ++o) state.out[n][o] = 0.0f;
   }
   for_tiles<PH_KV_VALUES>(
-      parameters, units, ring, spans[warp], [&] { load_weights(0, next); },
+      parameters, units, ring, shared.spans[warp], [&] { load_weights(0, next); },
       [&](uint32_t at, const Tile& tile, uint32_t widths) {
         const TileWeights<kTiles> own = next;
         load_weights(at + 1, next);
@@ -476,9 +489,9 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   // The last thread block of the head merges the pieces: each warp a quarter of them, then as above.
   uint32_t* finished = parameters.finished + blockIdx.y * gridDim.z + blockIdx.z;
   __syncthreads();
-  if (threadIdx.x == 0) is_last = is_last_arrival(finished, parameters.pieces);
+  if (threadIdx.x == 0) shared.is_last = is_last_arrival(finished, parameters.pieces);
   __syncthreads();
-  if (!is_last) return;
+  if (!shared.is_last) return;
   const uint32_t first = parameters.pieces * warp / kProductWarps,
                  last = parameters.pieces * (warp + 1) / kProductWarps;
   for (uint32_t at = lane; at < columns.count * kDim / 4; at += kWarpThreads) {
@@ -516,18 +529,20 @@ struct Residency {
   uint32_t bytes, stages, blocks;
 };
 
-Residency residency_of(const ph_device& device, uint32_t slot) {
-  constexpr uint32_t kFixedBytes = 16384;    // static shared memory of the kernels, at most
+// `own_bytes` of shared memory are the kernel's own.
+Residency residency_of(const ph_device& device, uint32_t slot, uint32_t own_bytes, uint32_t most_blocks) {
   constexpr uint32_t kReservedBytes = 1024;  // of every thread block
   const uint32_t limit = static_cast<uint32_t>(device.shared_bytes), tile = kProductWarps * slot;
-  for (uint32_t blocks = kResidentBlocks; blocks > 0; --blocks) {
-    const uint32_t bytes = (limit + kReservedBytes) / blocks - kReservedBytes - kFixedBytes;
-    if (bytes >= tile) return {bytes, std::min(kProductStages, bytes / tile), blocks};
+  for (uint32_t blocks = most_blocks; blocks > 0; --blocks) {
+    const uint32_t of_block = (limit + kReservedBytes) / blocks / 128 * 128 - kReservedBytes;
+    if (of_block < own_bytes + tile) continue;
+    const uint32_t bytes = of_block - own_bytes;
+    return {bytes, std::min(kProductStages, bytes / tile), blocks};
   }
   throw Error(PH_ERROR_UNSUPPORTED,
               "Cannot multiply packed records of up to %u bytes on this GPU: that takes %u bytes of shared "
               "memory, and a thread block has %u",
-              slot, tile, limit - kFixedBytes);
+              slot, tile, limit - own_bytes);
 }
 
 uint32_t least_pieces(uint32_t units) { return (units + kMostPieceUnits - 1) / kMostPieceUnits; }
@@ -569,11 +584,11 @@ ProductParameters parameters_of(const CacheView& cache, const kv::TileShape& sha
   return parameters;
 }
 
-template <typename Kernel>
+template <typename Shared, typename Kernel>
 void launch(ph_device& device, ProductParameters& parameters, Kernel kernel, uint32_t slot,
             uint32_t columns) {
   const CacheView& cache = parameters.cache;
-  const Residency residency = residency_of(device, slot);
+  const Residency residency = residency_of(device, slot, sizeof(Shared), Shared::kResident);
   parameters.slot_bytes = slot;
   parameters.stages = residency.stages;
   const uint32_t group = cache.query_heads / cache.heads, column_groups = (group + columns - 1) / columns;
@@ -599,10 +614,10 @@ void score(ph_device& device, const CacheView& cache, const kv::TileShape& shape
   parameters.out = out;
   parameters.scale = scale;
   with_options(cache, shape, [&](auto dim, auto tiles, auto bfloat, auto wide) {
-    launch(device, parameters,
-           ScoreKernel<decltype(dim)::value, decltype(tiles)::value, decltype(bfloat)::value,
-                       decltype(wide)::value>,
-           slot_bytes(shape, PH_KV_KEYS, 0), 4 * decltype(tiles)::value);
+    constexpr int kDim = decltype(dim)::value, kTiles = decltype(tiles)::value;
+    launch<ScoreShared<kDim, kTiles>>(
+        device, parameters, ScoreKernel<kDim, kTiles, decltype(bfloat)::value, decltype(wide)::value>,
+        slot_bytes(shape, PH_KV_KEYS, 0), 4 * kTiles);
   });
 }
 
@@ -616,9 +631,10 @@ void weigh(ph_device& device, const CacheView& cache, const kv::TileShape& shape
   with_options(cache, shape, [&](auto dim, auto tiles, auto bfloat, auto wide) {
     constexpr int kDim = decltype(dim)::value, kColumns = 4 * decltype(tiles)::value;
     // A warp's sums fit its slots, even if there is one only.
-    launch(device, parameters,
-           WeighKernel<kDim, decltype(tiles)::value, decltype(bfloat)::value, decltype(wide)::value>,
-           slot_bytes(shape, PH_KV_VALUES, kColumns * kSumStride<kDim> * sizeof(float)), kColumns);
+    launch<WeighShared>(
+        device, parameters,
+        WeighKernel<kDim, decltype(tiles)::value, decltype(bfloat)::value, decltype(wide)::value>,
+        slot_bytes(shape, PH_KV_VALUES, kColumns * kSumStride<kDim> * sizeof(float)), kColumns);
   });
 }
 
