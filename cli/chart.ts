@@ -20,7 +20,30 @@ export async function writeSweepChart(
   file: AtomicFile,
   rows: readonly KvSweepRow[],
 ): Promise<void> {
-  const points = [
+  await writeChart(file, sweepChart(sweepPoints(rows)));
+}
+
+/** Bits per value against error, of keys or of values, for a page. */
+export function sweepPanel(rows: readonly KvSweepRow[], part: "Keys" | "Values"): TopLevelSpec {
+  const points = sweepPoints(rows).filter((point) => point.part === part);
+  return {
+    ...SWEEP,
+    width: "container",
+    data: { values: points.map((point) => ({ ...point })) },
+    encoding: {
+      ...SWEEP.encoding,
+      tooltip: [
+        { field: "rel", title: "scale" },
+        { field: "repack", title: "repack" },
+        { field: "bits", title: "bits per value", format: ".2f" },
+        { field: "error", title: "error", format: ".3~g" },
+      ],
+    },
+  };
+}
+
+function sweepPoints(rows: readonly KvSweepRow[]): Point[] {
+  return means([
     ...rows.map((row): Point => ({
       ...point(row),
       part: "Keys",
@@ -35,8 +58,7 @@ export async function writeSweepChart(
       bits: row.valueBits,
       error: row.valueRmsError,
     })),
-  ];
-  await writeChart(file, sweepChart(means(points)));
+  ]);
 }
 
 /** How long a context fits into a memory with a codec. */
@@ -256,37 +278,39 @@ function benchChart(bars: readonly BenchBar[]): TopLevelSpec {
   };
 }
 
+const SWEEP = {
+  width: 340,
+  height: 280,
+  layer: [
+    { mark: { type: "line" } },
+    { mark: { type: "point", filled: true, size: 55, opacity: 1 } },
+  ],
+  encoding: {
+    x: {
+      field: "bits",
+      type: "quantitative",
+      title: "bits per value",
+      scale: { zero: false, padding: 16 },
+    },
+    y: {
+      field: "error",
+      type: "quantitative",
+      title: "root-mean-square error",
+      scale: { type: "log", nice: false, padding: 16 },
+    },
+    order: { field: "rel", type: "quantitative" },
+    color: { field: "repack", type: "nominal", title: "repack", sort: REPACKS },
+    shape: { field: "pack", type: "nominal", title: "tokens per pack" },
+    strokeDash: { field: "pack", type: "nominal", title: "tokens per pack" },
+  },
+} as const satisfies Partial<TopLevelSpec>;
+
 function sweepChart(points: Point[]): TopLevelSpec {
   return {
     ...STYLE,
     data: { values: points as unknown as Record<string, unknown>[] },
     facet: { column: { field: "part", type: "nominal", title: null } },
-    spec: {
-      width: 340,
-      height: 280,
-      layer: [
-        { mark: { type: "line" } },
-        { mark: { type: "point", filled: true, size: 55, opacity: 1 } },
-      ],
-      encoding: {
-        x: {
-          field: "bits",
-          type: "quantitative",
-          title: "bits per value",
-          scale: { zero: false, padding: 16 },
-        },
-        y: {
-          field: "error",
-          type: "quantitative",
-          title: "root-mean-square error",
-          scale: { type: "log", nice: false, padding: 16 },
-        },
-        order: { field: "rel", type: "quantitative" },
-        color: { field: "repack", type: "nominal", title: "repack", sort: REPACKS },
-        shape: { field: "pack", type: "nominal", title: "tokens per pack" },
-        strokeDash: { field: "pack", type: "nominal", title: "tokens per pack" },
-      },
-    },
+    spec: SWEEP,
     resolve: { scale: { x: "independent", y: "independent" } },
     title: { text: "Bits per value against error", anchor: "middle", offset: 12 },
   };
