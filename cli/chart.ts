@@ -32,6 +32,8 @@ export function sweepPanel(rows: readonly KvSweepRow[], part: "Keys" | "Values")
     data: { values: points.map((point) => ({ ...point })) },
     encoding: {
       ...SWEEP.encoding,
+      shape: { ...SWEEP.encoding.shape, legend: null },
+      strokeDash: { ...SWEEP.encoding.strokeDash, legend: null },
       tooltip: [
         { field: "rel", title: "scale" },
         { field: "repack", title: "repack" },
@@ -107,8 +109,40 @@ export async function writeFrontierChart(
   file: AtomicFile,
   points: readonly FrontierPoint[],
 ): Promise<void> {
-  // A logarithm has no place for what does not diverge.
-  await writeChart(file, frontierChart(points.filter(({ kld }) => kld > 0)));
+  await writeChart(file, frontierChart(diverging(points)));
+}
+
+/** Where the axes of pages have ticks of divergence, which is on a logarithm. */
+export const KLD_AXIS = {
+  format: ".3~g",
+  values: [-5, -4, -3, -2, -1, 0].flatMap((power) => [10 ** power, 3 * 10 ** power]),
+};
+
+/** Bits per value against divergence, for a page. */
+export function frontierPanel(points: readonly FrontierPoint[]): TopLevelSpec {
+  const { x, y, ...encoding } = frontierEncoding(diverging(points));
+  return {
+    width: "container",
+    height: 320,
+    data: { values: diverging(points).map((point) => ({ ...point })) },
+    layer: [...FRONTIER_LAYERS],
+    encoding: {
+      ...encoding,
+      x: { ...x, scale: { zero: false, padding: 16 } },
+      y: { ...y, axis: KLD_AXIS },
+      tooltip: [
+        { field: "kv", title: "kv" },
+        { field: "bitsPerValue", title: "bits per value", format: ".2f" },
+        { field: "kld", title: "KLD", format: ".3~g" },
+        { field: "frontier", title: "frontier" },
+      ],
+    },
+  };
+}
+
+/** A logarithm has no place for what does not diverge. */
+function diverging(points: readonly FrontierPoint[]): FrontierPoint[] {
+  return points.filter(({ kld }) => kld > 0);
 }
 
 /** Fills a file with a chart as SVG. */
@@ -195,6 +229,34 @@ function planChart(points: readonly PlanPoint[], memoryBytes: number): TopLevelS
   };
 }
 
+const FRONTIER_LAYERS = [
+  { mark: { type: "line", strokeWidth: 2 } },
+  { mark: { type: "point", filled: true, size: 55, opacity: 1 } },
+] as const;
+
+function frontierEncoding(points: readonly FrontierPoint[]) {
+  return {
+    x: {
+      field: "bitsPerValue",
+      type: "quantitative",
+      title: "bits per value",
+      scale: { zero: false, padding: 110 }, // as long as a name
+    },
+    y: {
+      field: "kld",
+      type: "quantitative",
+      title: "mean KLD from 16 bits, in nats",
+      scale: { type: "log", nice: false, padding: 16 },
+    },
+    color: {
+      field: "quantizer",
+      type: "nominal",
+      title: "quantizer",
+      sort: [...new Set(points.map(({ quantizer }) => quantizer))],
+    },
+  } as const;
+}
+
 function frontierChart(points: readonly FrontierPoint[]): TopLevelSpec {
   return {
     ...STYLE,
@@ -203,8 +265,7 @@ function frontierChart(points: readonly FrontierPoint[]): TopLevelSpec {
     title: { text: "Bits per value against divergence", anchor: "middle", offset: 12 },
     data: { values: points.map((point) => ({ ...point })) },
     layer: [
-      { mark: { type: "line", strokeWidth: 2 } },
-      { mark: { type: "point", filled: true, size: 55, opacity: 1 } },
+      ...FRONTIER_LAYERS,
       // Names stand on the side of the frontier where no other points are.
       {
         transform: [{ filter: "datum.frontier" }],
@@ -217,26 +278,7 @@ function frontierChart(points: readonly FrontierPoint[]): TopLevelSpec {
         encoding: { text: { field: "kv", type: "nominal" } },
       },
     ],
-    encoding: {
-      x: {
-        field: "bitsPerValue",
-        type: "quantitative",
-        title: "bits per value",
-        scale: { zero: false, padding: 110 }, // as long as a name
-      },
-      y: {
-        field: "kld",
-        type: "quantitative",
-        title: "mean KLD from 16 bits, in nats",
-        scale: { type: "log", nice: false, padding: 16 },
-      },
-      color: {
-        field: "quantizer",
-        type: "nominal",
-        title: "quantizer",
-        sort: [...new Set(points.map(({ quantizer }) => quantizer))],
-      },
-    },
+    encoding: frontierEncoding(points),
   };
 }
 

@@ -1,4 +1,5 @@
 import type { TopLevelSpec } from "vega-lite";
+import { KLD_AXIS } from "./chart.ts";
 import type { ReportChart, ReportSection, ReportText, TextSpan } from "./html_report.ts";
 import {
   type CacheContinuation,
@@ -16,8 +17,6 @@ const POSITIONS = 32;
 /** Predictions whose divergence colours the text, and how much divergence has the fullest colour. */
 const SHADED = 256;
 const FULL_SHADE = 2;
-/** Where axes of divergence have ticks. */
-const KLD_TICKS = [1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3];
 
 /** What a page shows of a model over a 16-bit and packed caches. */
 export function modelDemoSections(demo: ModelDemo): ReportSection[] {
@@ -86,7 +85,7 @@ export function modelDemoSections(demo: ModelDemo): ReportSection[] {
               measure: "KLD, in nats",
               of: ({ divergences }) => divergences,
               scale: { type: "log", nice: false, padding: 8 },
-              axis: { format: ".3~g", values: KLD_TICKS },
+              axis: KLD_AXIS,
               format: ".3~g",
             }),
             positions(demo, "Same likeliest token by position", {
@@ -146,12 +145,12 @@ function shadedText({ continuations, tokens, scores }: ModelDemo): ReportText {
   };
 }
 
-/** Colours that a codec has in every chart. */
-function color(continuations: readonly CacheContinuation[]) {
+/** Colours that a codec has in every chart: grey, the last, is for the 16-bit cache. */
+function color([raw16, ...packed]: readonly CacheContinuation[]) {
   return {
     field: "kv",
     type: "nominal",
-    scale: { domain: continuations.map(({ kv }) => kv) },
+    scale: { domain: [...packed, raw16!].map(({ kv }) => kv) },
   } as const;
 }
 
@@ -216,7 +215,7 @@ function costs(continuations: readonly CacheContinuation[]): ReportChart {
         field: "kld",
         type: "quantitative",
         title: "KLD, in nats",
-        axis: { format: ".3~g", values: KLD_TICKS },
+        axis: KLD_AXIS,
         scale: { type: "log", nice: false, padding: 16 },
       },
       color: {

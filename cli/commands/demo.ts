@@ -91,7 +91,7 @@ export async function demo(options: GlobalOptions & { output: string }): Promise
 
 /** What the page shows of the file. */
 function fileSection(packing: KvFileReport, rows: readonly KvSweepRow[]): ReportSection {
-  const note = "By the scale, as a share of a token's range, and the order of tokens in a pack.";
+  const note = "A line for each way to order tokens, with a point for each scale.";
   return {
     title: "A cache, packed into a file",
     text: `${FIXTURE}, with the scales at ${KEY_REL} (keys) and ${VALUE_REL} (values) of a ` +
