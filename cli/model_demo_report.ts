@@ -48,8 +48,9 @@ export function modelDemoSections(demo: ModelDemo): ReportSection[] {
     },
     {
       title: "What each cache takes and gives",
-      text: `Bytes, bits and speed are those of one continuation, the latest tokens in 16 bits. ` +
-        `KLD and agreement compare ${windows} × ${tokens} predictions with those of a 16-bit ` +
+      text:
+        `Bytes and bits are those of one continuation, its latest tokens in 16 bits; speed is ` +
+        `the median of several. KLD and agreement compare ${windows} × ${tokens} predictions with those of a 16-bit ` +
         `cache, every key and value packed before it is read.`,
       parts: [
         {

@@ -16,6 +16,7 @@ export async function drawCharts(tooltip: Tooltip): Promise<void> {
   const draw = async () => {
     for (const view of views) view.finalize();
     views = [];
+    for (const { element } of charts) delete element.dataset.state;
     for (const { element, spec, canvas } of charts) {
       try {
         views.push(await drawChart(spec, canvas, tooltip));
