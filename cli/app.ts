@@ -349,6 +349,7 @@ function createLlm() {
     )
     .option("--residual <tokens:tokens>", LLM_RESIDUAL_HELP, { default: 0 })
     .option("--svg <file:file>", "Also write a chart of bits per value against divergence.")
+    .option("--report <file:file>", "Also write a page with chart and table, for a browser.")
     .example(
       "Compare settings of packkv with KIVI",
       "packhorse llm frontier --model tests/fixtures/tiny --text tests/fixtures/tiny/heldout.txt \\\n" +

@@ -5,6 +5,7 @@ import {
   assertEquals,
   assertGreater,
   assertLess,
+  assertNotEquals,
   assertRejects,
 } from "@std/assert";
 import { Device } from "../src/device/mod.ts";
@@ -124,6 +125,27 @@ test(
     assertAlmostEquals(raw16!.bitsPerValue, 16, 0.02);
   },
 );
+
+test("scores of every prediction are what the means are of", {}, async (model) => {
+  const text = TEXT.slice(0, 1500);
+  const options = { tokens: 70, codecs: ["packkv:k=0.1,v=0.2", "kivi:4"], scores: true };
+  const { results: [first] } = await model.evaluate(text, options);
+  const { results } = await model.evaluate(text, { ...options, windows: 2 });
+  for (const { scores, perplexity, kld, top1 } of results) {
+    const { losses, divergences, agreements } = scores!;
+    const mean = (values: Float32Array) => values.reduce((sum, each) => sum + each, 0) / 140;
+    assertEquals([losses, divergences, agreements].map(({ length }) => length), [140, 140, 140]);
+    assertAlmostEquals(Math.exp(mean(losses)), perplexity, 1e-4 * perplexity);
+    assertAlmostEquals(mean(divergences), kld, 1e-5 * kld);
+    assertAlmostEquals(mean(agreements), top1, 1e-12);
+    assert(agreements.every((agrees) => agrees === 0 || agrees === 1));
+  }
+  // Windows follow each other, codecs are apart.
+  assertEquals(results[0]!.scores!.divergences.subarray(0, 70), first!.scores!.divergences);
+  assertNotEquals(results[1]!.scores, results[0]!.scores);
+  const { results: [without] } = await model.evaluate(text, { ...options, scores: false });
+  assertEquals(without!.scores, undefined);
+});
 
 test("a cache with a residual costs less than one without", {}, async (model) => {
   const options = { tokens: 300, codecs: ["packkv:k=0.1,v=0.2"] };

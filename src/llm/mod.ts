@@ -16,6 +16,7 @@ export type {
   CodecEvaluation,
   Evaluation,
   EvaluationOptions,
+  PredictionScores,
   ReferenceEvaluation,
 } from "./evaluate.ts";
 export type {

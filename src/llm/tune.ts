@@ -83,7 +83,7 @@ export async function tuneCodec(
   if (reference === undefined) await measure([]);
   measured.set("raw16", {
     ...{ codec: RAW16, name: "raw16", bitsPerValue: 16, kld: 0, top1: 1 },
-    ...{ perplexity: reference!.perplexity, perplexityIncrease: 0 },
+    ...{ perplexity: reference!.perplexity, perplexityIncrease: 0, scores: undefined },
   });
   const sorted = [...measured.values()].sort((a, b) =>
     a.bitsPerValue - b.bitsPerValue || a.kld - b.kld
