@@ -58,6 +58,15 @@ struct ProductParameters {
 struct PartSpans {
   Span params, bases, groups;  // of keys, `bases` includes the groups
   uint32_t widths;             // of the part's groups, as in the header
+
+  // Where they come to lie in a slot: params from kHalfParams on if they are the values', then what precedes the groups,
+  // then those of values.
+  static constexpr uint32_t kRecordSector = round_to_sectors(kParamsBytes + kSectorBytes - kUnitBytes);
+  __device__ __forceinline__ uint32_t params_position() const { return sector_offset(params); }
+  __device__ __forceinline__ uint32_t record_position() const { return kRecordSector + sector_offset(bases); }
+  __device__ __forceinline__ uint32_t groups_position(uint32_t before) const {
+    return kRecordSector + round_to_sectors(before + kSectorBytes - kUnitBytes) + sector_offset(groups);
+  }
 };
 
 // A warp's part of a piece.
@@ -103,25 +112,23 @@ __device__ __forceinline__ PartSpans make_part_spans(const ProductParameters& pa
   }
 }
 
-// Starts the copy of a block; see Ring::copy. In the slot, params are followed by the record up to its key groups, and the
-// groups of the part. Lanes 0 and 1 look after the params' one or two pieces, and so on.
+// Starts the copy of a block, or none for a null `spans`.
 template <uint32_t kPart>
 __device__ __forceinline__ void fetch_part(const Ring& ring, const ProductParameters& parameters,
                                            const PartSpans* spans, uint32_t stage) {
   if (spans == nullptr) return ring.skip();
-  constexpr int kSpans = kPart == PH_KV_KEYS ? 2 : 3;
-  const uint32_t which = threadIdx.x % kWarpThreads / 2;
-  const Span span = which == 0 ? spans->params : which == 1 ? spans->bases : spans->groups;
-  const uint32_t position = which == 0   ? kPart * kHalfParams
-                            : which == 1 ? kParamsBytes
-                                         : kParamsBytes + parameters.layout.groups;
-  const SpanPiece piece = span.piece(parameters.cache.pool, threadIdx.x % 2 == 1);
-  const uint32_t units = spans->params.units + spans->bases.units + (kSpans == 3 ? spans->groups.units : 0);
-  ring.copy<2 * kSpans>(stage, piece.source, ring.slots + stage * ring.slot_bytes + position + piece.offset,
-                        piece.bytes, units * kUnitBytes);
+  const uint8_t* pool = parameters.cache.pool;
+  if constexpr (kPart == PH_KV_KEYS) {
+    ring.copy(pool, stage, {spans->bases, spans->params},
+              {spans->record_position(), spans->params_position()});
+  } else {
+    ring.copy(pool, stage, {spans->groups, spans->bases, spans->params},
+              {spans->groups_position(parameters.layout.groups), spans->record_position(),
+               kHalfParams + spans->params_position()});
+  }
 }
 
-// Calls use(at, tile, widths) for the warp's blocks, from units.first_block on. The first settled ones are on their way
+// Calls use(at, tile, widths, position of the part's groups in the record) for the warp's blocks, from units.first_block on. The first settled ones are on their way
 // before the kernel that precedes this one has ended; then it calls prepare().
 template <uint32_t kPart, typename Prepare, typename Use>
 __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, const WarpUnits& units,
@@ -153,9 +160,13 @@ __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, c
     // Opaque, lest the compiler keeps every address that follows from it in a register of its own.
     uint32_t own_lane = lane;
     asm volatile("" : "+r"(own_lane));
-    const Tile tile = {slot, slot + kParamsBytes, own_lane};
+    const PartSpans& places = spans[at];
+    const Tile tile = {slot + places.params_position(), slot + places.record_position(), own_lane};
+    const uint32_t groups = kPart == PH_KV_KEYS
+                                ? parameters.layout.groups
+                                : places.groups_position(parameters.layout.groups) - places.record_position();
     // The same in every lane: a reduction tells the compiler, which then branches on scalars.
-    use(at, tile, __reduce_or_sync(kEveryLane, spans[at].widths));
+    use(at, tile, __reduce_or_sync(kEveryLane, places.widths), groups);
     __syncwarp();
     fetch(at + ring.stages, stage);
     if (++stage == ring.stages) stage = 0, phase ^= 1;
@@ -230,7 +241,7 @@ struct ScoreShared {
   // Thread blocks of a multiprocessor, as registers allow.
   static constexpr uint32_t kResident = kDim <= 128 && kTiles == 1 ? 4 : 3;
   Queries<kDim, kTiles> queries;
-  alignas(16) float found[kProductWarps][4 * kTiles][kBlockTokens];
+  alignas(16) float found[kProductWarps][4 * kTiles][kBlockTokens + 4];  // fewer conflicts of banks
   PartSpans spans[kProductWarps][kWarpUnits];
   uint64_t barriers[kProductWarps][kProductStages];
 };
@@ -264,7 +275,7 @@ __global__ void __launch_bounds__(kProductThreads, ScoreShared<kDim, kTiles>::kR
           state.query_scale[n] = queries.scale[4 * n + i];
         }
       },
-      [&](uint32_t at, const Tile& tile, uint32_t widths) {
+      [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t) {
         float scores[kTiles][8];
         with_width<kGroups, kWide>(widths, [&](auto width) {
           tile_scores<kDim, kTiles, kBfloat, kWide, decltype(width)::value>(tile, parameters.layout, widths,
@@ -273,6 +284,7 @@ __global__ void __launch_bounds__(kProductThreads, ScoreShared<kDim, kTiles>::kR
     // Through shared memory, so that lanes write tokens in a row.
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
+          if (4 * n + i >= columns.count) continue;
           float* target = &found[warp][4 * n + i][8 * g];
           const float unit = state.query_scale[n];
           const float(&x)[8] = scores[n];
@@ -415,7 +427,7 @@ __global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
   }
   for_tiles<PH_KV_VALUES>(
       parameters, units, ring, shared.spans[warp], [&] { load_weights(0, next); },
-      [&](uint32_t at, const Tile& tile, uint32_t widths) {
+      [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t groups) {
         const TileWeights<kTiles> own = next;
         load_weights(at + 1, next);
         float scales[8], zeros[8];
@@ -445,8 +457,8 @@ __global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
           weight_fragments(tile.lane, fixed, fragments[n]);
         }
         with_width<kGroups, kWide>(widths, [&](auto width) {
-          tile_values<kDim, kTiles, kWide, decltype(width)::value>(
-              tile, parameters.layout, parameters.layout.groups, widths, state, fragments, weight_units);
+          tile_values<kDim, kTiles, kWide, decltype(width)::value>(tile, parameters.layout, groups, widths,
+                                                                   state, fragments, weight_units);
         });
       });
 
@@ -517,9 +529,9 @@ uint32_t group_bytes(const kv::TileShape& shape, uint32_t part) {
 
 // Shared memory of a block, at least `least`.
 uint32_t slot_bytes(const kv::TileShape& shape, uint32_t part, uint32_t least) {
-  const uint32_t bytes =
-      std::max(kParamsBytes + kv::bases_position(shape, kv::kParts) + group_bytes(shape, part), least);
-  return (bytes + 127) / 128 * 128;
+  const uint32_t bytes = PartSpans::kRecordSector + kv::bases_position(shape, kv::kParts) +
+                         group_bytes(shape, part) + 3 * kSectorBytes;
+  return (std::max(bytes, least) + 127) / 128 * 128;
 }
 
 // Shared memory of a thread block beside what the kernel has itself, how many tiles ahead it holds, and how many thread
@@ -531,12 +543,12 @@ struct Residency {
 
 // `own_bytes` of shared memory are the kernel's own.
 Residency residency_of(const ph_device& device, uint32_t slot, uint32_t own_bytes, uint32_t most_blocks) {
-  constexpr uint32_t kReservedBytes = 1024;  // of every thread block
+  constexpr uint32_t kReservedBytes = 1024, kAlignmentBytes = 512;  // of every thread block
   const uint32_t limit = static_cast<uint32_t>(device.shared_bytes), tile = kProductWarps * slot;
   for (uint32_t blocks = most_blocks; blocks > 0; --blocks) {
-    const uint32_t of_block = (limit + kReservedBytes) / blocks / 128 * 128 - kReservedBytes;
+    const uint32_t of_block = (limit + kReservedBytes) / blocks - kReservedBytes - kAlignmentBytes;
     if (of_block < own_bytes + tile) continue;
-    const uint32_t bytes = of_block - own_bytes;
+    const uint32_t bytes = (of_block - own_bytes) / 128 * 128;
     return {bytes, std::min(kProductStages, bytes / tile), blocks};
   }
   throw Error(PH_ERROR_UNSUPPORTED,
