@@ -1,8 +1,8 @@
 // q . K and w . V over the packed tokens of one sequence and layer, on the GPU: one launch each.
 //
 // A thread block takes a piece of the sequence, a kv head, and up to 4 * kTiles query heads of its group, the columns of
-// tile.cuh, which share one unpacking. Its four warps share the piece's units evenly, and each works alone: packed blocks
-// first, which bulk copies bring to shared memory kProductStages ahead, then runs of 16 tokens in 16 bits.
+// tile.cuh, which share one unpacking. Its four warps share the piece's packed blocks, which bulk copies bring to shared
+// memory kProductStages ahead, and its runs of 16 tokens in 16 bits evenly, and each works alone.
 //
 // Of a block, `score` copies 256 bytes of params (the keys' scales and zeros), then the record up to the end of its key
 // groups: header, bases of both parts, 256 bytes per group and bit. `weigh` copies 272 bytes of params (the values' and the
@@ -75,13 +75,14 @@ struct WarpUnits {
 };
 
 __device__ __forceinline__ WarpUnits warp_units(const ProductParameters& parameters, uint32_t warp) {
-  const uint32_t runs = parameters.runs, units = runs + parameters.tokens.packed;
-  const uint32_t begin = piece_unit(units, blockIdx.x, parameters.pieces);
-  const uint32_t count = piece_unit(units, blockIdx.x + 1, parameters.pieces) - begin;
-  const uint32_t first = begin + count * warp / kProductWarps,
-                 last = begin + count * (warp + 1) / kProductWarps;
-  return {min(first, runs), min(last, runs) - min(first, runs), max(first, runs) - runs,
-          max(last, runs) - max(first, runs)};
+  const auto first_of = [&](uint32_t units, uint32_t of_warp) {
+    const uint32_t begin = piece_unit(units, blockIdx.x, parameters.pieces),
+                   end = piece_unit(units, blockIdx.x + 1, parameters.pieces);
+    return begin + (end - begin) * of_warp / kProductWarps;
+  };
+  const uint32_t runs = parameters.runs, blocks = parameters.tokens.packed;
+  const uint32_t run = first_of(runs, warp), block = first_of(blocks, warp);
+  return {run, first_of(runs, warp + 1) - run, block, first_of(blocks, warp + 1) - block};
 }
 
 template <uint32_t kPart>
@@ -274,6 +275,10 @@ __global__ void __launch_bounds__(kProductThreads, ScoreShared<kDim, kTiles>::kR
           state.query_sum[n] = queries.sum[4 * n + i];
           state.query_scale[n] = queries.scale[4 * n + i];
         }
+        // While the first blocks are on their way.
+        const RecentRows<kDim> keys(parameters, PH_KV_KEYS);
+        for (uint32_t run = units.first_run; run < units.first_run + units.runs; ++run)
+          score_run<kDim, kTiles, kBfloat>(parameters, keys, run, columns, out);
       },
       [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t) {
         float scores[kTiles][8];
@@ -301,9 +306,6 @@ __global__ void __launch_bounds__(kProductThreads, ScoreShared<kDim, kTiles>::kR
           row[lane + kWarpThreads] = found[warp][column][lane + kWarpThreads];
         }
       });
-  const RecentRows<kDim> keys(parameters, PH_KV_KEYS);
-  for (uint32_t run = units.first_run; run < units.first_run + units.runs; ++run)
-    score_run<kDim, kTiles, kBfloat>(parameters, keys, run, columns, out);
 }
 
 // ---- w . V ----
@@ -559,7 +561,7 @@ Residency residency_of(const ph_device& device, uint32_t slot, uint32_t own_byte
 
 uint32_t least_pieces(uint32_t units) { return (units + kMostPieceUnits - 1) / kMostPieceUnits; }
 
-// Into how many pieces so many units are cut, where `rows` thread blocks take each and the GPU holds `resident` at a time:
+// Into how many pieces so many packed blocks, or runs if they are more, are cut, where `rows` thread blocks take each and the GPU holds `resident` at a time:
 // as few as fill it once, or a few times. A thread block's way to its first bytes takes as long as several units.
 uint32_t product_pieces(uint32_t units, uint32_t rows, uint32_t resident) {
   const uint32_t least = std::max(least_pieces(units), 1u), times = (least * rows + resident - 1) / resident;
@@ -604,8 +606,9 @@ void launch(ph_device& device, ProductParameters& parameters, Kernel kernel, uin
   parameters.slot_bytes = slot;
   parameters.stages = residency.stages;
   const uint32_t group = cache.query_heads / cache.heads, column_groups = (group + columns - 1) / columns;
-  parameters.pieces = product_pieces(parameters.runs + parameters.tokens.packed, cache.heads * column_groups,
-                                     static_cast<uint32_t>(device.processors) * residency.blocks);
+  parameters.pieces =
+      product_pieces(std::max(parameters.runs, parameters.tokens.packed), cache.heads * column_groups,
+                     static_cast<uint32_t>(device.processors) * residency.blocks);
   allow_shared(device, kernel, SharedMemory::kPrefer);
   const dim3 grid(parameters.pieces, cache.heads, column_groups);
   launch_overlapping(device, kernel, grid, kProductThreads, residency.bytes, parameters);

@@ -11,7 +11,7 @@ constexpr uint32_t kStages = 2;  // tiles ahead, unless shared memory is short
 
 // Bulk copies are fastest where source and target are as far from the begin of a sector.
 constexpr uint32_t kSectorBytes = 32;
-constexpr uint32_t round_to_sectors(uint32_t bytes) {
+PH_HOST_DEVICE constexpr uint32_t round_to_sectors(uint32_t bytes) {
   return (bytes + kSectorBytes - 1) / kSectorBytes * kSectorBytes;
 }
 
