@@ -17,10 +17,10 @@ __device__ __forceinline__ void await_preceding() {
 }
 
 // Launches a kernel whose first access to what kernels write, or read and then overwrite, comes after await_preceding. Of
-// the grid's first dimension, `cluster` thread blocks at a time form a cluster: on GPUs from sm_90 on.
+// the grid's first dimension, `cluster` thread blocks at a time form a cluster, unless it is 0: on GPUs from sm_90 on.
 template <typename Parameters>
 void launch_overlapping(const ph_device& device, void (*kernel)(Parameters), dim3 grid, uint32_t threads,
-                        uint32_t shared_bytes, const Parameters& parameters, uint32_t cluster = 1) {
+                        uint32_t shared_bytes, const Parameters& parameters, uint32_t cluster = 0) {
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -33,7 +33,7 @@ void launch_overlapping(const ph_device& device, void (*kernel)(Parameters), dim
   launch.dynamicSmemBytes = shared_bytes;
   launch.stream = device.stream;
   launch.attrs = attributes;
-  launch.numAttrs = device.major < 9 ? 0 : cluster == 1 ? 1 : 2;
+  launch.numAttrs = device.major < 9 ? 0 : cluster == 0 ? 1 : 2;
   PH_CUDA_TRY(cudaLaunchKernelEx(&launch, kernel, parameters));
 }
 

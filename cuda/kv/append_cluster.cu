@@ -113,6 +113,8 @@ struct PackShared {
   uint32_t largest[2];                                     // value scale of half of the tokens, as bits
   uint32_t non_finite[2];                                  // a bit per token
   uint32_t sizes[kMostRanks];                              // of the heads' records, in units
+  StepSequence sequence;                                   // whose block it is
+  uint32_t block;
   uint32_t item;                // which of the step's blocks, or of what comes after them
   uint32_t begin;               // of the head's record, in units
   uint32_t first_page;          // of the stream, in which the block begins
@@ -231,16 +233,17 @@ __device__ __forceinline__ void make_token_quantizer(const TileShape& shape, Pac
 
 // ---- places ----
 
-// Notes the pages of a block that begins at unit `begin`. For a whole warp.
+// Notes the pages of a block that begins at unit `begin` of shared.sequence's stream. For a whole warp.
 template <bool kMixed>
-__device__ __forceinline__ void find_pages(const CacheView& cache, const uint32_t* table, uint32_t begin,
+__device__ __forceinline__ void find_pages(const CacheView& cache, uint32_t layer, uint32_t begin,
                                            PackShared<kMixed>& shared) {
   const uint32_t lane = threadIdx.x % kWarpThreads, first = begin / kPageUnits;
   if (lane == 0) shared.first_page = first;
   // Not all of them need be there: what is not, is not written to.
   if (lane < kBlockPages) {
     const uint32_t page = min(first + lane, cache.most_pages - 1);
-    shared.pages[lane] = cache.pool + table[page] * kPageBytes;
+    shared.pages[lane] =
+        cache.pool + page_table_of(cache, layer, shared.sequence.sequence)[page] * kPageBytes;
   }
 }
 
@@ -336,13 +339,19 @@ __global__ void __launch_bounds__(kTileThreads, kRounds == 1 ? 4 : 2)
   }
 
   // The plan was there before the kernel that precedes this one in the stream.
-  const StepBlock place = step.blocks[item];
-  const StepSequence sequence = step.sequences[place.entry];
-  const uint64_t start = block_start(cache, place.block);
-  if (head < shape.heads && threadIdx.x < kParts * kBlockTokens) {
-    const uint32_t part = threadIdx.x / kBlockTokens, token = threadIdx.x % kBlockTokens;
-    shared.rows[part][token] = token_row(cache, append.layer, sequence, append.tensors, part, start + token) +
-                               static_cast<uint64_t>(head) * shape.head_dim * 2;
+  {
+    const StepBlock place = step.blocks[item];
+    const StepSequence sequence = step.sequences[place.entry];
+    if (threadIdx.x == 0) {
+      shared.sequence = sequence;
+      shared.block = place.block;
+    }
+    if (head < shape.heads && threadIdx.x < kParts * kBlockTokens) {
+      const uint32_t part = threadIdx.x / kBlockTokens, token = threadIdx.x % kBlockTokens;
+      shared.rows[part][token] = token_row(cache, append.layer, sequence, append.tensors, part,
+                                           block_start(cache, place.block) + token) +
+                                 static_cast<uint64_t>(head) * shape.head_dim * 2;
+    }
   }
   if (threadIdx.x < kParts) shared.tile.widths[threadIdx.x] = 0;
   if (threadIdx.x < 2) shared.non_finite[threadIdx.x] = 0;
@@ -361,20 +370,19 @@ __global__ void __launch_bounds__(kTileThreads, kRounds == 1 ? 4 : 2)
   const SharedRows rows = {values, shape.head_dim * 2};
   begin_load(shared.rows, vectors, values);
   // Meanwhile, where the stream ended before the step.
-  uint32_t* const index = index_of(cache, append.layer, sequence.sequence);
-  const uint32_t* const table = page_table_of(cache, append.layer, sequence.sequence);
-  const uint32_t before = place.block - sequence.first_block;
+  const StepSequence& sequence = shared.sequence;
   uint32_t stream_end = 0, block_begin = 0;
   if (warp == 0) {
-    stream_end = index[sequence.first_block * shape.heads];
-    block_begin = stream_end + before * parameters.block_units;
-    if (!parameters.is_chained) find_pages(cache, table, block_begin, shared);
+    stream_end = index_of(cache, append.layer, sequence.sequence)[sequence.first_block * shape.heads];
+    block_begin = stream_end + (shared.block - sequence.first_block) * parameters.block_units;
+    if (!parameters.is_chained) find_pages(cache, append.layer, block_begin, shared);
   }
   copy_wait();
   __syncthreads();
 
-  find_extremes<Element>(shape, rows, shared,
-                         static_cast<unsigned long long>(sequence.sequence) << 40 | start, append.non_finite);
+  const unsigned long long first_token =
+      static_cast<unsigned long long>(sequence.sequence) << 40 | block_start(cache, shared.block);
+  find_extremes<Element>(shape, rows, shared, first_token, append.non_finite);
   cluster_sync();
   if (threadIdx.x < kParts * kBlockTokens) make_token_quantizer(shape, shared);
   if constexpr (kMixed) {
@@ -401,14 +409,15 @@ __global__ void __launch_bounds__(kTileThreads, kRounds == 1 ? 4 : 2)
     const uint32_t earlier = __reduce_add_sync(kEveryLane, lane < head ? units : 0);
     if (parameters.is_chained) {
       const uint32_t all = params_units + __reduce_add_sync(kEveryLane, units);
-      block_begin = place_block(parameters.workspace, item, before, stream_end, all, head == shape.heads - 1,
-                                step.block_count, shape.heads);
-      find_pages(cache, table, block_begin, shared);
+      block_begin = place_block(parameters.workspace, item, shared.block - sequence.first_block, stream_end,
+                                all, head == shape.heads - 1, step.block_count, shape.heads);
+      find_pages(cache, append.layer, block_begin, shared);
     }
     if (lane == 0) {
       const uint32_t begin = block_begin + params_units + earlier;
       shared.begin = begin;
-      index[place.block * shape.heads + head + 1] = begin + record_bytes / kUnitBytes;
+      index_of(cache, append.layer, sequence.sequence)[shared.block * shape.heads + head + 1] =
+          begin + record_bytes / kUnitBytes;
     }
   }
   __syncthreads();
@@ -423,7 +432,7 @@ __global__ void __launch_bounds__(kTileThreads, kRounds == 1 ? 4 : 2)
             ? reinterpret_cast<const uint4*>(shared.params)[threadIdx.x]
             : make_uint4(max(shared.largest[0], shared.largest[1]), 0, 0, 0);
   }
-  copy_replacements(append, sequence, start, head);
+  copy_replacements(append, sequence, block_start(cache, shared.block), head);
 #endif
 }
 

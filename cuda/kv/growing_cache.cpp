@@ -316,6 +316,7 @@ ph_kv_cache::ph_kv_cache(ph_device& device, const ph_kv_cache_config& config, co
   view_.index = reinterpret_cast<uint32_t*>(index_.data());
   view_.page_tables = reinterpret_cast<uint32_t*>(page_tables_.data());
   fill(device, non_finite_.data(), 0xff, sizeof(uint64_t));
+  fill(device, workspace_.data(), 0, workspace_.bytes());
   fill(device, attention_.data(), 0, attention_.bytes());
 }
 
