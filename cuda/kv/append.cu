@@ -54,6 +54,11 @@ Workspace workspace_of(uint8_t* memory, uint64_t blocks) {
           reinterpret_cast<uint32_t*>(non_finite + blocks * sizeof(uint64_t))};
 }
 
+struct PackParameters {
+  AppendParameters append;
+  Workspace workspace;
+};
+
 struct ParamsShared {
   float minima[kParts][kBlockTokens], maxima[kParts][kBlockTokens];
   alignas(16) uint16_t affines[kLargestScalePosition / 2];  // the params record up to the largest scale
@@ -63,16 +68,19 @@ struct ParamsShared {
 
 template <typename Element, bool kMixed>
 __global__ void __launch_bounds__(kParamsThreads, 2)
-    ParamsKernel(const __grid_constant__ AppendParameters parameters, Workspace workspace) {
+    ParamsKernel(const __grid_constant__ PackParameters parameters) {
   using Vector = typename Element::Vector;
   __shared__ ParamsShared shared;
-  const auto& [cache, shape, step, tensors, layer, non_finite] = parameters;
+  const auto& [cache, shape, step, tensors, layer, non_finite] = parameters.append;
+  const Workspace& workspace = parameters.workspace;
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  // The plan was there before the kernel that precedes this one in the stream.
   const StepBlock place = step.blocks[blockIdx.x];
   const StepSequence sequence = step.sequences[place.entry];
   const uint64_t start = block_start(cache, place.block);
   const uint32_t vectors = cache.heads * cache.head_dim / kVectorValues;
   uint32_t* ends = index_of(cache, layer, sequence.sequence) + place.block * cache.heads + 1;
+  await_preceding();
   for (uint32_t head = threadIdx.x; head < cache.heads; head += kParamsThreads) ends[head] = 0;
   if (blockIdx.x == 0 && threadIdx.x == 0) *workspace.ticket = 0;
   if (threadIdx.x < 2) shared.non_finite[threadIdx.x] = 0;
@@ -202,16 +210,16 @@ __device__ __forceinline__ uint32_t place_record(uint32_t* index, uint32_t recor
 // kRounds: groups of a warp, and its shares of the codes; 2 where the head has more than 128 channels.
 template <typename Element, int kRounds, bool kMixed>
 __global__ void __launch_bounds__(kTileThreads, 4)
-    TileKernel(const __grid_constant__ AppendParameters parameters, Workspace workspace) {
+    TileKernel(const __grid_constant__ PackParameters parameters) {
   extern __shared__ uint4 dynamic_shared[];  // codes of keys, of values: 64 * head_dim bytes each
   __shared__ RecordShared<kMixed> shared;
   __shared__ std::conditional_t<kMixed, GroupAffines, NoAffines> affines;
-  const CacheView& cache = parameters.cache;
-  const TileShape& shape = parameters.shape;
-  const StepView& step = parameters.step;
+  const auto& [cache, shape, step, tensors, layer, first_non_finite] = parameters.append;
+  const Workspace& workspace = parameters.workspace;
   uint8_t* const key_codes = reinterpret_cast<uint8_t*>(dynamic_shared);
   uint8_t* const value_codes = key_codes + kBlockTokens * shape.head_dim;
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  await_preceding();
   if (threadIdx.x == 0) shared.ticket = atomicAdd(workspace.ticket, 1u);
   if (threadIdx.x < kParts) shared.tile.widths[threadIdx.x] = 0;
   __syncthreads();
@@ -220,8 +228,8 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   const uint8_t* params = workspace.params + static_cast<uint64_t>(item) * kParamsBytes;
   if (threadIdx.x < kParts * kBlockTokens) {
     const uint32_t part = threadIdx.x / kBlockTokens, token = threadIdx.x % kBlockTokens;
-    shared.rows[part][token] = token_row(cache, parameters.layer, step.sequences[place.entry],
-                                         parameters.tensors, part, block_start(cache, place.block) + token) +
+    shared.rows[part][token] = token_row(cache, layer, step.sequences[place.entry], tensors, part,
+                                         block_start(cache, place.block) + token) +
                                static_cast<uint64_t>(head) * cache.head_dim * 2;
     if (!kMixed || is_per_token(shape.parts[part]))
       shared.tile.quantizers[part][token] = token_quantizer(shape, part, params, token);
@@ -249,10 +257,10 @@ __global__ void __launch_bounds__(kTileThreads, 4)
     const uint32_t sequence = step.sequences[place.entry].sequence;
     const uint32_t size = params_units + record_bytes / kUnitBytes;
     const uint32_t first =
-        place_record(index_of(cache, parameters.layer, sequence), place.block * cache.heads + head, size);
+        place_record(index_of(cache, layer, sequence), place.block * cache.heads + head, size);
     if (lane < 3) {
       const uint32_t page = min(first / kPageUnits + lane, (first + size - 1) / kPageUnits);
-      shared.pages[lane] = cache.pool + page_table_of(cache, parameters.layer, sequence)[page] * kPageBytes;
+      shared.pages[lane] = cache.pool + page_table_of(cache, layer, sequence)[page] * kPageBytes;
     }
     if (lane == 0) shared.begin = first + params_units;
   }
@@ -282,18 +290,16 @@ __global__ void __launch_bounds__(kCopyThreads)
 void pack(const ph_device& device, const AppendParameters& parameters, uint8_t* memory) {
   const TileShape& shape = parameters.shape;
   const StepView& step = parameters.step;
-  const Workspace workspace = workspace_of(memory, step.block_count);
+  const PackParameters pack = {parameters, workspace_of(memory, step.block_count)};
   const auto run = [&](auto element, auto mixed) {
     using Element = decltype(element);
     constexpr bool kMixed = decltype(mixed)::value;
-    ParamsKernel<Element, kMixed>
-        <<<step.block_count, kParamsThreads, 0, device.stream>>>(parameters, workspace);
-    PH_CUDA_TRY(cudaGetLastError());
+    launch_overlapping(device, ParamsKernel<Element, kMixed>, dim3(step.block_count), kParamsThreads, 0,
+                       pack);
     const auto kernel = kParts * tile_groups(shape) <= kTileWarps ? TileKernel<Element, 1, kMixed>
                                                                   : TileKernel<Element, 2, kMixed>;
-    kernel<<<step.block_count * shape.heads, kTileThreads, kParts * kBlockTokens * shape.head_dim,
-             device.stream>>>(parameters, workspace);
-    PH_CUDA_TRY(cudaGetLastError());
+    launch_overlapping(device, kernel, dim3(step.block_count * shape.heads), kTileThreads,
+                       kParts * kBlockTokens * shape.head_dim, pack);
   };
   dispatch_pack_kernel(shape, run);
 }

@@ -43,12 +43,13 @@ struct ClusterWorkspace {
   uint32_t* places;   // [blocks]: of each its size, then its end, as in an index
 };
 
-struct PackParameters {
+struct ClusterParameters {
   AppendParameters append;
   ClusterWorkspace workspace;
-  uint32_t block_units;  // of every block, params included; 0: each has its own
-  uint32_t splits;       // thread blocks that copy a sequence's kept tokens
-  bool is_chained;       // blocks wait for the sizes of others
+  uint32_t most_units;  // of a block, params included
+  bool has_one_size;    // every block has so many
+  uint32_t splits;      // thread blocks that copy a sequence's kept tokens
+  bool is_chained;      // blocks wait for the sizes of others
 };
 
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
@@ -71,10 +72,16 @@ __device__ __forceinline__ uint32_t cluster_ranks() {
   return ranks;
 }
 
-// A barrier of all threads of the cluster, after which they see what the others wrote before.
-__device__ __forceinline__ void cluster_sync() {
+// A barrier of all threads of the cluster, after which they see what the others wrote before; in two halves or at once.
+__device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
 }
 
 // Address of what `own` is, in the shared memory of the cluster's thread block `rank`.
@@ -236,12 +243,12 @@ __device__ __forceinline__ void make_token_quantizer(const TileShape& shape, Pac
 // Notes the pages of a block that begins at unit `begin` of shared.sequence's stream. For a whole warp.
 template <bool kMixed>
 __device__ __forceinline__ void find_pages(const CacheView& cache, uint32_t layer, uint32_t begin,
-                                           PackShared<kMixed>& shared) {
+                                           uint32_t most_units, PackShared<kMixed>& shared) {
   const uint32_t lane = threadIdx.x % kWarpThreads, first = begin / kPageUnits;
   if (lane == 0) shared.first_page = first;
-  // Not all of them need be there: what is not, is not written to.
+  // Up to where it may end, which there are pages for.
   if (lane < kBlockPages) {
-    const uint32_t page = min(first + lane, cache.most_pages - 1);
+    const uint32_t page = min(first + lane, (begin + most_units - 1) / kPageUnits);
     shared.pages[lane] =
         cache.pool + page_table_of(cache, layer, shared.sequence.sequence)[page] * kPageBytes;
   }
@@ -306,7 +313,7 @@ __device__ __forceinline__ void copy_replacements(const AppendParameters& append
 // kRounds: groups of a warp, and its shares of the codes; 2 where the head has more than 128 channels.
 template <typename Element, int kRounds, bool kMixed>
 __global__ void __launch_bounds__(kTileThreads, kRounds == 1 ? 4 : 2)
-    PackKernel(const __grid_constant__ PackParameters parameters) {
+    PackKernel(const __grid_constant__ ClusterParameters parameters) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ uint4 dynamic_shared[];
   __shared__ PackShared<kMixed> shared;
@@ -356,9 +363,13 @@ __global__ void __launch_bounds__(kTileThreads, kRounds == 1 ? 4 : 2)
   if (threadIdx.x < kParts) shared.tile.widths[threadIdx.x] = 0;
   if (threadIdx.x < 2) shared.non_finite[threadIdx.x] = 0;
   await_preceding();
+  // The cluster's heads share their tokens' extremes, if there are params, and sizes, unless all are the same. A thread
+  // block is there until no other needs its shared memory.
+  const uint32_t params_units = kMixed ? params_bytes(shape) / kUnitBytes : kParamsUnits;
+  const bool shares_extremes = params_units > 0, shares_sizes = !parameters.has_one_size;
   if (head >= shape.heads) {  // a cluster has more thread blocks than there are heads
-    cluster_sync();
-    cluster_sync();
+    if (shares_extremes) cluster_sync();
+    if (shares_extremes || shares_sizes) cluster_sync();
     return;
   }
   __syncthreads();
@@ -374,8 +385,8 @@ __global__ void __launch_bounds__(kTileThreads, kRounds == 1 ? 4 : 2)
   uint32_t stream_end = 0, block_begin = 0;
   if (warp == 0) {
     stream_end = index_of(cache, append.layer, sequence.sequence)[sequence.first_block * shape.heads];
-    block_begin = stream_end + (shared.block - sequence.first_block) * parameters.block_units;
-    if (!parameters.is_chained) find_pages(cache, append.layer, block_begin, shared);
+    block_begin = stream_end + (shared.block - sequence.first_block) * parameters.most_units;
+    if (!parameters.is_chained) find_pages(cache, append.layer, block_begin, parameters.most_units, shared);
   }
   copy_wait();
   __syncthreads();
@@ -383,8 +394,13 @@ __global__ void __launch_bounds__(kTileThreads, kRounds == 1 ? 4 : 2)
   const unsigned long long first_token =
       static_cast<unsigned long long>(sequence.sequence) << 40 | block_start(cache, shared.block);
   find_extremes<Element>(shape, rows, shared, first_token, append.non_finite);
-  cluster_sync();
-  if (threadIdx.x < kParts * kBlockTokens) make_token_quantizer(shape, shared);
+  if (shares_extremes) {
+    cluster_sync();
+    if (threadIdx.x < kParts * kBlockTokens) make_token_quantizer(shape, shared);
+    if (!shares_sizes) cluster_arrive();
+  } else {
+    __syncthreads();
+  }
   if constexpr (kMixed) {
     for (uint32_t part = 0; part < kParts; ++part) {
       if (is_kivi(shape.parts[part])) make_group_quantizers<Element>(shape, part, rows, shared.tile, affines);
@@ -401,17 +417,22 @@ __global__ void __launch_bounds__(kTileThreads, kRounds == 1 ? 4 : 2)
 
   const uint32_t record_bytes =
       head_record_bytes(shape, shared.tile.widths[PH_KV_KEYS], shared.tile.widths[PH_KV_VALUES]);
-  if (threadIdx.x < ranks) store_peer(&shared.sizes[head], threadIdx.x, record_bytes / kUnitBytes);
-  cluster_sync();  // after it no thread block looks at another's shared memory
-  const uint32_t params_units = kMixed ? params_bytes(shape) / kUnitBytes : kParamsUnits;
+  // Units of the records of the heads before, and of the block.
+  uint32_t earlier = head * (record_bytes / kUnitBytes), all = 0;
+  if (shares_sizes) {
+    if (threadIdx.x < ranks) store_peer(&shared.sizes[head], threadIdx.x, record_bytes / kUnitBytes);
+    cluster_sync();
+    if (warp == 0) {
+      const uint32_t units = lane < shape.heads ? shared.sizes[lane] : 0;
+      earlier = __reduce_add_sync(kEveryLane, lane < head ? units : 0);
+      all = params_units + __reduce_add_sync(kEveryLane, units);
+    }
+  }
   if (warp == 0) {
-    const uint32_t units = lane < shape.heads ? shared.sizes[lane] : 0;
-    const uint32_t earlier = __reduce_add_sync(kEveryLane, lane < head ? units : 0);
     if (parameters.is_chained) {
-      const uint32_t all = params_units + __reduce_add_sync(kEveryLane, units);
       block_begin = place_block(parameters.workspace, item, shared.block - sequence.first_block, stream_end,
                                 all, head == shape.heads - 1, step.block_count, shape.heads);
-      find_pages(cache, append.layer, block_begin, shared);
+      find_pages(cache, append.layer, block_begin, parameters.most_units, shared);
     }
     if (lane == 0) {
       const uint32_t begin = block_begin + params_units + earlier;
@@ -433,17 +454,16 @@ __global__ void __launch_bounds__(kTileThreads, kRounds == 1 ? 4 : 2)
             : make_uint4(max(shared.largest[0], shared.largest[1]), 0, 0, 0);
   }
   copy_replacements(append, sequence, block_start(cache, shared.block), head);
+  if (shares_extremes && !shares_sizes) cluster_wait();
 #endif
 }
 
-// Units of every block of a layer; 0 where they depend on its values.
-uint32_t common_block_units(const TileShape& shape) {
-  uint64_t bytes = params_bytes(shape);
+// Whether all blocks of a layer take the same bytes, whatever its values.
+bool has_one_size(const TileShape& shape) {
   for (const TilePart& part : shape.parts) {
-    if (part.width == 0 && !is_raw16(part)) return 0;
+    if (part.width == 0 && !is_raw16(part)) return false;
   }
-  bytes += static_cast<uint64_t>(shape.heads) * largest_record_bytes(shape);
-  return static_cast<uint32_t>(bytes / kUnitBytes);
+  return true;
 }
 
 uint32_t ranks_of(uint32_t heads) {
@@ -464,13 +484,14 @@ void append_in_clusters(const ph_device& device, const AppendParameters& append,
   const TileShape& shape = append.shape;
   const StepView& step = append.step;
   uint32_t* const words = reinterpret_cast<uint32_t*>(workspace);
-  PackParameters parameters = {append,
-                               {words, words + 1, words + 2},
-                               common_block_units(shape),
-                               copy_splits(append.cache, step),
-                               false};
+  ClusterParameters parameters = {append,
+                                  {words, words + 1, words + 2},
+                                  static_cast<uint32_t>(largest_block_units(shape)),
+                                  has_one_size(shape),
+                                  copy_splits(append.cache, step),
+                                  false};
   // Fewer tokens than a block has make one block due at most.
-  parameters.is_chained = parameters.block_units == 0 && step.most_queries >= kBlockTokens;
+  parameters.is_chained = !parameters.has_one_size && step.most_queries >= kBlockTokens;
   const uint32_t ranks = ranks_of(shape.heads);
   const uint32_t copies = (step.sequence_count * parameters.splits + ranks - 1) / ranks;
   const bool is_raw = is_raw16(shape.parts[0]) && is_raw16(shape.parts[1]);
