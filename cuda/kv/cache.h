@@ -64,6 +64,12 @@ PH_HOST_DEVICE uint32_t recent_slot(const CacheView& cache, uint64_t token) {
 constexpr uint32_t kParamsUnits = kParamsBytes / kUnitBytes;
 static_assert(kParamsBytes % kUnitBytes == 0);
 
+// Units that a block takes at most.
+PH_HOST_DEVICE uint64_t largest_block_units(const TileShape& shape) {
+  return (params_bytes(shape) + static_cast<uint64_t>(shape.heads) * largest_record_bytes(shape)) /
+         kUnitBytes;
+}
+
 struct RecordSpan {
   uint32_t params, begin, end;  // units in the stream
 };

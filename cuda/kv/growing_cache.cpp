@@ -145,11 +145,6 @@ uint64_t divide_up(uint64_t value, uint64_t divisor) { return (value + divisor -
 
 }  // namespace
 
-uint64_t largest_block_units(const TileShape& shape) {
-  return (params_bytes(shape) + static_cast<uint64_t>(shape.heads) * largest_record_bytes(shape)) /
-         kUnitBytes;
-}
-
 namespace {
 
 CacheView make_view(const ph_kv_cache_config& config, const std::vector<TileShape>& shapes) {
@@ -219,6 +214,10 @@ bool writes_last_page(const Stream& stream) {
   return !stream.pages.empty() && stream.bound % kPageUnits != 0;
 }
 
+// Of words of the page tables that are sent at a time: each time costs a copy and a kernel, and a step of many tokens takes
+// thousands of pages.
+constexpr uint64_t kLeastWordBytes = 64 * 1024;
+
 // The one place where it is decided how much a cache allocates.
 CacheSizes make_sizes(const ph_kv_cache_config& config, const CacheView& view) {
   const uint64_t blocks = most_step_blocks(config), pieces = most_step_pieces(config, view);
@@ -233,7 +232,7 @@ CacheSizes make_sizes(const ph_kv_cache_config& config, const CacheView& view) {
   sizes.workspace = append_workspace_bytes(view, blocks);
   sizes.attention =
       std::max(attention::decode_workspace_bytes(view, pieces), attention::products_workspace_bytes(view));
-  sizes.words = product({config.layers, config.sequences, sizeof(WordAt)});
+  sizes.words = std::max(product({config.layers, config.sequences, sizeof(WordAt)}), kLeastWordBytes);
   sizes.non_finite = sizeof(uint64_t);
   return sizes;
 }
@@ -316,6 +315,7 @@ ph_kv_cache::ph_kv_cache(ph_device& device, const ph_kv_cache_config& config, co
   view_.index = reinterpret_cast<uint32_t*>(index_.data());
   view_.page_tables = reinterpret_cast<uint32_t*>(page_tables_.data());
   fill(device, non_finite_.data(), 0xff, sizeof(uint64_t));
+  fill(device, workspace_.data(), 0, workspace_.bytes());
   fill(device, attention_.data(), 0, attention_.bytes());
 }
 

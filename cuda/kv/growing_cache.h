@@ -51,9 +51,6 @@ struct Sequence {
   uint64_t step = 0;  // the last one that named it
 };
 
-// Units that a block takes at most.
-uint64_t largest_block_units(const TileShape& shape);
-
 // One layer of a sequence in host memory.
 template <typename Byte, typename Offset>
 struct HostLayer {
