@@ -197,6 +197,16 @@ export const LLM_SAMPLER = new Struct("ph_llm_sampler", 6, {
   repetition_penalty: "f32",
 });
 
+export const OT_REPORT = new Struct("ph_ot_report", 7, {
+  status: "u32",
+  iterations: "u32",
+  place: "u64",
+  marginal_error: "f64",
+  cost: "f64",
+  value: "f64",
+  epsilon: "f64",
+});
+
 /** All structs of the C ABI. */
 export const STRUCTS = [
   DEVICE_INFO,
@@ -206,4 +216,5 @@ export const STRUCTS = [
   KV_CACHE_CODEC,
   KV_CACHE_STATISTICS,
   LLM_SAMPLER,
+  OT_REPORT,
 ];

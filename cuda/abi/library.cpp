@@ -84,6 +84,15 @@ std::vector<uint32_t> layout_of(uint32_t which) {
               FIELD(ph_llm_sampler, top_p),
               FIELD(ph_llm_sampler, min_p),
               FIELD(ph_llm_sampler, repetition_penalty)};
+    case PH_STRUCT_OT_REPORT:
+      return {sizeof(ph_ot_report),
+              FIELD(ph_ot_report, status),
+              FIELD(ph_ot_report, iterations),
+              FIELD(ph_ot_report, place),
+              FIELD(ph_ot_report, marginal_error),
+              FIELD(ph_ot_report, cost),
+              FIELD(ph_ot_report, value),
+              FIELD(ph_ot_report, epsilon)};
     default:
       return {};
   }

@@ -45,7 +45,7 @@ enum ph_status {
   PH_ERROR_NON_FINITE = 8 /* a NaN or an infinity where there must be none */
 };
 
-enum ph_dtype { PH_F16 = 0, PH_BF16 = 1, PH_F32 = 2, PH_I32 = 3, PH_U8 = 4 };
+enum ph_dtype { PH_F16 = 0, PH_BF16 = 1, PH_F32 = 2, PH_I32 = 3, PH_U8 = 4, PH_F64 = 5 };
 
 /* ---- library ------------------------------------------------------------------------------------- */
 
@@ -61,7 +61,8 @@ enum ph_struct {
   PH_STRUCT_KV_CACHE_CONFIG = 3,
   PH_STRUCT_KV_CACHE_CODEC = 4,
   PH_STRUCT_KV_CACHE_STATISTICS = 5,
-  PH_STRUCT_LLM_SAMPLER = 6
+  PH_STRUCT_LLM_SAMPLER = 6,
+  PH_STRUCT_OT_REPORT = 7
 };
 PH_API uint32_t ph_layout(uint32_t which, uint32_t* words, uint32_t capacity);
 
@@ -674,6 +675,41 @@ PH_API int32_t ph_llm_divergence(ph_device* device, const ph_buffer* reference, 
                                  uint32_t reference_dtype, const ph_buffer* logits, uint64_t logits_offset,
                                  uint32_t logits_dtype, ph_buffer* out, uint64_t out_offset, uint32_t rows,
                                  uint32_t vocabulary, char* error, uint32_t error_bytes);
+
+/* ---- ot: optimal transport on ragged batches -------------------------------------------------------- */
+
+/* The cost of points x and y. */
+enum ph_ot_cost {
+  PH_OT_SQEUCLIDEAN = 0, /* sum (x - y)^2, not halved */
+  PH_OT_EUCLIDEAN = 1,
+  PH_OT_COSINE = 2, /* 1 - x.y / (|x| |y|); 1 if either is 0 */
+  PH_OT_DOT = 3     /* -x.y */
+};
+
+enum ph_ot_gradient { PH_OT_IMPLICIT = 0, PH_OT_ENVELOPE = 1, PH_OT_UNROLLED = 2, PH_OT_DETACHED = 3 };
+
+/* How a problem ended. From PH_OT_INFEASIBLE on there is no answer. */
+enum ph_ot_status {
+  PH_OT_CONVERGED = 0,
+  PH_OT_ITERATION_LIMIT = 1, /* the marginal error is above the tolerance */
+  PH_OT_INFEASIBLE = 2, /* place: the first row, or n + column, with mass and no partner of finite cost */
+  /* A NaN, or an infinity that is no cost of +infinity. place: its index in the problem's part of the tensor that has it */
+  PH_OT_NON_FINITE_COST = 3,
+  PH_OT_NON_FINITE_POINT = 4, /* in the points x, then y: place counts on */
+  /* A mass is negative or not finite; place: the row, or n + column. Or place is n + m: totals differ by more than 1e-4 of
+   * the larger, or are 0. (Smaller differences: b is scaled to a's total.) */
+  PH_OT_INVALID_MASS = 5
+};
+
+typedef struct ph_ot_report {
+  uint32_t status; /* ph_ot_status */
+  uint32_t iterations;
+  uint64_t place;
+  double marginal_error; /* sum |T1 - a| + sum |T'1 - b| */
+  double cost;           /* <T, C> */
+  double value;          /* <T, C> - epsilon * H(T) */
+  double epsilon;        /* absolute */
+} ph_ot_report;
 
 #ifdef __cplusplus
 }
