@@ -736,7 +736,8 @@ typedef struct ph_ot_options {
   double scaling;
   /* + penalty * KL(T1 | a) instead of T1 = a, likewise for columns; infinity: the marginal holds. KL(p | q) = sum p
    * log(p / q) - p + q. Where finite, the error of a marginal is its distance from a * exp(-f / penalty). */
-  double row_penalty, column_penalty;
+  double row_penalty;
+  double column_penalty;
 } ph_ot_options;
 
 typedef struct ph_ot_batch ph_ot_batch;
