@@ -27,7 +27,7 @@ export function gaussian(random: () => number): number {
 }
 
 /** `count` numbers of a distribution, rounded to float32 so that both types hold them. */
-export function randoms(count: number, draw: () => number): Float64Array {
+export function randoms(count: number, draw: () => number): Float64Array<ArrayBuffer> {
   return Float64Array.from({ length: count }, () => Math.fround(draw()));
 }
 
