@@ -146,6 +146,37 @@ export class NativeTransportBatch {
     );
   }
 
+  /** Solves exactly; `masses` are those to transport, of each problem, if not all. */
+  exact(
+    { f, g, plan, reports }: Omit<NativeSolution, "warmG">,
+    masses: Float64Array<ArrayBuffer> | undefined,
+  ): void {
+    call(
+      this.device.library.symbols.ph_ot_exact,
+      this.device.handle,
+      this.handle,
+      masses ?? null,
+      ...place(f),
+      ...place(g),
+      ...place(plan),
+      ...place(reports),
+    );
+  }
+
+  /** Takes proximal points of `inner` iterations each. */
+  proximal({ f, g, plan, reports }: Omit<NativeSolution, "warmG">, inner: number): void {
+    call(
+      this.device.library.symbols.ph_ot_proximal,
+      this.device.handle,
+      this.handle,
+      inner,
+      ...place(f),
+      ...place(g),
+      ...place(plan),
+      ...place(reports),
+    );
+  }
+
   writePlan({ f, g, reports }: NativePotentials, plan: NativeTensor): void {
     call(
       this.device.library.symbols.ph_ot_plan,
