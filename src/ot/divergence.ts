@@ -120,7 +120,7 @@ export class SinkhornDivergence implements Disposable {
  * otherwise; what falls below 0 is rounding, and what the tolerance leaves. A relative epsilon is that of x and y, for all
  * three.
  *
- * The default tolerance is 1e-9 in f64 and 1e-6 in f32. Throws as {@linkcode sinkhorn}.
+ * Defaults are a tolerance of 1e-9 in f64 and 1e-6 in f32, an over-relaxation of 1.5 and 50,000 iterations. Throws as {@linkcode sinkhorn}.
  *
  * @example
  * ```ts
@@ -145,6 +145,8 @@ export function sinkhornDivergence(
 ): SinkhornDivergence {
   const shape = new BatchShape(problem);
   const { tolerance = shape.dtype === "f64" ? 1e-9 : 1e-6 } = options;
+  // Points go to themselves, of which plain iterations convince themselves slowly.
+  const { relaxation = 1.5, iterations = 50_000 } = options;
   const tensors = new Tensors(device, shape.dtype);
   const solutions: TransportSolution[] = [];
   try {
@@ -152,7 +154,11 @@ export function sinkhornDivergence(
     const { dimension, rows, columns } = shape;
     const { cost } = problem;
     const add = (sides: PointProblem, more: SinkhornOptions) => {
-      const solution = sinkhorn(device, sides, { ...options, tolerance, ...more });
+      const solution = sinkhorn(device, sides, {
+        ...options,
+        ...{ tolerance, relaxation, iterations },
+        ...more,
+      });
       solutions.push(solution);
       return solution;
     };
