@@ -88,6 +88,8 @@ try {
   const times: { ours: number; backward: number; numpy: number }[] = [];
   for (let round = 0; round <= rounds; round++) {
     const peer = await theirs();
+    // Threads of its library go on spinning for a while.
+    await new Promise((resolve) => setTimeout(resolve, 500));
     const start = performance.now();
     using solution = sinkhorn(device, { x, y, dimension, rows, columns }, options);
     const ours = performance.now() - start;

@@ -1,6 +1,5 @@
 import { OT_GRADIENT, OT_STATUSES } from "../../ffi/enums.ts";
-import type { NativePotentials, NativeTransportBatch } from "../../ffi/ot.ts";
-import { OT_REPORT } from "../../ffi/structs.ts";
+import { type NativePotentials, type NativeTransportBatch, readReports } from "../../ffi/ot.ts";
 import type { Device } from "../device/device.ts";
 import type { DeviceBuffer } from "../device/device_buffer.ts";
 import { PackhorseError } from "../error.ts";
@@ -325,10 +324,7 @@ export class TransportSolution implements Disposable {
 
   #readReports(): readonly TransportReport[] {
     const { shape, reports } = this.#parts;
-    const bytes = reports.download();
-    return Array.from({ length: shape.problems }, (_, problem) => {
-      const start = problem * OT_REPORT.byteLength;
-      const report = OT_REPORT.read(bytes.subarray(start, start + OT_REPORT.byteLength));
+    return readReports(reports.download()).map((report, problem) => {
       const status = OT_STATUSES[report.status];
       switch (status) {
         case "converged":
