@@ -197,6 +197,28 @@ export const LLM_SAMPLER = new Struct("ph_llm_sampler", 6, {
   repetition_penalty: "f32",
 });
 
+export const OT_REPORT = new Struct("ph_ot_report", 7, {
+  status: "u32",
+  iterations: "u32",
+  place: "u64",
+  marginal_error: "f64",
+  cost: "f64",
+  value: "f64",
+  epsilon: "f64",
+});
+
+export const OT_OPTIONS = new Struct("ph_ot_options", 8, {
+  cost_kind: "u32",
+  relative_epsilon: "u32",
+  iterations: "u32",
+  epsilon: "f64",
+  tolerance: "f64",
+  relaxation: "f64",
+  scaling: "f64",
+  row_penalty: "f64",
+  column_penalty: "f64",
+});
+
 /** All structs of the C ABI. */
 export const STRUCTS = [
   DEVICE_INFO,
@@ -206,4 +228,6 @@ export const STRUCTS = [
   KV_CACHE_CODEC,
   KV_CACHE_STATISTICS,
   LLM_SAMPLER,
+  OT_REPORT,
+  OT_OPTIONS,
 ];
