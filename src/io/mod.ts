@@ -6,7 +6,8 @@
  * @module
  */
 export { AtomicFile, type AtomicFileOptions } from "./atomic_file.ts";
-export { type NpyArray, readNpy } from "./npy.ts";
+export { type NpyArray, type NpyNumbers, readNpy } from "./npy.ts";
+export { readNpz } from "./npz.ts";
 export {
   BLOCK_TOKENS,
   type PhkvDescription,
