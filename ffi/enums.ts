@@ -12,3 +12,12 @@ export const KV_REPACK = { none: 0, median: 1, greedy: 2, auto: 3 } as const;
 export const KV_PART = { keys: 0, values: 1 } as const;
 /** `ph_kv_cache_quantizer` */
 export const KV_CACHE_QUANTIZER = { packkv: 0, fixed: 1, raw16: 2, kivi: 3 } as const;
+/** `ph_graph_activation` */
+export const GRAPH_ACTIVATION = {
+  relu: 0,
+  leaky_relu: 1,
+  gelu: 2,
+  tanh: 3,
+  sigmoid: 4,
+  softplus: 5,
+} as const;

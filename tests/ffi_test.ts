@@ -3,6 +3,7 @@ import { assert, assertEquals, assertGreater } from "@std/assert";
 import { STATUS_CODES } from "../ffi/call.ts";
 import {
   DTYPE,
+  GRAPH_ACTIVATION,
   KV_CACHE_QUANTIZER,
   KV_GROUPING,
   KV_PART,
@@ -12,6 +13,7 @@ import {
 import { ABI_VERSION, loadLibrary } from "../ffi/library.ts";
 import { STRUCTS } from "../ffi/structs.ts";
 import { DEVICE_SYMBOLS } from "../ffi/symbols/device.ts";
+import { GRAPH_SYMBOLS } from "../ffi/symbols/graph.ts";
 import { KV_SYMBOLS } from "../ffi/symbols/kv.ts";
 import { KV_CACHE_SYMBOLS } from "../ffi/symbols/kv_cache.ts";
 import { LIBRARY_SYMBOLS } from "../ffi/symbols/library.ts";
@@ -44,6 +46,7 @@ const symbols: Record<string, Deno.ForeignFunction> = {
   ...KV_SYMBOLS,
   ...KV_CACHE_SYMBOLS,
   ...LLM_SYMBOLS,
+  ...GRAPH_SYMBOLS,
 };
 
 Deno.test("ffi: every function of the header has a symbol with its parameters, and every symbol a function", () => {
@@ -86,6 +89,7 @@ Deno.test("ffi: the values of enums are the header's", () => {
   assertEquals(enumOf("ph_kv_repack", "PH_KV_REPACK_"), KV_REPACK);
   assertEquals(enumOf("ph_kv_part", "PH_KV_"), KV_PART);
   assertEquals(enumOf("ph_kv_cache_quantizer", "PH_KV_CACHE_"), KV_CACHE_QUANTIZER);
+  assertEquals(enumOf("ph_graph_activation", "PH_GRAPH_"), GRAPH_ACTIVATION);
   const codes = Object.entries(enumOf("ph_status", "PH_")).map(([word, value]) => {
     assertEquals(STATUS_CODES[value], word.replace(/^error_/, "").replaceAll("_", "-") as "ok");
     return value;
