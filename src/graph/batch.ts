@@ -7,9 +7,12 @@ import { edgeWidth, encodeColumns, type GraphSchema, nodeWidth, schemaOf } from 
 export interface ViewBatch {
   readonly nodes: number;
   readonly edges: number;
-  /** Features `[nodes, width]`. */
+  readonly nodeWidth: number;
+  /** 0 if edges have no features. */
+  readonly edgeWidth: number;
+  /** Features `[nodes, nodeWidth]`. */
   readonly nodeFeatures: Float32Array<ArrayBuffer>;
-  /** Features `[edges, width]`, in the order of `sources`; empty if edges have none. */
+  /** Features `[edges, edgeWidth]`, in the order of `sources`. */
   readonly edgeFeatures: Float32Array<ArrayBuffer>;
   /** Where each object's nodes begin, and at last their number: `[objects + 1]`. */
   readonly nodeOffsets: Int32Array<ArrayBuffer>;
@@ -205,6 +208,8 @@ function joinView(view: SortedView, objects: readonly number[]): ViewBatch {
   const joined: ViewBatch = {
     nodes,
     edges,
+    nodeWidth: view.nodeWidth,
+    edgeWidth: view.edgeWidth,
     nodeFeatures: new Float32Array(nodes * view.nodeWidth),
     edgeFeatures: new Float32Array(edges * view.edgeWidth),
     nodeOffsets: new Int32Array(objects.length + 1),

@@ -10,6 +10,30 @@ export {
   type GraphBatchesOptions,
   type ViewBatch,
 } from "./batch.ts";
+export { type FusionKind, GraphClassifier, type GraphModelOptions } from "./classifier.ts";
+export {
+  crossValidate,
+  type CrossValidation,
+  type CrossValidationOptions,
+  type FoldResult,
+} from "./cross_validate.ts";
+export {
+  evaluate,
+  type GraphEvaluation,
+  type GraphPredictions,
+  predict,
+  type PredictionOptions,
+} from "./evaluate.ts";
+export {
+  type EpochReport,
+  train,
+  type TrainingOptions,
+  type TrainingResult,
+  type TrainingSettings,
+} from "./train.ts";
+export type { GraphLayerKind, Normalisation, ReadoutKind } from "./layers.ts";
+export type { Activation } from "./operations.ts";
+export type { LearningRateSchedule } from "./schedule.ts";
 export { correspondenceTask, type CorrespondenceTaskOptions } from "./correspondence_task.ts";
 export {
   type Graph,
