@@ -402,7 +402,7 @@ function createGraph() {
       default: 0,
     })
     .option("--head-dropout <share:share>", "The same, before the last linear layer.", {
-      default: 0.5,
+      default: 0.2,
     })
     .option("--epochs <epochs:count>", "Times that every object is seen.", { default: 60 })
     .option("--batch-size <objects:count>", "Objects of a step.", { default: 64 })

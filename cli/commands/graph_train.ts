@@ -17,7 +17,14 @@ import { AtomicFile } from "../../src/io/mod.ts";
 import { formatAccuracy, printConfusion } from "../graph_report.ts";
 import { listenForInterrupt } from "../interrupt.ts";
 import { defined, type GlobalOptions } from "../options.ts";
-import { formatSeconds, print, printAside, printJson, printTable, withProgress } from "../output.ts";
+import {
+  formatSeconds,
+  print,
+  printAside,
+  printJson,
+  printTable,
+  withProgress,
+} from "../output.ts";
 import type { GraphDataOptions } from "./graph_info.ts";
 
 /** Options of `graph train`. */
@@ -105,7 +112,10 @@ async function trainModel({ options, dataset, device, signal }: Run, output: str
       ...settings,
       ...{ signal, checkpoint: output, resume },
       onEpoch: (report, epochs) => onProgress(report.epoch, epochs, describe(report)),
-    }));
+    })).catch((error) => {
+      if (signal.aborted) printAside(`${output} holds what there is: --resume ${output} goes on`);
+      throw error;
+    });
   const seconds = (performance.now() - start) / 1000;
   const { model, history, epoch, stoppedEarly } = result;
   if (!json) {

@@ -37,7 +37,7 @@ export interface GraphModelOptions {
   readonly heads?: number | undefined;
   /** Probability with which an element is left out while training: after each layer. Default: 0. */
   readonly dropout?: number | undefined;
-  /** The same, before the last linear layer. Default: 0.5. */
+  /** The same, before the last linear layer. Default: 0.2. */
   readonly headDropout?: number | undefined;
   /** What the first values of parameters follow from. Default: 0. */
   readonly seed?: number | undefined;

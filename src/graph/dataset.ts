@@ -37,8 +37,11 @@ export interface GraphColumns {
 export interface GraphDatasetOptions {
   /** The label of each object; any integers. */
   readonly labels: ArrayLike<number>;
-  /** Whether an object may lack some of the views, which then have no nodes for it. Default: false. */
-  readonly allowMissing?: boolean | undefined;
+  /**
+   * Whether an object may lack some of the views, which then have no nodes for it; `all`: every one of them. Default:
+   * false.
+   */
+  readonly allowMissing?: boolean | "all" | undefined;
   /**
    * Which node of the second view is which node of the first, where that is known: `[nodes of the second view]`, nodes
    * counted within their graphs; -1 for none.
@@ -105,7 +108,8 @@ export class GraphDataset {
     for (const view of views) checkView(view, raw.length);
     for (let object = 0; object < raw.length; object++) {
       const missing = views.filter((view) => !hasObject(view, object));
-      if (missing.length === 0 || allowMissing && missing.length < views.length) continue;
+      const isAllowed = allowMissing === "all" || allowMissing && missing.length < views.length;
+      if (missing.length === 0 || isAllowed) continue;
       refuse(
         `object ${object} has no nodes in ${missing.map(({ name }) => name).join(", ")}` +
           (missing.length < views.length ? "; allowMissing lets objects lack some views" : ""),
@@ -154,7 +158,7 @@ export class GraphDataset {
     return new GraphDataset(selected, {
       labels,
       // An object may have lost all the views that it had.
-      allowMissing: true,
+      allowMissing: "all",
       correspondence: keepsPairs ? this.correspondence : undefined,
     });
   }

@@ -77,5 +77,5 @@ export function joinViews(dataset: GraphDataset, schema: GraphSchema): GraphData
     ...{ name: joined.name, nodeOffsets, edgeOffsets, sources, targets },
     nodes: { ...NO_COLUMNS, attributes: nodes, attributeWidth: nodeColumns },
     edges: { ...NO_COLUMNS, attributes: edges, attributeWidth: edgeColumns },
-  }], { labels: labels.map((label) => classes[label]!) });
+  }], { labels: labels.map((label) => classes[label]!), allowMissing: "all" });
 }

@@ -132,7 +132,7 @@ function resolveOptions(schema: GraphSchema, options: GraphModelOptions): Resolv
     normalisation = "batch",
     heads = 4,
     dropout = 0,
-    headDropout = 0.5,
+    headDropout = 0.2,
     seed = 0,
   } = options;
   const refuse = (reason: string): never => {
