@@ -1,7 +1,5 @@
 /** Data sets of graphs: the formats that are read, what is refused and where, folds, batches, and the task that is made. */
 import { assert, assertEquals, assertLessOrEqual, assertThrows } from "@std/assert";
-import { deflateRawSync } from "node:zlib";
-import { crc32 } from "node:zlib";
 import { PackhorseError } from "../src/error.ts";
 import {
   correspondenceTask,
@@ -14,6 +12,7 @@ import {
 } from "../src/graph/mod.ts";
 import { stratifiedSplit } from "../src/graph/folds.ts";
 import { Random } from "../src/graph/random.ts";
+import { npyFile, npzFile } from "./graph_files.ts";
 import { rejectsWith } from "./rejects_with.ts";
 import { TemporaryFolder } from "./temporary_folder.ts";
 
@@ -241,70 +240,19 @@ Deno.test("graph data: an object may lack a view, but not all", async () => {
   await rejectsWith(() => readTuDataset([lacks], { allowMissing: true }), "corrupt", ...places);
 });
 
-/** A .npy file of 64-bit integers or float64. */
-function npy(values: number[], shape: number[], descr: "<i8" | "<f8"): Uint8Array<ArrayBuffer> {
-  const size = shape.length === 1 ? `${shape[0]},` : shape.join(", ");
-  const header = `{'descr': '${descr}', 'fortran_order': False, 'shape': (${size}), }\n`;
-  const data = descr === "<i8"
-    ? new Uint8Array(BigInt64Array.from(values, BigInt).buffer)
-    : new Uint8Array(Float64Array.from(values).buffer);
-  const text = new TextEncoder().encode(header);
-  return Uint8Array.of(
-    0x93,
-    ...new TextEncoder().encode("NUMPY"),
-    1,
-    0,
-    text.length,
-    0,
-    ...text,
-    ...data,
-  );
-}
-
-/** A zip file as numpy writes one; every second member is deflated. */
-function zip(files: Record<string, Uint8Array<ArrayBuffer>>): Uint8Array<ArrayBuffer> {
-  const parts: number[] = [];
-  const directory: number[] = [];
-  const u16 = (value: number) => [value & 255, value >> 8];
-  const u32 = (value: number) => [...u16(value & 0xffff), ...u16(value >>> 16)];
-  Object.entries(files).forEach(([name, data], index) => {
-    const method = index % 2 === 0 ? 0 : 8;
-    const packed = method === 0 ? data : deflateRawSync(data);
-    const text = [...new TextEncoder().encode(name)];
-    const common = [
-      ...[...u16(20), ...u16(0), ...u16(method), ...u32(0)],
-      ...[...u32(crc32(data)), ...u32(packed.length), ...u32(data.length)],
-      ...[...u16(text.length), ...u16(0)],
-    ];
-    const start = parts.length;
-    parts.push(...u32(0x04034b50), ...common, ...text, ...packed);
-    directory.push(
-      ...[...u32(0x02014b50), ...u16(20), ...common, ...u16(0), ...u16(0), ...u16(0), ...u32(0)],
-      ...[...u32(start), ...text],
-    );
-  });
-  const count = Object.keys(files).length;
-  return Uint8Array.of(
-    ...parts,
-    ...directory,
-    ...[...u32(0x06054b50), ...u16(0), ...u16(0), ...u16(count), ...u16(count)],
-    ...[...u32(directory.length), ...u32(parts.length), ...u16(0)],
-  );
-}
-
 const ARRAYS = {
-  "edges.npy": npy([3, 4, 1, 2, 2, 1, 0, 1, 1, 0], [5, 2], "<i8"),
-  "graph_indicator.npy": npy([0, 0, 0, 1, 1], [5], "<i8"),
-  "graph_labels.npy": npy([5, -1], [2], "<i8"),
-  "node_attributes.npy": npy([0.5, 1, 0.1, 2, 0.25, -3, 4, 5, 6, 7], [5, 2], "<f8"),
-  "node_labels.npy": npy([2, 7, 2, 2, 7], [5, 1], "<i8"),
-  "edge_attributes.npy": npy([10, 23, 32, 12, 21], [5, 1], "<f8"),
-  "edge_labels.npy": npy([0, 1, 0, 1, 0], [5], "<i8"),
+  "edges.npy": npyFile([3, 4, 1, 2, 2, 1, 0, 1, 1, 0], [5, 2], "<i8"),
+  "graph_indicator.npy": npyFile([0, 0, 0, 1, 1], [5], "<i8"),
+  "graph_labels.npy": npyFile([5, -1], [2], "<i8"),
+  "node_attributes.npy": npyFile([0.5, 1, 0.1, 2, 0.25, -3, 4, 5, 6, 7], [5, 2], "<f8"),
+  "node_labels.npy": npyFile([2, 7, 2, 2, 7], [5, 1], "<i8"),
+  "edge_attributes.npy": npyFile([10, 23, 32, 12, 21], [5, 1], "<f8"),
+  "edge_labels.npy": npyFile([0, 1, 0, 1, 0], [5], "<i8"),
 };
 
 Deno.test("graph data: .npz, .npy and JSON give what the text gives", async () => {
   using folder = new TemporaryFolder();
-  const npz = await folder.write("view.npz", zip(ARRAYS));
+  const npz = await folder.write("view.npz", npzFile(ARRAYS));
   assertEquals(plain(await readGraphDataset([npz])), [SMALL_VIEW]);
   const arrays = folder.file("arrays");
   await Deno.mkdir(arrays);
@@ -343,29 +291,29 @@ Deno.test("graph data: .npz, .npy and JSON give what the text gives", async () =
 Deno.test("graph data: arrays that do not fit are refused by array and row", async () => {
   using folder = new TemporaryFolder();
   const cases: [Partial<typeof ARRAYS>, string, string][] = [
-    [{ "edges.npy": npy([0, 1, 2, 3], [2, 2], "<i8") }, "array edges: row 1", "graph 0"],
-    [{ "edges.npy": npy([0, 5], [1, 2], "<i8") }, "array edges: row 0", "node 5"],
-    [{ "edges.npy": npy([0, 1, 2], [1, 3], "<i8") }, "array edges: row 0", "[1, 3]"],
-    [{ "graph_labels.npy": npy([0.5, 1], [2], "<f8") }, "array graph_labels: row 0", "0.5"],
+    [{ "edges.npy": npyFile([0, 1, 2, 3], [2, 2], "<i8") }, "array edges: row 1", "graph 0"],
+    [{ "edges.npy": npyFile([0, 5], [1, 2], "<i8") }, "array edges: row 0", "node 5"],
+    [{ "edges.npy": npyFile([0, 1, 2], [1, 3], "<i8") }, "array edges: row 0", "[1, 3]"],
+    [{ "graph_labels.npy": npyFile([0.5, 1], [2], "<f8") }, "array graph_labels: row 0", "0.5"],
     [
-      { "node_attributes.npy": npy([1, 2, NaN, 4, 5], [5], "<f8") },
+      { "node_attributes.npy": npyFile([1, 2, NaN, 4, 5], [5], "<f8") },
       "node_attributes: row 2",
       "NaN",
     ],
     [
-      { "graph_indicator.npy": npy([0, 0, 0, 0, 0], [5], "<i8") },
+      { "graph_indicator.npy": npyFile([0, 0, 0, 0, 0], [5], "<i8") },
       "graph_indicator: row 5",
       "graph 1",
     ],
   ];
   for (const [arrays, place, fragment] of cases) {
-    const path = await folder.write("bad.npz", zip({ ...ARRAYS, ...arrays }));
+    const path = await folder.write("bad.npz", npzFile({ ...ARRAYS, ...arrays }));
     await rejectsWith(() => readGraphDataset([path]), "corrupt", place, fragment);
   }
   const { "edges.npy": _, ...others } = ARRAYS;
-  const incomplete = await folder.write("less.npz", zip(others));
+  const incomplete = await folder.write("less.npz", npzFile(others));
   await rejectsWith(() => readGraphDataset([incomplete]), "not-found", "no array edges");
-  const damaged = zip(ARRAYS);
+  const damaged = npzFile(ARRAYS);
   damaged[150]! ^= 1;
   const path = await folder.write("damaged.npz", damaged);
   await rejectsWith(() => readGraphDataset([path]), "corrupt", "checksum");

@@ -683,7 +683,7 @@ PH_API int32_t ph_llm_divergence(ph_device* device, const ph_buffer* reference, 
  * Results are the same bits every time; sums are in an order that the sizes alone decide.
  *
  * Offsets [rows + 1] cut a list of entries into one run for each row: row i has [offsets[i], offsets[i + 1]). An index that is
- * no row of what it points into gives NaN; offsets beyond the entries are cut.
+ * no row of what it points into gives NaN; offsets beyond the entries are cut, and those that fall give any values.
  *
  * Backward functions write the gradient of a loss with respect to their inputs, given dy, the one with respect to the output.
  * PH_ERROR_UNSUPPORTED on CUDA, so far.

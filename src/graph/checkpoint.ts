@@ -80,6 +80,17 @@ export class CheckpointReader implements Disposable {
     return this.#reader.tensors.has(name);
   }
 
+  /** Throws `corrupt` if the file does not have exactly the tensors of a model whose parameters have these names. */
+  check(names: readonly NamedValues[]): void {
+    for (const { name, of, shape } of names) this.#require(`${of}.${name}`, shape);
+    const known = new Set(names.map(({ name, of }) => `${of}.${name}`));
+    for (const name of this.#reader.tensors.keys()) {
+      if (/^(parameters|state)\./.test(name) && !known.has(name)) {
+        this.refuse(`its model has no place for tensor ${name}`);
+      }
+    }
+  }
+
   /** The parameters of a model whose parameters have these names. Throws `corrupt` if they are others. */
   async values(
     names: readonly NamedValues[],
@@ -100,15 +111,15 @@ export class CheckpointReader implements Disposable {
     return await this.#read(name, [length]);
   }
 
-  async #read(name: string, shape: readonly number[]): Promise<Float32Array<ArrayBuffer>> {
+  #require(name: string, shape: readonly number[]): void {
     const info = this.#reader.tensors.get(name) ?? this.refuse(`it has no tensor ${name}`);
-    if (info.dtype !== "f32" || String(info.shape) !== String(shape)) {
-      this.refuse(
-        `tensor ${name} is [${info.shape.join(", ")}] of ${info.dtype}, expected [${
-          shape.join(", ")
-        }] of f32`,
-      );
-    }
+    if (info.dtype === "f32" && String(info.shape) === String(shape)) return;
+    const found = `[${info.shape.join(", ")}] of ${info.dtype}`;
+    this.refuse(`tensor ${name} is ${found}, expected [${shape.join(", ")}] of f32`);
+  }
+
+  async #read(name: string, shape: readonly number[]): Promise<Float32Array<ArrayBuffer>> {
+    this.#require(name, shape);
     const values = new Float32Array((await this.#reader.read(name)).buffer);
     const bad = values.findIndex((value) => !Number.isFinite(value));
     return bad < 0 ? values : this.refuse(`element ${bad} of tensor ${name} is ${values[bad]}`);

@@ -94,13 +94,9 @@ export class GraphClassifier implements Disposable {
   static async load(device: Device, path: string): Promise<GraphClassifier> {
     using file = await CheckpointReader.open(path);
     const schema = parseSchema(file);
-    let network: GraphNetwork;
-    try {
-      network = new GraphNetwork(device, schema, file.require("model") as GraphModelOptions);
-    } catch (error) {
-      if (!(error instanceof PackhorseError) || error.code !== "invalid-argument") throw error;
-      return file.refuse(error.message);
-    }
+    const network = makeNetwork(file, schema, file.require("model"));
+    file.check(network.parameters.names); // before memory is taken for them
+    network.place(device);
     try {
       const { parameters, state } = network.parameters.read();
       const lengths = { parameters: parameters.length, state: state.length };
@@ -123,6 +119,20 @@ export class GraphClassifier implements Disposable {
   /** Frees the memory of the parameters. */
   [Symbol.dispose](): void {
     this.#network[Symbol.dispose]();
+  }
+}
+
+/** The network that a file describes; what is wrong with the options is the file's fault. */
+function makeNetwork(
+  file: CheckpointReader,
+  schema: GraphSchema,
+  options: GraphModelOptions,
+): GraphNetwork {
+  try {
+    return new GraphNetwork(schema, options);
+  } catch (error) {
+    if (!(error instanceof PackhorseError) || error.code !== "invalid-argument") throw error;
+    return file.refuse(error.message);
   }
 }
 

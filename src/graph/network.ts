@@ -35,11 +35,11 @@ export class GraphNetwork implements Disposable {
   readonly #hidden: Linear;
   readonly #last: Linear;
 
-  /** Throws `invalid-argument` for options that are none. */
-  constructor(device: Device, schema: GraphSchema, options: GraphModelOptions = {}) {
+  /** Its parameters have no place yet, see {@linkcode place}. Throws `invalid-argument` for options that are none. */
+  constructor(schema: GraphSchema, options: GraphModelOptions = {}) {
     this.schema = schema;
     this.options = resolveOptions(schema, options);
-    const { width, layer: kind, readout, seed } = this.options;
+    const { width, layer: kind, readout } = this.options;
     const { parameters } = this;
     const views = encodedViews(schema, this.options);
     this.#encoders = views.map((view, i) =>
@@ -59,7 +59,12 @@ export class GraphNetwork implements Disposable {
     this.#hidden = new Linear({ parameters, name: "head.0" }, { inputs: fused, outputs: width });
     const outputs = schema.classes.length;
     this.#last = new Linear({ parameters, name: "head.1" }, { inputs: width, outputs });
-    parameters.place(device, seed);
+  }
+
+  /** Gives the parameters a place on a device, and their first values. */
+  place(device: Device): this {
+    this.parameters.place(device, this.options.seed);
+    return this;
   }
 
   /** The device that the parameters are on. */
@@ -150,8 +155,9 @@ function resolveOptions(schema: GraphSchema, options: GraphModelOptions): Resolv
     refuse(`${name} must be one of ${allowed.join(", ")}, got ${value}`);
   }
   for (const [name, value] of Object.entries({ layers, width, heads })) {
-    if (!(Number.isInteger(value) && value >= 1 && value <= 65536)) {
-      refuse(`${name} must be an integer from 1 to 65536, got ${value}`);
+    const most = name === "layers" ? 256 : 65536;
+    if (!(Number.isInteger(value) && value >= 1 && value <= most)) {
+      refuse(`${name} must be an integer from 1 to ${most}, got ${value}`);
     }
   }
   for (const [name, value] of Object.entries({ dropout, headDropout })) {

@@ -169,7 +169,7 @@ export class GraphTrainer implements Disposable {
     const { objects = dataset.labels.keys().toArray(), weightDecay, clipNorm } = this.#settings;
     using created = new DisposableStack();
     this.#network = created.use(
-      new GraphNetwork(device, schemaOf(dataset), { seed, ...model }),
+      new GraphNetwork(schemaOf(dataset), { seed, ...model }).place(device),
     );
     this.#batches = this.#network.batches(dataset);
     this.#dataChecksum = checksumOf(dataset);
@@ -199,6 +199,9 @@ export class GraphTrainer implements Disposable {
       const message = `Cannot go on from ${path}: it was trained on other data than these`;
       throw new PackhorseError("invalid-argument", message);
     }
+    const { model, seed } = settings as TrainingSettings;
+    // Before memory is taken for them.
+    file.check(new GraphNetwork(schemaOf(dataset), { seed, ...model }).parameters.names);
     const trainer = new GraphTrainer(device, dataset, settings as TrainingSettings);
     try {
       const { parameters } = trainer.#network;
@@ -427,6 +430,8 @@ function resolveSettings(settings: TrainingSettings): Settings {
   if (patience !== undefined && validationShare === 0) {
     refuse("patience needs objects to watch: give a validationShare above 0");
   }
+  if (objects !== undefined && !Array.isArray(objects)) refuse("objects must be a list");
+  if (typeof schedule !== "object" || schedule === null) refuse("schedule must be an object");
   if (!Number.isSafeInteger(seed)) refuse(`seed must be an integer, got ${seed}`);
   learningRateShare(schedule, 0, epochs);
   return {

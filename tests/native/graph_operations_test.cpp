@@ -129,12 +129,12 @@ void sparse() {
       row_scale(rows), column_scale(x_rows), out(static_cast<uint64_t>(rows) * width),
       dots(static_cast<uint64_t>(entries) * heads);
   const Indices columns(entries, x_rows), edges(entries, entries);
-  const Offsets offsets(rows, entries);
-  if (coin()) offsets.integers()[up_to(rows)] = coin() ? INT32_MAX : INT32_MIN;
+  const Offsets offsets(rows, entries), wrong(rows, entries);
+  if (coin()) wrong.integers()[up_to(rows)] = coin() ? INT32_MAX : INT32_MIN;
   const bool weighs = coin(), scales = coin(), reorders = coin(), accumulate = coin();
   const float self = rows == x_rows ? 0.5f : 0.0f;
   same_bits({&out}, __LINE__, [&] {
-    return ph_graph_aggregate(device, x.handle, 0, offsets.handle, 0, columns.handle, 0,
+    return ph_graph_aggregate(device, x.handle, 0, wrong.handle, 0, columns.handle, 0,
                               reorders ? edges.handle : nullptr, 0, weighs ? weights.handle : nullptr, 0,
                               scales ? row_scale.handle : nullptr, 0, scales ? column_scale.handle : nullptr,
                               0, out.handle, 0, rows, x_rows, entries, entries, weighs ? heads : 1, width,
