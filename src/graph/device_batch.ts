@@ -35,6 +35,8 @@ export interface DeviceView {
 
 /** A batch on the device, until the next step of its tape. */
 export interface DeviceBatch {
+  /** The same on the host, without the edges from nodes to themselves that were added for the device. */
+  readonly host: GraphBatch;
   readonly objects: number;
   /** `[objects]`. */
   readonly labels: Indices;
@@ -69,6 +71,7 @@ export function uploadBatch(
   const places = tape.upload([batch.labels, ...arrays.flat()]);
   const perView = arrays[0]?.length ?? 0;
   return {
+    host: batch,
     objects,
     labels: places[0]!,
     labelled: batch.labels.reduce((count, label) => count + Number(label >= 0), 0),

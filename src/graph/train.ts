@@ -117,7 +117,7 @@ type Settings =
  * ]);
  * using device = Device.open({ backend: "cpu" });
  * const objects = Array.from({ length: 300 }, (_, i) => i);
- * using result = await train(device, digits, { objects, epochs: 4, model: { width: 16 } });
+ * using result = await train(device, digits, { objects, epochs: 12, model: { width: 16 } });
  * const { accuracy } = evaluate(result.model, digits, { objects });
  * assert(accuracy > 0.3);
  * ```
