@@ -87,13 +87,17 @@ void same_bits(std::initializer_list<const Words*> outputs, int line, Work work)
   for (const Words* each : outputs)
     after.emplace_back(each->memory.get(), each->memory.get() + 4 * each->count);
   size_t i = 0;
-  for (const Words* each : outputs) memcpy(each->memory.get(), before[i++].data(), 4 * each->count);
+  for (const Words* each : outputs) {
+    std::copy(before[i].begin(), before[i].end(), each->memory.get());
+    ++i;
+  }
   omp_set_num_threads(3);
   check(work() == PH_OK, error, line);
   i = 0;
   for (const Words* each : outputs) {
-    check(memcmp(each->memory.get(), after[i++].data(), 4 * each->count) == 0,
+    check(std::equal(after[i].begin(), after[i].end(), each->memory.get()),
           "one thread and three give other bits", line);
+    ++i;
   }
 }
 void multiply() {
