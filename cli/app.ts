@@ -14,6 +14,7 @@ import {
   relativeScale,
   tensorPattern,
   tokenCount,
+  wholeNumber,
 } from "./options.ts";
 
 // What the commands do is loaded when they run, so that help and completions answer at once.
@@ -115,6 +116,7 @@ export function createApp() {
     .command("kv", createKv())
     .command("llm", createLlm())
     .command("ot", createOt())
+    .command("graph", createGraph())
     .command("doctor", "Show what Packhorse finds on this machine, and what is missing.")
     .example("Check the GPU", "packhorse doctor --backend cuda")
     .action(async (options) => (await import("./commands/doctor.ts")).doctor(options))
@@ -516,6 +518,127 @@ function createOt() {
     )
     .action(async (options, x, y) =>
       (await import("./commands/ot_solve.ts")).otSolve(options, x, y)
+    )
+    .reset();
+}
+
+const VIEWS = "<views...:file>";
+const ALLOW_MISSING: ["--allow-missing", string] = [
+  "--allow-missing",
+  "Let objects lack some of the views: graphs without nodes.",
+];
+
+function createGraph() {
+  return new Command<GlobalOptions>()
+    .description(
+      "Classify objects that are seen as graphs, in one view or several.\n" +
+        "A view is a folder of a TUDataset or of .npy files, or a .npz file; or all are one .json file.",
+    )
+    .globalType("count", positiveCount)
+    .globalType("whole", wholeNumber)
+    .globalType("share", numberFrom(0, 0.999))
+    .globalType("rate", numberFrom(1e-9, 1e3))
+    .globalType("fusion", new EnumType(["single", "early", "late"]))
+    .globalType("layer", new EnumType(["gcn", "sage", "gin", "gat"]))
+    .globalType("readout", new EnumType(["sum", "mean", "max", "attention"]))
+    .globalType("normalisation", new EnumType(["batch", "layer", "none"]))
+    .globalType("schedule", new EnumType(["constant", "cosine", "step"]))
+    .action(function () {
+      this.showHelp();
+    })
+    .command(`info ${VIEWS}`, "Check a data set, and show what it is made of.")
+    .option(...ALLOW_MISSING)
+    .example(
+      "Look at two views of the same digits",
+      "packhorse graph info tests/fixtures/digits/DIGITS_L tests/fixtures/digits/DIGITS_R",
+    )
+    .action(async (options, ...views) =>
+      (await import("./commands/graph_info.ts")).graphInfo(options, views)
+    )
+    .command(`train ${VIEWS}`, "Train a classifier, or measure one by cross-validation.")
+    .option("-o, --output <file:file>", "The .safetensors file to write the model to.", {
+      conflicts: ["folds"],
+    })
+    .option(
+      "--folds <folds:count>",
+      "Train as often, and measure each time on what was left out.",
+      {
+        conflicts: ["resume"],
+      },
+    )
+    .option(
+      "--fusion <kind:fusion>",
+      "How views come together. late, or single of one view, unless given.",
+    )
+    .option("--view <number:whole>", "Which view single uses, counted from 0.", { default: 0 })
+    .option("--layer <kind:layer>", "Kind of the layers.", { default: "gin" })
+    .option("--layers <layers:count>", "Layers of an encoder.", { default: 3 })
+    .option("--width <columns:count>", "Columns of a node's embedding.", { default: 64 })
+    .option("--heads <heads:count>", "Heads of gat.", { default: 4 })
+    .option("--readout <kind:readout>", "How nodes become one row for each object.", {
+      default: "sum",
+    })
+    .option("--normalisation <kind:normalisation>", "What is normalised after layers.", {
+      default: "batch",
+    })
+    .option("--dropout <share:share>", "Share left out after each layer while training.", {
+      default: 0,
+    })
+    .option("--head-dropout <share:share>", "The same, before the last linear layer.", {
+      default: 0.2,
+    })
+    .option("--epochs <epochs:count>", "Times that every object is seen.", { default: 60 })
+    .option("--batch-size <objects:count>", "Objects of a step.", { default: 64 })
+    .option("--learning-rate <rate:rate>", "Step length of AdamW.", { default: 0.005 })
+    .option("--schedule <kind:schedule>", "How the learning rate changes.", { default: "cosine" })
+    .option("--warmup <epochs:whole>", "Epochs over which the learning rate grows first.", {
+      default: 0,
+    })
+    .option("--weight-decay <share:share>", "Decay of weights.", { default: 0.0001 })
+    .option("--clip-norm <norm:rate>", "Largest norm of the gradient.", { default: 5 })
+    .option(
+      "--validation <share:share>",
+      "Share of the objects to watch instead of training on them.",
+    )
+    .option(
+      "--patience <epochs:count>",
+      "Stop after so many epochs that do not improve on the watched objects, and take the best.",
+    )
+    .option("--seed <number:whole>", "What random choices follow from.", { default: 0 })
+    .option(
+      "--resume <file:file>",
+      "Go on from a file that an interrupted run wrote, by its settings.",
+    )
+    .option("--log <file:file>", "Also write what every epoch came to, as JSON.")
+    .option(...ALLOW_MISSING)
+    .example(
+      "Measure late fusion over five folds",
+      "packhorse graph train tests/fixtures/digits/DIGITS_L tests/fixtures/digits/DIGITS_R --folds 5",
+    )
+    .example(
+      "Train a model on all objects",
+      "packhorse graph train DIGITS_L DIGITS_R -o digits.safetensors --patience 10",
+    )
+    .action(async (options, ...views) =>
+      (await import("./commands/graph_train.ts")).graphTrain(options, views)
+    )
+    .command(`evaluate <model:file> ${VIEWS}`, "Measure a model on a data set.")
+    .option(...ALLOW_MISSING)
+    .example(
+      "Measure on other objects of the same kind",
+      "packhorse graph evaluate digits.safetensors DIGITS_L DIGITS_R",
+    )
+    .action(async (options, model, ...views) =>
+      (await import("./commands/graph_evaluate.ts")).graphEvaluate(options, model, views)
+    )
+    .command(`predict <model:file> ${VIEWS}`, "Show the likeliest class of every object.")
+    .option(...ALLOW_MISSING)
+    .example(
+      "Classify objects",
+      "packhorse graph predict digits.safetensors DIGITS_L DIGITS_R --json",
+    )
+    .action(async (options, model, ...views) =>
+      (await import("./commands/graph_predict.ts")).graphPredict(options, model, views)
     )
     .reset();
 }

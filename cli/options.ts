@@ -87,6 +87,16 @@ export function positiveNumber({ label, name, value }: ArgumentValue): number {
   return number;
 }
 
+/** Reads a whole number from 0 on. */
+export function wholeNumber({ label, name, value }: ArgumentValue): number {
+  if (!/^\d{1,15}$/.test(value)) {
+    throw new ValidationError(
+      `${label} "${name}" must be a whole number, 0 or more, but got "${value}".`,
+    );
+  }
+  return Number(value);
+}
+
 const POWERS: Readonly<Record<string, number>> = { "": 0, k: 1, m: 2, g: 3, t: 4 };
 
 /** Bytes of "24GiB", "80GB" or "512B"; undefined for what is no size. */

@@ -25,3 +25,12 @@ export const OT_STATUSES = [
   "non-finite-point",
   "invalid-mass",
 ] as const;
+/** `ph_graph_activation` */
+export const GRAPH_ACTIVATION = {
+  relu: 0,
+  leaky_relu: 1,
+  gelu: 2,
+  tanh: 3,
+  sigmoid: 4,
+  softplus: 5,
+} as const;
