@@ -1,0 +1,453 @@
+// A transport problem held on chip: what the kernels of small problems share.
+//
+// A thread block, or a cluster of up to eight, has a problem. Its n x m matrix lies in registers. A warp's lanes form
+// kLaneRows x kLaneColumns, each lane has kRows x kColumns entries, and the warps of all thread blocks follow each other
+// along the rows, so that sums of rows stay in a warp and need no barrier, and sums of columns take one. With W warps of a
+// block, lane (lr, lc) of warp w has in entry [ii][jj]
+//   row    first row of the block + (ii * W + w) * kLaneRows + lr
+//   column jj * kLaneColumns + lc
+// A vector over the rows has one element a lane, the row ii = lc / (kLaneColumns / kRows) ("own"), and one over the columns
+// kOwned a lane, those of jj = lr * kOwned + k, the same in all warps and blocks. All sums are in an order that depends on
+// the sizes of a problem alone. Entries outside of the matrix have infinite cost.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "ot/operations.h"
+#include "ot/primitives.cuh"
+
+namespace ph::ot {
+
+template <int kLaneRows_, int kRows_, int kColumns_, int kMostWarps_, int kBlocks_>
+struct Layout {
+  static constexpr int kLaneRows = kLaneRows_, kRows = kRows_, kColumns = kColumns_;
+  static constexpr int kLaneColumns = kWarp / kLaneRows;
+  static constexpr int kOwned = kColumns / kLaneRows;       // columns of which a lane has a vector's elements
+  static constexpr int kRowCopies = kLaneColumns / kRows;   // lanes that have the same row's
+  static constexpr int kWarpRows = kLaneRows * kRows;       // rows of a warp
+  static constexpr int kMostColumns = kLaneColumns * kColumns;
+  static constexpr int kMostWarps = kMostWarps_;
+  static constexpr int kBlocks = kBlocks_;  // thread blocks a multiprocessor that registers must suffice for
+  static constexpr int kEntries = kRows * kColumns;
+};
+using Columns64 = Layout<4, 8, 8, 8, 2>;
+using Columns128 = Layout<2, 8, 8, 8, 2>;
+using Columns256 = Layout<1, 8, 8, 8, 2>;
+using Columns512 = Layout<1, 4, 16, 16, 1>;
+constexpr uint32_t kMostRanks = 8;
+
+// Points pass through shared memory in chunks of dimensions; rows are 16 bytes apart modulo 128, so that eight lanes that
+// read 16 bytes of eight rows meet no bank twice.
+constexpr uint32_t kChunk = 32;
+constexpr uint32_t kPitch = kChunk + 4;
+
+// A batch for a launch: Problem and the workspace's sizes.
+struct Batch {
+  const float *cost, *x, *y, *a, *b;
+  const double *epsilons, *tolerances;
+  double epsilon, tolerance;
+  const int64_t *row_offsets, *column_offsets, *plan_offsets;
+  const uint32_t* order;  // the problems of the launch
+  uint32_t ranks;         // thread blocks a problem
+  uint32_t dimension, cost_kind;
+  float row_penalty, column_penalty;
+  bool relative_epsilon;
+  bool first;  // of a call's launches
+};
+
+// Shared memory, in floats.
+template <typename L>
+struct SharedLayout {
+  uint32_t entries, partials, total;
+  // `entries` is what the kernel puts at the beginning.
+  __host__ __device__ SharedLayout(uint32_t warps, uint32_t ranks, uint32_t entry_floats) {
+    entries = (entry_floats + 3) / 4 * 4;
+    partials = entries;
+    total = partials + 2 * warps * L::kMostColumns + (ranks > 1 ? 2 * L::kMostColumns : 0);
+    total += 2 * warps + 2 * warps + 4 + 2 * (warps + 2);
+  }
+};
+
+// Room for points of all rows of a block and all columns.
+template <typename L>
+__host__ __device__ constexpr uint32_t staged_floats(uint32_t warps) {
+  return (warps * L::kWarpRows + L::kMostColumns) * kPitch;
+}
+template <typename L>
+__host__ __device__ constexpr uint32_t entry_floats(uint32_t warps) {
+  return warps * kWarp * L::kEntries;
+}
+
+struct Add {
+  template <typename T>
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Max {
+  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+struct Min {
+  __device__ unsigned long long operator()(unsigned long long a, unsigned long long b) const {
+    return a < b ? a : b;
+  }
+};
+
+// Combines values[0 .. kCount) over lanes that differ in the bits kDistance, kDistance / 2, ... kLast, and leaves each lane
+// the ones of its place, kCount / (number of lanes) of them but at least one.
+template <int kCount, int kDistance, int kLast, typename Combine, int kSize>
+__device__ __forceinline__ void combine_lanes(float (&values)[kSize], uint32_t lane, Combine combine) {
+  if constexpr (kDistance >= kLast) {
+    if constexpr (kCount > 1) {
+      constexpr int kHalf = kCount / 2;
+      const bool upper = (lane & kDistance) != 0;
+#pragma unroll
+      for (int k = 0; k < kHalf; ++k) {
+        const float sent = upper ? values[k] : values[k + kHalf];
+        const float kept = upper ? values[k + kHalf] : values[k];
+        values[k] = combine(kept, __shfl_xor_sync(kAllLanes, sent, kDistance));
+      }
+      combine_lanes<kHalf, kDistance / 2, kLast>(values, lane, combine);
+    } else {
+      values[0] = combine(values[0], __shfl_xor_sync(kAllLanes, values[0], kDistance));
+      combine_lanes<1, kDistance / 2, kLast>(values, lane, combine);
+    }
+  }
+}
+
+// f - C + g without the rounding of the first difference and of the sum, as potentials may be 10^4 times epsilon;
+// infinite if either potential is, or the cost.
+__device__ __forceinline__ float reduced_cost(float f, float c, float g) {
+  const float difference = f - c, back = difference - f;
+  const float lost = (f - (difference - back)) - (c + back);
+  const float sum = difference + g, back_g = sum - difference;
+  const float lost_g = (difference - (sum - back_g)) + (g - back_g);
+  return fabsf(sum) <= FLT_MAX ? sum + (lost + lost_g) : -INFINITY;
+}
+
+template <typename L>
+struct Tile {
+  uint32_t thread, threads, lane, warp, warps, lane_row, lane_column;
+  uint32_t rank, ranks;
+  uint32_t problem, rows, columns;  // of the problem
+  uint32_t first_row, block_rows;   // of this block
+  uint32_t groups;                  // of kLaneColumns columns that hold some
+  int64_t row_offset, column_offset, plan_offset;
+  float* entries;  // [entry][thread], or what a kernel puts here
+  float *partials, *block_columns;
+  float *errors, *block_error;
+  uint32_t *flags, *block_flag;
+  unsigned long long *scratch, *block_scratch;
+  uint32_t turn = 0;
+
+  __device__ __forceinline__ Tile(float* shared, uint32_t entry_floats, const Batch& batch) {
+    thread = threadIdx.x;
+    threads = blockDim.x;
+    lane = thread % kWarp;
+    warp = thread / kWarp;
+    warps = threads / kWarp;
+    lane_row = lane / L::kLaneColumns;
+    lane_column = lane % L::kLaneColumns;
+    ranks = batch.ranks;
+    rank = ranks > 1 ? cluster_rank() : 0;
+    problem = batch.order[blockIdx.x / ranks];
+    row_offset = batch.row_offsets[problem];
+    column_offset = batch.column_offsets[problem];
+    plan_offset = batch.plan_offsets[problem];
+    rows = static_cast<uint32_t>(batch.row_offsets[problem + 1] - row_offset);
+    columns = static_cast<uint32_t>(batch.column_offsets[problem + 1] - column_offset);
+    const uint32_t most = warps * L::kWarpRows;
+    first_row = min(rank * most, rows);
+    block_rows = min(rows - first_row, most);
+    groups = (columns + L::kLaneColumns - 1) / L::kLaneColumns;
+    const SharedLayout<L> layout(warps, ranks, entry_floats);
+    entries = shared;
+    partials = shared + layout.partials;
+    block_columns = partials + 2 * warps * L::kMostColumns;
+    errors = block_columns + (ranks > 1 ? 2 * L::kMostColumns : 0);
+    flags = reinterpret_cast<uint32_t*>(errors + 2 * warps);
+    block_error = reinterpret_cast<float*>(flags + 2 * warps);
+    block_flag = reinterpret_cast<uint32_t*>(block_error + 2);
+    scratch = reinterpret_cast<unsigned long long*>(block_flag + 2);
+    block_scratch = scratch + warps;
+  }
+
+  // A row among those of the block, and a column.
+  __device__ __forceinline__ uint32_t row_of(int ii) const { return (ii * warps + warp) * L::kLaneRows + lane_row; }
+  __device__ __forceinline__ uint32_t column_of(int jj) const { return jj * L::kLaneColumns + lane_column; }
+  __device__ __forceinline__ uint32_t own_row() const { return row_of(lane_column / L::kRowCopies); }
+  __device__ __forceinline__ uint32_t own_column(int k) const { return column_of(lane_row * L::kOwned + k); }
+  // Of the lanes that have the same row's element, and the warps and blocks that have the same column's, those that count.
+  __device__ __forceinline__ bool counts_row() const {
+    return lane_column % L::kRowCopies == 0 && own_row() < block_rows;
+  }
+  __device__ __forceinline__ bool counts_column(int k) const {
+    return warp == 0 && rank == 0 && own_column(k) < columns;
+  }
+
+  __device__ __forceinline__ float& entry(int ii, int jj) const {
+    return entries[(ii * L::kColumns + jj) * threads + thread];
+  }
+
+  // The element of a vector for entry row ii, or column jj, from the lane that has it.
+  __device__ __forceinline__ float of_row(float own, int ii) const {
+    return __shfl_sync(kAllLanes, own, lane_row * L::kLaneColumns + ii * L::kRowCopies);
+  }
+  __device__ __forceinline__ float of_column(const float (&own)[L::kOwned], int jj) const {
+    if constexpr (L::kLaneRows == 1) return own[jj];
+    return __shfl_sync(kAllLanes, own[jj % L::kOwned], jj / L::kOwned * L::kLaneColumns + lane_column);
+  }
+
+  // From values of every entry row to the own row's.
+  template <typename Combine>
+  __device__ __forceinline__ float combine_row(float (&values)[L::kRows], Combine combine) const {
+    combine_lanes<L::kRows, L::kLaneColumns / 2, 1>(values, lane, combine);
+    return values[0];
+  }
+
+  struct Sums {
+    float error;
+    bool flag;
+  };
+  // From values of every entry column to those of the own columns, of all rows of the problem; beside it the sum of
+  // all warps' `error`, and whether any has `flag`, both the same in the lanes of a warp. One barrier.
+  template <typename Combine>
+  __device__ __forceinline__ Sums combine_columns(float (&values)[L::kColumns], float (&own)[L::kOwned], float error,
+                                                  bool flag, Combine combine) {
+    combine_lanes<L::kColumns, kWarp / 2, L::kLaneColumns>(values, lane, combine);
+    // Two buffers: who writes one again has passed the barrier that follows the last reads of it.
+    turn ^= 1;
+    float* mine = partials + (turn * warps + warp) * L::kMostColumns;
+#pragma unroll
+    for (int k = 0; k < L::kOwned; ++k) mine[own_column(k)] = values[k];
+    if (lane == 0) {
+      errors[turn * warps + warp] = error;
+      flags[turn * warps + warp] = flag;
+    }
+    __syncthreads();
+    const float* all = partials + turn * warps * L::kMostColumns;
+    Sums sums = {0.0f, false};
+    for (uint32_t w = 0; w < warps; ++w) {
+      sums.error += errors[turn * warps + w];
+      sums.flag |= flags[turn * warps + w] != 0;
+    }
+    if (ranks == 1) {
+#pragma unroll
+      for (int k = 0; k < L::kOwned; ++k) own[k] = all[own_column(k)];
+      for (uint32_t w = 1; w < warps; ++w) {
+#pragma unroll
+        for (int k = 0; k < L::kOwned; ++k) own[k] = combine(own[k], all[w * L::kMostColumns + own_column(k)]);
+      }
+      return sums;
+    }
+    float* block = block_columns + turn * L::kMostColumns;
+    for (uint32_t column = thread; column < L::kMostColumns; column += threads) {
+      float value = all[column];
+      for (uint32_t w = 1; w < warps; ++w) value = combine(value, all[w * L::kMostColumns + column]);
+      block[column] = value;
+    }
+    if (thread == 0) {
+      block_error[turn] = sums.error;
+      block_flag[turn] = sums.flag;
+    }
+    cluster_barrier();
+    sums = {0.0f, false};
+    for (uint32_t r = 0; r < ranks; ++r) {
+      const float* there = in_cluster(block, r);
+#pragma unroll
+      for (int k = 0; k < L::kOwned; ++k) {
+        const float value = there[own_column(k)];
+        own[k] = r == 0 ? value : combine(own[k], value);
+      }
+      sums.error += in_cluster(block_error, r)[turn];
+      sums.flag |= in_cluster(block_flag, r)[turn] != 0;
+    }
+    return sums;
+  }
+
+  // The value of all threads of the block, or of the cluster, combined, for all of them.
+  template <typename T, typename Combine>
+  __device__ __forceinline__ T combine_block(T value, Combine combine) {
+    static_assert(sizeof(T) <= sizeof *scratch, "a value passes through 8 bytes");
+    for (uint32_t distance = kWarp / 2; distance > 0; distance /= 2)
+      value = combine(value, __shfl_xor_sync(kAllLanes, value, distance));
+    __syncthreads();  // before scratch is written again
+    if (lane == 0) *reinterpret_cast<T*>(scratch + warp) = value;
+    __syncthreads();
+    value = *reinterpret_cast<const T*>(scratch);
+    for (uint32_t w = 1; w < warps; ++w) value = combine(value, *reinterpret_cast<const T*>(scratch + w));
+    return value;
+  }
+  template <typename T, typename Combine>
+  __device__ __forceinline__ T combine_all(T value, Combine combine) {
+    value = combine_block(value, combine);
+    if (ranks == 1) return value;
+    if (thread == 0) *reinterpret_cast<T*>(block_scratch) = value;
+    cluster_barrier();
+    value = *reinterpret_cast<const T*>(in_cluster(block_scratch, 0));
+    for (uint32_t r = 1; r < ranks; ++r)
+      value = combine(value, *reinterpret_cast<const T*>(in_cluster(block_scratch, r)));
+    cluster_barrier();  // before it is written again, or the block ends
+    return value;
+  }
+  __device__ __forceinline__ float sum_warp(float value) const {
+    for (uint32_t distance = kWarp / 2; distance > 0; distance /= 2)
+      value += __shfl_xor_sync(kAllLanes, value, distance);
+    return value;
+  }
+};
+
+// Copies dimensions [k, k + kChunk) of `count` points to target [capacity][kPitch], 0 where there are none; scaled where
+// `scales` is not null. Notes the place of the first value that is not finite, `place` for the first point's first.
+template <typename L>
+__device__ __forceinline__ void stage_points(const Tile<L>& tile, float* target, const float* points,
+                                             const float* scales, uint32_t count, uint32_t capacity,
+                                             uint32_t dimension, uint32_t k, unsigned long long place,
+                                             unsigned long long& fault) {
+  constexpr uint32_t kFours = kChunk / 4;
+  for (uint32_t item = tile.thread; item < capacity * kFours; item += tile.threads) {
+    const uint32_t point = item / kFours, at = item % kFours * 4;
+    float four[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (point < count && k + at < dimension) {
+      const unsigned long long index = static_cast<unsigned long long>(point) * dimension + k + at;
+      if (dimension % 4 == 0) {
+        const float4 read = *reinterpret_cast<const float4*>(points + index);
+        four[0] = read.x;
+        four[1] = read.y;
+        four[2] = read.z;
+        four[3] = read.w;
+      } else {
+#pragma unroll
+        for (uint32_t i = 0; i < 4; ++i)
+          if (k + at + i < dimension) four[i] = points[index + i];
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i)
+        if (!(fabsf(four[i]) <= FLT_MAX)) fault = min(fault, place + index + i);
+      if (scales != nullptr) {
+        const float scale = scales[point];
+#pragma unroll
+        for (uint32_t i = 0; i < 4; ++i) four[i] *= scale;
+      }
+    }
+    *reinterpret_cast<float4*>(target + point * kPitch + at) = make_float4(four[0], four[1], four[2], four[3]);
+  }
+}
+
+// 1 / |point| of every point, or 0 where that is 0; a warp a point. Points from `capacity` on count as 0.
+template <typename L>
+__device__ __forceinline__ void inverse_norms(const Tile<L>& tile, float* target, const float* points, uint32_t count,
+                                              uint32_t dimension) {
+  for (uint32_t point = tile.warp; point < count; point += tile.warps) {
+    float squares = 0.0f;
+    for (uint32_t k = tile.lane; k < dimension; k += kWarp) {
+      const float value = points[static_cast<unsigned long long>(point) * dimension + k];
+      squares = fmaf(value, value, squares);
+    }
+    squares = tile.sum_warp(squares);
+    if (tile.lane == 0) target[point] = squares > 0.0f ? 1.0f / sqrtf(squares) : 0.0f;
+  }
+}
+
+// Costs of the block's entries, infinite outside of the matrix, and the place of the first fault this thread sees. Points
+// pass through tile.entries [staged_floats]; with cosine costs `norms` [most rows of the block + kMostColumns] is filled.
+// Differences of points are formed before they are squared: nothing cancels, however far from 0 the points lie.
+template <typename L>
+__device__ __forceinline__ void load_costs(Tile<L>& tile, const Batch& batch, float* norms,
+                                           float (&costs)[L::kRows][L::kColumns], unsigned long long& fault) {
+  if (batch.cost != nullptr) {
+    const float* matrix = batch.cost + tile.plan_offset;
+#pragma unroll
+    for (int ii = 0; ii < L::kRows; ++ii) {
+      const uint32_t row = tile.row_of(ii);
+#pragma unroll
+      for (int jj = 0; jj < L::kColumns; ++jj) {
+        const uint32_t column = tile.column_of(jj);
+        float cost = INFINITY;
+        if (row < tile.block_rows && column < tile.columns) {
+          const unsigned long long index =
+              static_cast<unsigned long long>(tile.first_row + row) * tile.columns + column;
+          cost = matrix[index];
+          if (!(cost >= -FLT_MAX)) {  // NaN, or -infinity
+            fault = min(fault, index);
+            cost = INFINITY;
+          }
+        }
+        costs[ii][jj] = cost;
+      }
+    }
+    return;
+  }
+  const uint32_t most_rows = tile.warps * L::kWarpRows, dimension = batch.dimension;
+  const bool differences = batch.cost_kind == PH_OT_SQEUCLIDEAN || batch.cost_kind == PH_OT_EUCLIDEAN;
+  const float* x = batch.x + (tile.row_offset + tile.first_row) * dimension;
+  const float* y = batch.y + tile.column_offset * dimension;
+  const float *x_scales = nullptr, *y_scales = nullptr;
+  if (batch.cost_kind == PH_OT_COSINE) {
+    x_scales = norms;
+    y_scales = norms + most_rows;
+    inverse_norms(tile, norms, x, tile.block_rows, dimension);
+    inverse_norms(tile, norms + most_rows, y, tile.columns, dimension);
+    __syncthreads();
+  }
+  float* staged_x = tile.entries;
+  float* staged_y = staged_x + most_rows * kPitch;
+#pragma unroll
+  for (int ii = 0; ii < L::kRows; ++ii) {
+#pragma unroll
+    for (int jj = 0; jj < L::kColumns; ++jj) costs[ii][jj] = 0.0f;
+  }
+  for (uint32_t k = 0; k < dimension; k += kChunk) {
+    if (k > 0) __syncthreads();  // before points are overwritten
+    stage_points(tile, staged_x, x, x_scales, tile.block_rows, most_rows, dimension, k,
+                 static_cast<unsigned long long>(tile.first_row) * dimension, fault);
+    stage_points(tile, staged_y, y, y_scales, tile.columns, tile.groups * L::kLaneColumns, dimension, k,
+                 static_cast<unsigned long long>(tile.rows) * dimension, fault);
+    __syncthreads();
+    const uint32_t fours = (min(dimension - k, kChunk) + 3) / 4;
+    for (uint32_t four = 0; four < fours; ++four) {
+      float4 points[L::kRows];
+#pragma unroll
+      for (int ii = 0; ii < L::kRows; ++ii)
+        points[ii] = *reinterpret_cast<const float4*>(staged_x + tile.row_of(ii) * kPitch + four * 4);
+#pragma unroll
+      for (int jj = 0; jj < L::kColumns; ++jj) {
+        if (jj >= static_cast<int>(tile.groups)) break;
+        const float4 other = *reinterpret_cast<const float4*>(staged_y + tile.column_of(jj) * kPitch + four * 4);
+#pragma unroll
+        for (int ii = 0; ii < L::kRows; ++ii) {
+          float sum = costs[ii][jj];
+          if (differences) {
+            const float dx = points[ii].x - other.x, dy = points[ii].y - other.y;
+            const float dz = points[ii].z - other.z, dw = points[ii].w - other.w;
+            sum = fmaf(dx, dx, sum);
+            sum = fmaf(dy, dy, sum);
+            sum = fmaf(dz, dz, sum);
+            sum = fmaf(dw, dw, sum);
+          } else {
+            sum = fmaf(points[ii].x, other.x, sum);
+            sum = fmaf(points[ii].y, other.y, sum);
+            sum = fmaf(points[ii].z, other.z, sum);
+            sum = fmaf(points[ii].w, other.w, sum);
+          }
+          costs[ii][jj] = sum;
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int ii = 0; ii < L::kRows; ++ii) {
+#pragma unroll
+    for (int jj = 0; jj < L::kColumns; ++jj) {
+      float& cost = costs[ii][jj];
+      if (batch.cost_kind == PH_OT_EUCLIDEAN) cost = sqrtf(cost);
+      if (batch.cost_kind == PH_OT_COSINE) cost = 1.0f - cost;
+      if (batch.cost_kind == PH_OT_DOT) cost = -cost;
+      if (tile.row_of(ii) >= tile.block_rows || tile.column_of(jj) >= tile.columns || !(cost >= -FLT_MAX))
+        cost = INFINITY;
+    }
+  }
+}
+
+}  // namespace ph::ot
