@@ -73,7 +73,9 @@ struct Iterations {
   const int32_t* limits;  // [problems], or null: limit for all
   int32_t limit;
   const void* warm_g;  // null or [columns]; values that are not finite count as 0
-  double relaxation;   // omega in [1, 2): f += omega * (update - f); 1: plain Sinkhorn
+  // omega in [1, 2): f += omega * (update - f), likewise g; 1: plain Sinkhorn. The first f is its update, and so is every one
+  // while the marginal error is above kStageTolerance * total mass: far from the solution omega could diverge.
+  double relaxation;
   // 0: none. In (0, 1): iterations begin at the epsilon of the largest finite |cost|, which is multiplied by this until it
   // is below the problem's epsilon; a stage ends when the marginal error is at most max(tolerance, kStageTolerance *
   // total mass). All iterations count.
@@ -94,9 +96,11 @@ struct Solution {
 void sinkhorn(ph_device& device, Workspace& workspace, const Problem& problem, const Iterations& iterations,
               const Solution& solution);
 
-// From potentials, and the epsilon and status of reports, as sinkhorn left them.
+// From potentials, and the epsilon and status of reports, as sinkhorn left them. Potentials of float32 know a plan to
+// |f| / epsilon * 6e-8 relative: where epsilon is small, keep the plan that sinkhorn wrote.
 struct Potentials {
   const void *f, *g;
+  const void* plan;  // [entries], or null: computed from the potentials
   const ph_ot_report* reports;
 };
 
