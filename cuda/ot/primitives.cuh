@@ -17,6 +17,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// The same value, of which the compiler does not know that: it computes anew what depends on it, instead of keeping it in
+// registers from far above.
+__device__ __forceinline__ uint32_t hidden(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // The launches of one call overlap: one begins as soon as all thread blocks of the one before have begun. Only the first
 // waits for what precedes the call; the last thread block of each waits for the launch before, so that whatever follows the
 // call follows all of it.
