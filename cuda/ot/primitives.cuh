@@ -10,6 +10,12 @@ namespace ph::ot {
 constexpr uint32_t kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
+// The dynamic shared memory of the thread block.
+__device__ __forceinline__ float4* dynamic_shared() {
+  extern __shared__ float4 dynamic[];
+  return dynamic;
+}
+
 // 2^x to 2 ulp; 0 below 2^-126.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

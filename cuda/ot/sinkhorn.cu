@@ -1,8 +1,5 @@
-// Launches Sinkhorn's iterations.
-#include <algorithm>
-
-#include "ot/sinkhorn_tile.cuh"
-#include "ot/workspace_cuda.h"
+// Sinkhorn's iterations.
+#include "ot/sinkhorn_cuda.h"
 
 namespace ph::ot {
 
@@ -20,12 +17,9 @@ void sinkhorn(ph_device&, Workspace& base, const Problem& problem, const Iterati
   call.g = static_cast<float*>(solution.g);
   call.plan = static_cast<float*>(solution.plan);
   call.reports = solution.reports;
-  launch_buckets(
-      workspace, call, [](auto layout) { return SinkhornTileKernel<decltype(layout)>; },
-      [](auto layout, uint32_t warps) {
-        using L = decltype(layout);
-        return std::max(staged_floats<L>(warps), entry_floats<L>(warps));
-      });
+  for_buckets(workspace, call, [&](auto layout, const Bucket& bucket, const SinkhornCall& each) {
+    launch_sinkhorn<decltype(layout)>(workspace.device, bucket, each);
+  });
 }
 
 }  // namespace ph::ot

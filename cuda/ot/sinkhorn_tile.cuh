@@ -275,12 +275,10 @@ struct TileSinkhorn {
 template <typename L>
 __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     SinkhornTileKernel(const __grid_constant__ SinkhornCall call) {
-  extern __shared__ float4 shared[];
-  __shared__ Control<L> control;
   if (call.batch.first) await_preceding();
   let_next_begin();
   const Batch& batch = call.batch;
-  Tile<L> tile(batch, control, reinterpret_cast<float*>(shared));
+  Tile<L> tile(batch, dynamic_shared());
   const auto end = [&] {
     if (!batch.first && blockIdx.x == gridDim.x - 1) await_preceding();
   };

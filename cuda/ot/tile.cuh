@@ -56,15 +56,9 @@ struct Batch {
   bool first;  // of a call's launches
 };
 
-// Dynamic shared memory, in floats: partial sums of columns of every warp, twice, then what a kernel puts in `entries`.
+// At the beginning of a thread block's shared memory, where addresses are constants.
 template <typename L>
-__host__ __device__ constexpr uint32_t partial_floats(uint32_t warps) {
-  return 2 * warps * L::kMostColumns;
-}
-
-// What else a thread block has in shared memory.
-template <typename L>
-struct Control {
+struct alignas(16) Control {
   float errors[2][L::kMostWarps];
   uint32_t flags[2][L::kMostWarps];
   float block_error[2];
@@ -72,6 +66,16 @@ struct Control {
   unsigned long long scratch[L::kMostWarps], block_scratch;
   float block_columns[2][L::kMostColumns];  // in a cluster
 };
+
+// Then come partial sums of columns of every warp, twice, and last what a kernel puts in `entries`. In floats.
+template <typename L>
+__host__ __device__ constexpr uint32_t partial_floats(uint32_t warps) {
+  return 2 * warps * L::kMostColumns;
+}
+template <typename L>
+__host__ __device__ constexpr uint32_t shared_bytes(uint32_t warps, uint32_t entries) {
+  return static_cast<uint32_t>(sizeof(Control<L>) + (partial_floats<L>(warps) + entries) * sizeof(float));
+}
 
 // A fault is its place; one of a cost comes after all of points.
 constexpr unsigned long long kNoFault = ~0ull, kCostFault = 1ull << 62;
@@ -146,8 +150,8 @@ struct Tile {
   float* entries;  // what threads keep for themselves, or a kernel puts here
   uint32_t turn = 0;
 
-  __device__ __forceinline__ Tile(const Batch& batch_, Control<L>& control_, float* shared)
-      : batch(batch_), control(control_) {
+  __device__ __forceinline__ Tile(const Batch& batch_, float4* shared)
+      : batch(batch_), control(*reinterpret_cast<Control<L>*>(shared)) {
     thread = threadIdx.x;
     threads = blockDim.x;
     lane = thread % kWarp;
@@ -164,8 +168,8 @@ struct Tile {
     first_row = min(rank * most, rows);
     block_rows = min(rows - first_row, most);
     groups = (columns + L::kLaneColumns - 1) / L::kLaneColumns;
-    partials = shared;
-    entries = shared + partial_floats<L>(warps);
+    partials = reinterpret_cast<float*>(&control + 1);
+    entries = partials + partial_floats<L>(warps);
   }
 
   // Of the problem's first row, column and entry.
@@ -382,30 +386,39 @@ __device__ __forceinline__ void inverse_norms(const Tile<L>& tile, float* target
   }
 }
 
+__device__ __forceinline__ void read_four(const float* from, float (&to)[4]) {
+  const float4 four = *reinterpret_cast<const float4*>(from);
+  to[0] = four.x;
+  to[1] = four.y;
+  to[2] = four.z;
+  to[3] = four.w;
+}
+
 // Adds (x - y)^2, or x y, of 4 * fours dimensions of staged points.
 template <bool kDifferences, typename L>
 __device__ __forceinline__ void accumulate(const Tile<L>& tile, const float* staged_x, const float* staged_y,
                                            uint32_t fours, float (&sums)[L::kRows][L::kColumns]) {
 #pragma unroll 1
   for (uint32_t four = 0; four < fours; ++four) {
-    float4 points[L::kRows];
+    // Four rows at once, as all of their points would take too many registers.
 #pragma unroll
-    for (int ii = 0; ii < L::kRows; ++ii)
-      points[ii] = *reinterpret_cast<const float4*>(staged_x + tile.row_of(ii) * kPitch + four * 4);
+    for (int first = 0; first < L::kRows; first += 4) {
+      float x[4][4];
 #pragma unroll
-    for (int jj = 0; jj < L::kColumns; ++jj) {
-      if (jj >= static_cast<int>(tile.groups)) break;
-      const float4 other =
-          *reinterpret_cast<const float4*>(staged_y + tile.column_of(jj) * kPitch + four * 4);
-      const float y[4] = {other.x, other.y, other.z, other.w};
+      for (int ii = 0; ii < 4; ++ii) read_four(staged_x + tile.row_of(first + ii) * kPitch + four * 4, x[ii]);
 #pragma unroll
-      for (int ii = 0; ii < L::kRows; ++ii) {
-        const float x[4] = {points[ii].x, points[ii].y, points[ii].z, points[ii].w};
+      for (int jj = 0; jj < L::kColumns; ++jj) {
+        if (jj >= static_cast<int>(tile.groups)) break;
+        float y[4];
+        read_four(staged_y + tile.column_of(jj) * kPitch + four * 4, y);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float difference = x[i] - y[i];
-          sums[ii][jj] =
-              kDifferences ? fmaf(difference, difference, sums[ii][jj]) : fmaf(x[i], y[i], sums[ii][jj]);
+        for (int ii = 0; ii < 4; ++ii) {
+          float& sum = sums[first + ii][jj];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float difference = x[ii][i] - y[i];
+            sum = kDifferences ? fmaf(difference, difference, sum) : fmaf(x[ii][i], y[i], sum);
+          }
         }
       }
     }
@@ -512,10 +525,10 @@ __device__ __forceinline__ unsigned long long find_fault(Tile<L>& tile) {
 template <typename L>
 __device__ __forceinline__ void write_entries(const Tile<L>& tile,
                                               const float (&values)[L::kRows][L::kColumns], float* out) {
-  const uint32_t columns = hidden(tile.columns);
+  const uint32_t columns = hidden(tile.columns), rows = hidden(tile.block_rows);
 #pragma unroll
   for (int ii = 0; ii < L::kRows; ++ii) {
-    const bool in_rows = tile.row_of(ii) < tile.block_rows;
+    const bool in_rows = tile.row_of(ii) < rows;
     float* row = tile.entries + tile.row_of(ii) * columns + tile.lane_column;
 #pragma unroll
     for (int jj = 0; jj < L::kColumns; ++jj)
@@ -523,7 +536,7 @@ __device__ __forceinline__ void write_entries(const Tile<L>& tile,
   }
   __syncthreads();
   float* target = out + tile.plan_offset() + static_cast<int64_t>(tile.first_row) * columns;
-  const uint32_t count = tile.block_rows * columns;
+  const uint32_t count = rows * columns;
   for (uint32_t i = tile.thread; i < count; i += tile.threads) __stcs(target + i, tile.entries[i]);
 }
 

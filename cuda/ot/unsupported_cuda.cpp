@@ -13,12 +13,6 @@ namespace {
 
 }  // namespace
 
-std::unique_ptr<Workspace> create_workspace(ph_device&, const Shape&, const WorkspaceOptions&) {
-  refuse("solve transport problems");
-}
-void sinkhorn(ph_device&, Workspace&, const Problem&, const Iterations&, const Solution&) {
-  refuse("run Sinkhorn's iterations");
-}
 void write_plan(ph_device&, Workspace&, const Problem&, const Potentials&, void*) { refuse("write plans"); }
 void plan_product(ph_device&, Workspace&, const Problem&, const Potentials&, const PlanProduct&) {
   refuse("multiply by plans");

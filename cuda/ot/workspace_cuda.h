@@ -42,34 +42,34 @@ void dispatch_layout(uint32_t layout, Run run) {
 // The part of a call that all kernels take; `order`, `ranks` and `first` are a launch's.
 Batch batch_of(const CudaWorkspace& workspace, const Problem& problem);
 
-// Launches a kernel for the problems of every bucket; they overlap. call.batch is set for each. `kernel_of(layout)` and
-// `entry_floats(layout, warps)` are the kernel and what it has in Tile::entries.
-template <typename Call, typename KernelOf, typename EntryFloats>
-void launch_buckets(const CudaWorkspace& workspace, Call call, KernelOf kernel_of, EntryFloats entry_floats) {
-  const ph_device& device = workspace.device;
+// Launches a kernel for the problems of a bucket.
+template <typename L, typename Call>
+void launch_bucket(const ph_device& device, const Bucket& bucket, void (*kernel)(Call), uint32_t entry_floats,
+                   const Call& call) {
+  allow_shared(device, kernel, SharedMemory::kPrefer);
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {bucket.ranks, 1, 1};
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(bucket.count * bucket.ranks);
+  launch.blockDim = dim3(bucket.warps * kWarp);
+  launch.dynamicSmemBytes = shared_bytes<L>(bucket.warps, entry_floats);
+  launch.stream = device.stream;
+  launch.attrs = attributes;
+  launch.numAttrs = device.major < 9 ? 0 : (bucket.ranks > 1 ? 2 : 1);
+  PH_CUDA_TRY(cudaLaunchKernelEx(&launch, kernel, call));
+}
+
+// Calls launch(layout, bucket, call) for every bucket, with the call's batch set for it; the launches overlap.
+template <typename Call, typename Launch>
+void for_buckets(const CudaWorkspace& workspace, Call call, Launch launch) {
   call.batch.first = true;
   for (const Bucket& bucket : workspace.buckets) {
     call.batch.order = workspace.order + bucket.first;
     call.batch.ranks = bucket.ranks;
-    dispatch_layout(bucket.layout, [&](auto layout) {
-      const auto kernel = kernel_of(layout);
-      allow_shared(device, kernel, SharedMemory::kPrefer);
-      cudaLaunchAttribute attributes[2] = {};
-      attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[0].val.programmaticStreamSerializationAllowed = 1;
-      attributes[1].id = cudaLaunchAttributeClusterDimension;
-      attributes[1].val.clusterDim = {bucket.ranks, 1, 1};
-      cudaLaunchConfig_t launch{};
-      launch.gridDim = dim3(bucket.count * bucket.ranks);
-      launch.blockDim = dim3(bucket.warps * kWarp);
-      launch.dynamicSmemBytes =
-          (partial_floats<decltype(layout)>(bucket.warps) + entry_floats(layout, bucket.warps)) *
-          sizeof(float);
-      launch.stream = device.stream;
-      launch.attrs = attributes;
-      launch.numAttrs = device.major < 9 ? 0 : (bucket.ranks > 1 ? 2 : 1);
-      PH_CUDA_TRY(cudaLaunchKernelEx(&launch, kernel, call));
-    });
+    dispatch_layout(bucket.layout, [&](auto layout) { launch(layout, bucket, call); });
     call.batch.first = false;
   }
 }
