@@ -12,3 +12,4 @@ export * from "./src/device/mod.ts";
 export * from "./src/kv/mod.ts";
 export * from "./src/io/mod.ts";
 export * from "./src/llm/mod.ts";
+export * from "./src/ot/mod.ts";

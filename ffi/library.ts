@@ -6,6 +6,7 @@ import { KV_SYMBOLS } from "./symbols/kv.ts";
 import { KV_CACHE_SYMBOLS } from "./symbols/kv_cache.ts";
 import { LIBRARY_SYMBOLS } from "./symbols/library.ts";
 import { LLM_SYMBOLS } from "./symbols/llm.ts";
+import { OT_SYMBOLS } from "./symbols/ot.ts";
 
 /** `PH_ABI_VERSION` of the header that this code was written to. */
 export const ABI_VERSION = 2;
@@ -13,7 +14,13 @@ export const ABI_VERSION = 2;
 /** Where native code can run; each has its own library. */
 export type NativeBackend = "cpu" | "cuda";
 
-const SYMBOLS = { ...DEVICE_SYMBOLS, ...KV_SYMBOLS, ...KV_CACHE_SYMBOLS, ...LLM_SYMBOLS };
+const SYMBOLS = {
+  ...DEVICE_SYMBOLS,
+  ...KV_SYMBOLS,
+  ...KV_CACHE_SYMBOLS,
+  ...LLM_SYMBOLS,
+  ...OT_SYMBOLS,
+};
 
 /** A loaded library. It stays loaded for the process, since a call may be in flight at any time. */
 export interface Library {

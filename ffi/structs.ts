@@ -207,6 +207,18 @@ export const OT_REPORT = new Struct("ph_ot_report", 7, {
   epsilon: "f64",
 });
 
+export const OT_OPTIONS = new Struct("ph_ot_options", 8, {
+  cost_kind: "u32",
+  relative_epsilon: "u32",
+  iterations: "u32",
+  epsilon: "f64",
+  tolerance: "f64",
+  relaxation: "f64",
+  scaling: "f64",
+  row_penalty: "f64",
+  column_penalty: "f64",
+});
+
 /** All structs of the C ABI. */
 export const STRUCTS = [
   DEVICE_INFO,
@@ -217,4 +229,5 @@ export const STRUCTS = [
   KV_CACHE_STATISTICS,
   LLM_SAMPLER,
   OT_REPORT,
+  OT_OPTIONS,
 ];

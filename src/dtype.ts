@@ -1,7 +1,7 @@
 import { PackhorseError } from "./error.ts";
 
 /** Element type of a tensor or a device buffer. */
-export type DType = "f16" | "bf16" | "f32" | "i32" | "u8";
+export type DType = "f16" | "bf16" | "f32" | "i32" | "u8" | "f64";
 
 /** Bytes that one element of each {@linkcode DType} takes. */
 export const BYTES_PER_ELEMENT: Readonly<Record<DType, number>> = {
@@ -10,6 +10,7 @@ export const BYTES_PER_ELEMENT: Readonly<Record<DType, number>> = {
   f32: 4,
   i32: 4,
   u8: 1,
+  f64: 8,
 };
 
 /** Number of elements of a shape; throws `invalid-argument` unless each size is a non-negative safe integer and so is their product. */

@@ -8,6 +8,9 @@ import {
   KV_PART,
   KV_QUANTIZER,
   KV_REPACK,
+  OT_COST,
+  OT_GRADIENT,
+  OT_STATUSES,
 } from "../ffi/enums.ts";
 import { ABI_VERSION, loadLibrary } from "../ffi/library.ts";
 import { STRUCTS } from "../ffi/structs.ts";
@@ -16,6 +19,7 @@ import { KV_SYMBOLS } from "../ffi/symbols/kv.ts";
 import { KV_CACHE_SYMBOLS } from "../ffi/symbols/kv_cache.ts";
 import { LIBRARY_SYMBOLS } from "../ffi/symbols/library.ts";
 import { LLM_SYMBOLS } from "../ffi/symbols/llm.ts";
+import { OT_SYMBOLS } from "../ffi/symbols/ot.ts";
 
 const header = Deno.readTextFileSync(new URL("../cuda/include/packhorse.h", import.meta.url))
   .replaceAll(/\/\*.*?\*\//gs, "");
@@ -23,7 +27,7 @@ const header = Deno.readTextFileSync(new URL("../cuda/include/packhorse.h", impo
 /** The FFI type of a C declaration, which may end in a name. */
 function ffiType(declaration: string): string {
   const type = declaration.replace(/\bconst\b/, "").replace(/\w+\s*$/, "").replaceAll(/\s/g, "");
-  if (/^ph_(device|buffer|kv_cache|kv_cache_graph)\*$/.test(type)) return "pointer";
+  if (/^ph_(device|buffer|kv_cache|kv_cache_graph|ot_batch)\*$/.test(type)) return "pointer";
   if (type.endsWith("*")) return "buffer";
   if (type === "float") return "f32";
   return type.replace(/^uint(\d+)_t$/, "u$1").replace(/^int(\d+)_t$/, "i$1");
@@ -44,6 +48,7 @@ const symbols: Record<string, Deno.ForeignFunction> = {
   ...KV_SYMBOLS,
   ...KV_CACHE_SYMBOLS,
   ...LLM_SYMBOLS,
+  ...OT_SYMBOLS,
 };
 
 Deno.test("ffi: every function of the header has a symbol with its parameters, and every symbol a function", () => {
@@ -86,6 +91,10 @@ Deno.test("ffi: the values of enums are the header's", () => {
   assertEquals(enumOf("ph_kv_repack", "PH_KV_REPACK_"), KV_REPACK);
   assertEquals(enumOf("ph_kv_part", "PH_KV_"), KV_PART);
   assertEquals(enumOf("ph_kv_cache_quantizer", "PH_KV_CACHE_"), KV_CACHE_QUANTIZER);
+  assertEquals(enumOf("ph_ot_cost", "PH_OT_"), OT_COST);
+  assertEquals(enumOf("ph_ot_gradient", "PH_OT_"), OT_GRADIENT);
+  const statuses = Object.keys(enumOf("ph_ot_status", "PH_OT_"));
+  assertEquals(statuses.map((word) => word.replaceAll("_", "-")), [...OT_STATUSES]);
   const codes = Object.entries(enumOf("ph_status", "PH_")).map(([word, value]) => {
     assertEquals(STATUS_CODES[value], word.replace(/^error_/, "").replaceAll("_", "-") as "ok");
     return value;

@@ -85,14 +85,21 @@ std::vector<uint32_t> layout_of(uint32_t which) {
               FIELD(ph_llm_sampler, min_p),
               FIELD(ph_llm_sampler, repetition_penalty)};
     case PH_STRUCT_OT_REPORT:
-      return {sizeof(ph_ot_report),
-              FIELD(ph_ot_report, status),
-              FIELD(ph_ot_report, iterations),
-              FIELD(ph_ot_report, place),
-              FIELD(ph_ot_report, marginal_error),
-              FIELD(ph_ot_report, cost),
-              FIELD(ph_ot_report, value),
-              FIELD(ph_ot_report, epsilon)};
+      return {
+          sizeof(ph_ot_report),       FIELD(ph_ot_report, status),         FIELD(ph_ot_report, iterations),
+          FIELD(ph_ot_report, place), FIELD(ph_ot_report, marginal_error), FIELD(ph_ot_report, cost),
+          FIELD(ph_ot_report, value), FIELD(ph_ot_report, epsilon)};
+    case PH_STRUCT_OT_OPTIONS:
+      return {sizeof(ph_ot_options),
+              FIELD(ph_ot_options, cost_kind),
+              FIELD(ph_ot_options, relative_epsilon),
+              FIELD(ph_ot_options, iterations),
+              FIELD(ph_ot_options, epsilon),
+              FIELD(ph_ot_options, tolerance),
+              FIELD(ph_ot_options, relaxation),
+              FIELD(ph_ot_options, scaling),
+              FIELD(ph_ot_options, row_penalty),
+              FIELD(ph_ot_options, column_penalty)};
     default:
       return {};
   }

@@ -62,7 +62,8 @@ enum ph_struct {
   PH_STRUCT_KV_CACHE_CODEC = 4,
   PH_STRUCT_KV_CACHE_STATISTICS = 5,
   PH_STRUCT_LLM_SAMPLER = 6,
-  PH_STRUCT_OT_REPORT = 7
+  PH_STRUCT_OT_REPORT = 7,
+  PH_STRUCT_OT_OPTIONS = 8
 };
 PH_API uint32_t ph_layout(uint32_t which, uint32_t* words, uint32_t capacity);
 
@@ -677,6 +678,19 @@ PH_API int32_t ph_llm_divergence(ph_device* device, const ph_buffer* reference, 
                                  uint32_t vocabulary, char* error, uint32_t error_bytes);
 
 /* ---- ot: optimal transport on ragged batches -------------------------------------------------------- */
+/*
+ * A batch is problems of n rows and m columns each, of any sizes, that follow each other without padding: masses a and
+ * potentials f of all rows are one tensor, those of columns (b, g) another, and so are the entries of all n x m matrices
+ * (costs C, plans T; row-major). All have the batch's dtype: PH_F32, or on the CPU also PH_F64; the CPU computes in float64.
+ *
+ *   T = argmin over T >= 0 of <T, C> - epsilon * H(T), H(T) = -sum T (log T - 1), so that T1 = a and T'1 = b
+ *   T_ij = exp((f_i + g_j - C_ij) / epsilon), found by Sinkhorn's iterations: f_i = epsilon log a_i - epsilon log sum_j
+ *   exp((g_j - C_ij) / epsilon), then g likewise from f, until sum |T1 - a| + sum |T'1 - b| is at most the tolerance.
+ *
+ * A cost of +infinity forbids a pair. Rows and columns without mass take no part: f or g is -infinity there. Every problem
+ * stops by itself, and its results do not depend on the others. Calls only enqueue, but for those that create, set and
+ * destroy batches, and give the same bits every time. An output must not overlap an input.
+ */
 
 /* The cost of points x and y. */
 enum ph_ot_cost {
@@ -686,9 +700,7 @@ enum ph_ot_cost {
   PH_OT_DOT = 3     /* -x.y */
 };
 
-enum ph_ot_gradient { PH_OT_IMPLICIT = 0, PH_OT_ENVELOPE = 1, PH_OT_UNROLLED = 2, PH_OT_DETACHED = 3 };
-
-/* How a problem ended. From PH_OT_INFEASIBLE on there is no answer. */
+/* How a problem ended. From PH_OT_INFEASIBLE on there is no answer: potentials and plans are 0, cost and value NaN. */
 enum ph_ot_status {
   PH_OT_CONVERGED = 0,
   PH_OT_ITERATION_LIMIT = 1, /* the marginal error is above the tolerance */
@@ -707,9 +719,96 @@ typedef struct ph_ot_report {
   uint64_t place;
   double marginal_error; /* sum |T1 - a| + sum |T'1 - b| */
   double cost;           /* <T, C> */
-  double value;          /* <T, C> - epsilon * H(T) */
+  double value;          /* <T, C> - epsilon * H(T), plus the penalties */
   double epsilon;        /* absolute */
 } ph_ot_report;
+
+typedef struct ph_ot_options {
+  uint32_t cost_kind;        /* ph_ot_cost, of points */
+  uint32_t relative_epsilon; /* 1: epsilons are relative to the largest finite |cost| of the problem */
+  uint32_t iterations;       /* at most, at least 1; an iteration updates f and g */
+  double epsilon;            /* above 0 */
+  double tolerance;          /* not negative */
+  /* omega in [1, 2): f += omega * (update - f), likewise g, once the marginal error is at most 0.05 of a's total */
+  double relaxation;
+  /* 0, or in (0, 1): iterations begin at the epsilon of the largest finite |cost|, which is multiplied by this whenever the
+   * marginal error is at most 0.05 of a's total, until it is the problem's */
+  double scaling;
+  /* + penalty * KL(T1 | a) instead of T1 = a, likewise for columns; infinity: the marginal holds. KL(p | q) = sum p
+   * log(p / q) - p + q. Where finite, the error of a marginal is its distance from a * exp(-f / penalty). */
+  double row_penalty;
+  double column_penalty;
+} ph_ot_options;
+
+typedef struct ph_ot_batch ph_ot_batch;
+
+/* A batch of problems of rows[p] x columns[p], at least 1 each, host memory [problems]. dimension: of points, 0 if costs are
+ * matrices. streaming: 1 if n x m entries of a problem are never to be held anywhere, for few large problems of points.
+ * backward: 1 if ph_ot_backward will be called. PH_ERROR_UNSUPPORTED for what the backend cannot do. */
+PH_API ph_ot_batch* ph_ot_batch_create(ph_device* device, uint32_t problems, const uint32_t* rows,
+                                       const uint32_t* columns, uint32_t dtype, uint32_t dimension,
+                                       uint32_t streaming, uint32_t backward, int32_t* status, char* error,
+                                       uint32_t error_bytes);
+PH_API int32_t ph_ot_batch_destroy(ph_device* device, ph_ot_batch* batch, char* error, uint32_t error_bytes);
+/* Sets the options, and those that are a problem's own: each NULL, or host memory [problems]. */
+PH_API int32_t ph_ot_batch_set(ph_device* device, ph_ot_batch* batch, const ph_ot_options* options,
+                               const double* epsilons, const double* tolerances, const int32_t* iterations,
+                               char* error, uint32_t error_bytes);
+/* Sets the inputs, which must live as long as they are used: cost, or points x [rows, dimension] and y [columns, dimension];
+ * masses a and b, or NULL: 1 / n and 1 / m. */
+PH_API int32_t ph_ot_batch_bind(ph_device* device, ph_ot_batch* batch, const ph_buffer* cost,
+                                uint64_t cost_offset, const ph_buffer* x, uint64_t x_offset,
+                                const ph_buffer* y, uint64_t y_offset, const ph_buffer* a, uint64_t a_offset,
+                                const ph_buffer* b, uint64_t b_offset, char* error, uint32_t error_bytes);
+
+/* Solves the problems that are bound. warm_g: NULL, or where g starts; else at 0. f, g, plan: each may be NULL. reports:
+ * ph_ot_report [problems]. */
+PH_API int32_t ph_ot_sinkhorn(ph_device* device, ph_ot_batch* batch, const ph_buffer* warm_g,
+                              uint64_t warm_g_offset, ph_buffer* f, uint64_t f_offset, ph_buffer* g,
+                              uint64_t g_offset, ph_buffer* plan, uint64_t plan_offset, ph_buffer* reports,
+                              uint64_t reports_offset, char* error, uint32_t error_bytes);
+/* The plans of potentials, with the epsilons of the reports. float32 potentials know a plan to |f| / epsilon * 6e-8. */
+PH_API int32_t ph_ot_plan(ph_device* device, ph_ot_batch* batch, const ph_buffer* f, uint64_t f_offset,
+                          const ph_buffer* g, uint64_t g_offset, const ph_buffer* reports,
+                          uint64_t reports_offset, ph_buffer* plan, uint64_t plan_offset, char* error,
+                          uint32_t error_bytes);
+/* out[rows, width] = T matrix[columns, width], or transposed: out[columns, width] = T' matrix[rows, width]; normalised: rows
+ * of out are divided by their total mass in T. plan: NULL, or what ph_ot_sinkhorn or ph_ot_plan wrote. */
+PH_API int32_t ph_ot_plan_product(ph_device* device, ph_ot_batch* batch, const ph_buffer* f,
+                                  uint64_t f_offset, const ph_buffer* g, uint64_t g_offset,
+                                  const ph_buffer* plan, uint64_t plan_offset, const ph_buffer* reports,
+                                  uint64_t reports_offset, const ph_buffer* matrix, uint64_t matrix_offset,
+                                  ph_buffer* out, uint64_t out_offset, uint32_t width, uint32_t transposed,
+                                  uint32_t normalised, char* error, uint32_t error_bytes);
+
+/* Gradients of a loss L(T, <T, C>, value, f, g). Epsilon counts as a constant, even where it is relative.
+ *   implicit  exact where the problem converged, whatever the loss, and regardless of the iterations it took. With
+ *             G = dL/dT + d_cost * C, u = d_f + (T o G) 1 / epsilon, v = d_g + (T o G)' 1 / epsilon (less their part along
+ *             (1, -1)): [diag T1, T; T', diag T'1] [alpha; beta] = [u; v], pinned, without massless rows and columns;
+ *             dL/dC = (d_cost + d_value) T + T o (alpha 1' + 1 beta' - G / epsilon), dL/da = d_value f + epsilon alpha,
+ *             dL/db = d_value g + epsilon beta, up to a shift (c, -c). Finite penalties change the diagonal.
+ *   envelope  T is a constant: dL/dC = (d_cost + d_value) T, dL/da = d_value f, dL/db = d_value g. Exact for the value
+ *             alone; not for <T, C>, which takes implicit. d_plan, d_f and d_g must be NULL.
+ *   unrolled  of the iterations that were made, whether converged or not. PH_ERROR_UNSUPPORTED where streaming.
+ *   detached  as envelope, but dL/da = dL/db = 0, and d_plan, d_f and d_g count for nothing. */
+enum ph_ot_gradient { PH_OT_IMPLICIT = 0, PH_OT_ENVELOPE = 1, PH_OT_UNROLLED = 2, PH_OT_DETACHED = 3 };
+
+/* Gradients with respect to what is bound, from those with respect to the results of ph_ot_sinkhorn; any may be NULL but f,
+ * g and reports. d_plan [entries], d_f [rows], d_g [columns], d_cost and d_value [problems]; grad_cost [entries], grad_x
+ * [rows, dimension], grad_y [columns, dimension], grad_a [rows], grad_b [columns]. warm_g: as it was, for unrolled. Where
+ * streaming, d_plan and grad_cost must be NULL. Pairs of infinite cost, problems without an answer, masses of 0, and points
+ * where a cost has no derivative, have gradient 0. */
+PH_API int32_t ph_ot_backward(ph_device* device, ph_ot_batch* batch, uint32_t mode, const ph_buffer* f,
+                              uint64_t f_offset, const ph_buffer* g, uint64_t g_offset, const ph_buffer* plan,
+                              uint64_t plan_offset, const ph_buffer* reports, uint64_t reports_offset,
+                              const ph_buffer* warm_g, uint64_t warm_g_offset, const ph_buffer* d_plan,
+                              uint64_t d_plan_offset, const ph_buffer* d_f, uint64_t d_f_offset,
+                              const ph_buffer* d_g, uint64_t d_g_offset, const ph_buffer* d_cost,
+                              uint64_t d_cost_offset, const ph_buffer* d_value, uint64_t d_value_offset,
+                              ph_buffer* grad_cost, uint64_t grad_cost_offset, ph_buffer* grad_x,
+                              uint64_t grad_x_offset, ph_buffer* grad_y, uint64_t grad_y_offset,
+                              ph_buffer* grad_a, uint64_t grad_a_offset, ph_buffer* grad_b,
+                              uint64_t grad_b_offset, char* error, uint32_t error_bytes);
 
 #ifdef __cplusplus
 }

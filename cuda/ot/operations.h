@@ -114,6 +114,8 @@ struct PlanProduct {
   void* out;
   uint32_t width;
   bool transposed;
+  // Whether rows of out are divided by their plan's total mass (barycentric projection); 0 where there is none.
+  bool normalised;
 };
 void plan_product(ph_device& device, Workspace& workspace, const Problem& problem,
                   const Potentials& potentials, const PlanProduct& product);

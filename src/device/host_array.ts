@@ -16,6 +16,8 @@ export interface HostArrays {
   i32: Int32Array<ArrayBuffer>;
   /** Bytes. */
   u8: Uint8Array<ArrayBuffer>;
+  /** Double-precision floats. */
+  f64: Float64Array<ArrayBuffer>;
 }
 
 /** The typed array of one dtype. */
@@ -27,6 +29,7 @@ const CONSTRUCTORS = {
   f32: Float32Array,
   i32: Int32Array,
   u8: Uint8Array,
+  f64: Float64Array,
 };
 
 /** An array of zeros. */

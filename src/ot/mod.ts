@@ -1,0 +1,26 @@
+/**
+ * Optimal transport on ragged batches: many problems of any sizes at once, without padding, each with its own status, and
+ * gradients.
+ *
+ * @module
+ */
+export type {
+  LinearProblem,
+  Masses,
+  PointCost,
+  PointProblem,
+  TransportArray,
+  TransportDType,
+  TransportProblem,
+} from "./problem.ts";
+export { sinkhorn, type SinkhornOptions } from "./sinkhorn.ts";
+export {
+  type ApplyOptions,
+  type BackwardOptions,
+  type GradientMode,
+  type ProblemGradients,
+  type SolutionGradients,
+  type TransportReport,
+  TransportSolution,
+  type TransportStatus,
+} from "./solution.ts";
