@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
   if (call.batch.first) await_preceding();
   let_next_begin();
   const Batch& batch = call.batch;
-  Tile<L> tile(batch, dynamic_shared());
+  Tile<L> tile(batch, dynamic_shared(), partial_floats<L>(blockDim.x / kWarp));
   const auto end = [&] {
     if (!batch.first && blockIdx.x == gridDim.x - 1) await_preceding();
   };
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     return end();
   }
   TileSinkhorn<L> solver{tile};
-  const bool good = load_costs(tile, solver.kernel);
+  const bool good = load_costs(tile, tile.entries, tile.partials, solver.kernel);
   float largest = 0.0f;
 #pragma unroll
   for (int ii = 0; ii < L::kRows; ++ii) {

@@ -67,14 +67,15 @@ struct alignas(16) Control {
   float block_columns[2][L::kMostColumns];  // in a cluster
 };
 
-// Then come partial sums of columns of every warp, twice, and last what a kernel puts in `entries`. In floats.
+// Then comes room for partial sums of columns of every warp, twice, which a kernel may use for more at other times, and last
+// what it puts in `entries`. All sizes are in floats, and multiples of four.
 template <typename L>
 __host__ __device__ constexpr uint32_t partial_floats(uint32_t warps) {
   return 2 * warps * L::kMostColumns;
 }
 template <typename L>
-__host__ __device__ constexpr uint32_t shared_bytes(uint32_t warps, uint32_t entries) {
-  return static_cast<uint32_t>(sizeof(Control<L>) + (partial_floats<L>(warps) + entries) * sizeof(float));
+__host__ __device__ constexpr uint32_t shared_bytes(uint32_t work, uint32_t entries) {
+  return static_cast<uint32_t>(sizeof(Control<L>) + (work + entries) * sizeof(float));
 }
 
 // A fault is its place; one of a cost comes after all of points.
@@ -150,7 +151,7 @@ struct Tile {
   float* entries;  // what threads keep for themselves, or a kernel puts here
   uint32_t turn = 0;
 
-  __device__ __forceinline__ Tile(const Batch& batch_, float4* shared)
+  __device__ __forceinline__ Tile(const Batch& batch_, float4* shared, uint32_t work)
       : batch(batch_), control(*reinterpret_cast<Control<L>*>(shared)) {
     thread = threadIdx.x;
     threads = blockDim.x;
@@ -169,7 +170,7 @@ struct Tile {
     block_rows = min(rows - first_row, most);
     groups = (columns + L::kLaneColumns - 1) / L::kLaneColumns;
     partials = reinterpret_cast<float*>(&control + 1);
-    entries = partials + partial_floats<L>(warps);
+    entries = partials + work;
   }
 
   // Of the problem's first row, column and entry.
@@ -338,13 +339,12 @@ struct Tile {
 };
 
 // Copies dimensions [k, k + kChunk) of `count` points to target [capacity][kPitch], 0 where there are none; scaled where
-// `scales` is not null. Whether all values are finite.
+// `scales` is not null, and less `origin` where that is not null. Whether all values are finite.
 template <typename L>
 __device__ __forceinline__ bool stage_points(const Tile<L>& tile, float* target, const float* points,
-                                             const float* scales, uint32_t count, uint32_t capacity,
-                                             uint32_t k) {
+                                             const float* scales, const float* origin, uint32_t count,
+                                             uint32_t capacity, uint32_t dimension, uint32_t k) {
   constexpr uint32_t kFours = kChunk / 4;
-  const uint32_t dimension = tile.batch.dimension;
   float probe = 0.0f;  // NaN if any is not finite
   for (uint32_t item = tile.thread; item < capacity * kFours; item += tile.threads) {
     const uint32_t point = item / kFours, at = item % kFours * 4;
@@ -363,6 +363,13 @@ __device__ __forceinline__ bool stage_points(const Tile<L>& tile, float* target,
       if (scales != nullptr) {
         const float scale = scales[point];
         four = make_float4(four.x * scale, four.y * scale, four.z * scale, four.w * scale);
+      }
+      if (origin != nullptr) {
+        const float* own = origin + k + at;
+        four.x -= own[0];
+        if (k + at + 1 < dimension) four.y -= own[1];
+        if (k + at + 2 < dimension) four.z -= own[2];
+        if (k + at + 3 < dimension) four.w -= own[3];
       }
     }
     *reinterpret_cast<float4*>(target + point * kPitch + at) = four;
@@ -426,10 +433,12 @@ __device__ __forceinline__ void accumulate(const Tile<L>& tile, const float* sta
 }
 
 // Costs of the block's entries, infinite outside of the matrix, and whether this thread saw nothing that is wrong: a NaN
-// among costs stays one. Points pass through tile.entries [staged_floats], norms of cosine costs through tile.partials.
+// among costs stays one. Points pass through `staged` [staged_floats]; `norms` [a float for every row and column there is
+// room for] is filled with 1 / |point| for cosine costs.
 // Differences of points are formed before they are squared: nothing cancels, however far from 0 the points lie.
 template <typename L>
-__device__ __forceinline__ bool load_costs(Tile<L>& tile, float (&costs)[L::kRows][L::kColumns]) {
+__device__ __forceinline__ bool load_costs(Tile<L>& tile, float* staged, float* norms,
+                                           float (&costs)[L::kRows][L::kColumns]) {
   const Batch& batch = tile.batch;
   bool good = true;
   if (batch.cost != nullptr) {
@@ -454,13 +463,13 @@ __device__ __forceinline__ bool load_costs(Tile<L>& tile, float (&costs)[L::kRow
   const float* y = batch.y + tile.column_offset() * dimension;
   const float *x_scales = nullptr, *y_scales = nullptr;
   if (kind == PH_OT_COSINE) {
-    x_scales = tile.partials;
-    y_scales = tile.partials + most_rows;
-    inverse_norms(tile, tile.partials, x, tile.block_rows);
-    inverse_norms(tile, tile.partials + most_rows, y, tile.columns);
+    x_scales = norms;
+    y_scales = norms + most_rows;
+    inverse_norms(tile, norms, x, tile.block_rows);
+    inverse_norms(tile, norms + most_rows, y, tile.columns);
     __syncthreads();
   }
-  float* staged_x = tile.entries;
+  float* staged_x = staged;
   float* staged_y = staged_x + most_rows * kPitch;
 #pragma unroll
   for (int ii = 0; ii < L::kRows; ++ii) {
@@ -469,8 +478,9 @@ __device__ __forceinline__ bool load_costs(Tile<L>& tile, float (&costs)[L::kRow
   }
   for (uint32_t k = 0; k < dimension; k += kChunk) {
     if (k > 0) __syncthreads();  // before points are overwritten
-    good &= stage_points(tile, staged_x, x, x_scales, tile.block_rows, most_rows, k);
-    good &= stage_points(tile, staged_y, y, y_scales, tile.columns, tile.groups * L::kLaneColumns, k);
+    good &= stage_points(tile, staged_x, x, x_scales, nullptr, tile.block_rows, most_rows, dimension, k);
+    good &= stage_points(tile, staged_y, y, y_scales, nullptr, tile.columns, tile.groups * L::kLaneColumns,
+                         dimension, k);
     __syncthreads();
     const uint32_t fours = (min(dimension - k, kChunk) + 3) / 4;
     if (kind == PH_OT_SQEUCLIDEAN || kind == PH_OT_EUCLIDEAN)

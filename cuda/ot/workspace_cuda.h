@@ -44,8 +44,8 @@ Batch batch_of(const CudaWorkspace& workspace, const Problem& problem);
 
 // Launches a kernel for the problems of a bucket.
 template <typename L, typename Call>
-void launch_bucket(const ph_device& device, const Bucket& bucket, void (*kernel)(Call), uint32_t entry_floats,
-                   const Call& call) {
+void launch_bucket(const ph_device& device, const Bucket& bucket, void (*kernel)(Call), uint32_t work,
+                   uint32_t entries, const Call& call) {
   allow_shared(device, kernel, SharedMemory::kPrefer);
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -55,7 +55,7 @@ void launch_bucket(const ph_device& device, const Bucket& bucket, void (*kernel)
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(bucket.count * bucket.ranks);
   launch.blockDim = dim3(bucket.warps * kWarp);
-  launch.dynamicSmemBytes = shared_bytes<L>(bucket.warps, entry_floats);
+  launch.dynamicSmemBytes = shared_bytes<L>(work, entries);
   launch.stream = device.stream;
   launch.attrs = attributes;
   launch.numAttrs = device.major < 9 ? 0 : (bucket.ranks > 1 ? 2 : 1);
