@@ -10,6 +10,7 @@ import {
   type GlobalOptions,
   numberFrom,
   positiveCount,
+  positiveNumber,
   relativeScale,
   tensorPattern,
   tokenCount,
@@ -65,6 +66,7 @@ export function createApp() {
     )
     .command("kv", createKv())
     .command("llm", createLlm())
+    .command("ot", createOt())
     .command("doctor", "Show what Packhorse finds on this machine, and what is missing.")
     .example("Check the GPU", "packhorse doctor --backend cuda")
     .action(async (options) => (await import("./commands/doctor.ts")).doctor(options))
@@ -334,5 +336,57 @@ function createLlm() {
         "  --temperature 0.8 --top-p 0.95 --seed 1 --max-tokens 64",
     )
     .action(async (options) => (await import("./commands/llm_generate.ts")).llmGenerate(options))
+    .reset();
+}
+
+function createOt() {
+  return new Command<GlobalOptions>()
+    .description("Optimal transport between sets of points.")
+    .globalType("count", positiveCount)
+    .globalType("positive", positiveNumber)
+    .globalType("tolerance", numberFrom(0, Number.MAX_VALUE))
+    .globalType("relaxation", numberFrom(1, 1.999))
+    .globalType("factor", numberFrom(0.001, 0.999))
+    .globalType("cost", new EnumType(["sqeuclidean", "euclidean", "cosine", "dot"]))
+    .action(function () {
+      this.showHelp();
+    })
+    .command("solve <x:file> <y:file>", "Transport points x to points y, .npy files of [n, d].")
+    .option("--cost <name:cost>", "Cost of a pair; sqeuclidean is not halved.", {
+      default: "sqeuclidean",
+    })
+    .option(
+      "--epsilon <number:positive>",
+      "Weight of the entropy. 0.05, relative, unless given.",
+      { conflicts: ["exact"] },
+    )
+    .option("--relative-epsilon", "Multiply it by the largest cost.", { depends: ["epsilon"] })
+    .option(
+      "--tolerance <number:tolerance>",
+      "L1 error of the marginals to stop at. 1e-5 unless given.",
+      { conflicts: ["exact"] },
+    )
+    .option("--iterations <times:count>", "Most iterations. 10000 unless given.", {
+      conflicts: ["exact"],
+    })
+    .option("--relaxation <number:relaxation>", "Over-relaxation, from 1 to below 2.", {
+      conflicts: ["exact"],
+    })
+    .option("--scaling <factor:factor>", "Factor by which epsilon falls to its value.", {
+      conflicts: ["exact"],
+    })
+    .option("--exact", "Without entropy, by shortest augmenting paths.")
+    .option("--a <file:file>", "Masses of the points x, .npy of [n]. 1/n unless given.")
+    .option("--b <file:file>", "Masses of the points y, .npy of [m]. 1/m unless given.")
+    .option("--plan <file:file>", "Write the plan as .npy of [n, m].")
+    .option("--heatmap <file:file>", "Draw the plan as .svg.")
+    .example(
+      "Write and draw a plan",
+      "packhorse ot solve x.npy y.npy --epsilon 0.01 --relative-epsilon --plan plan.npy \\\n" +
+        "  --heatmap plan.svg",
+    )
+    .action(async (options, x, y) =>
+      (await import("./commands/ot_solve.ts")).otSolve(options, x, y)
+    )
     .reset();
 }

@@ -78,6 +78,15 @@ export function numberFrom(
   };
 }
 
+/** Reads a number above 0. */
+export function positiveNumber({ label, name, value }: ArgumentValue): number {
+  const number = value.trim() === "" ? NaN : Number(value);
+  if (!(number > 0 && number < Infinity)) {
+    throw new ValidationError(`${label} "${name}" must be a number above 0, but got "${value}".`);
+  }
+  return number;
+}
+
 const POWERS: Readonly<Record<string, number>> = { "": 0, k: 1, m: 2, g: 3, t: 4 };
 
 /** Bytes of "24GiB", "80GB" or "512B"; undefined for what is no size. */

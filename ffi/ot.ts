@@ -1,7 +1,7 @@
 import { PackhorseError } from "../src/error.ts";
 import { call, create } from "./call.ts";
 import type { HostBytes, NativeBuffer, NativeDevice } from "./device.ts";
-import { OT_OPTIONS } from "./structs.ts";
+import { OT_OPTIONS, OT_REPORT } from "./structs.ts";
 import type { NativeTensor } from "./kv.ts";
 
 // The functions of packhorse.h, section "ot". What tensors are and hold is for the caller to check.
@@ -59,6 +59,24 @@ export interface NativeTransportGradients {
     readonly value?: NativeTensor | undefined;
   };
   readonly to: NativeTransportInputs;
+}
+
+/** What `ph_ot_report`s say; a loop of its own, as batches have thousands. */
+export function readReports(
+  { buffer, byteOffset, byteLength }: HostBytes,
+): ReturnType<typeof OT_REPORT.read>[] {
+  const view = new DataView(buffer, byteOffset, byteLength);
+  const [size, status, iterations, place, marginalError, cost, value, epsilon] = OT_REPORT
+    .layout as [number, number, number, number, number, number, number, number];
+  return Array.from({ length: byteLength / size }, (_, i) => ({
+    status: view.getUint32(i * size + status, true),
+    iterations: view.getUint32(i * size + iterations, true),
+    place: Number(view.getBigUint64(i * size + place, true)),
+    marginal_error: view.getFloat64(i * size + marginalError, true),
+    cost: view.getFloat64(i * size + cost, true),
+    value: view.getFloat64(i * size + value, true),
+    epsilon: view.getFloat64(i * size + epsilon, true),
+  }));
 }
 
 type Place = [NativeBuffer["handle"] | null, bigint];
@@ -139,6 +157,37 @@ export class NativeTransportBatch {
       this.device.handle,
       this.handle,
       ...place(warmG),
+      ...place(f),
+      ...place(g),
+      ...place(plan),
+      ...place(reports),
+    );
+  }
+
+  /** Solves exactly; `masses` are those to transport, of each problem, if not all. */
+  exact(
+    { f, g, plan, reports }: Omit<NativeSolution, "warmG">,
+    masses: Float64Array<ArrayBuffer> | undefined,
+  ): void {
+    call(
+      this.device.library.symbols.ph_ot_exact,
+      this.device.handle,
+      this.handle,
+      masses ?? null,
+      ...place(f),
+      ...place(g),
+      ...place(plan),
+      ...place(reports),
+    );
+  }
+
+  /** Takes proximal points of `inner` iterations each. */
+  proximal({ f, g, plan, reports }: Omit<NativeSolution, "warmG">, inner: number): void {
+    call(
+      this.device.library.symbols.ph_ot_proximal,
+      this.device.handle,
+      this.handle,
+      inner,
       ...place(f),
       ...place(g),
       ...place(plan),

@@ -36,13 +36,14 @@ const READABLE: [string, string, number[]][] = [
   [dict("'<f4'", "False", "(3,)"), "f32", [3]],
   [dict("'<i4'", "False", "(1, 3, 1)"), "i32", [1, 3, 1]],
   [dict("'|u1'", "False", "(12,)"), "u8", [12]],
+  [dict("'<f8'", "False", "(2, 1)"), "f64", [2, 1]],
   [`{"shape":( 2 ,3, ),"fortran_order":False,"descr":"<f4"}`, "f32", [2, 3]],
 ];
 
 Deno.test("readNpy reads every type, and headers in any order", async () => {
   using folder = new TemporaryFolder();
   for (const [header, dtype, shape] of READABLE) {
-    const size = dtype === "f32" || dtype === "i32" ? 4 : 1;
+    const size = dtype === "f64" ? 8 : dtype === "f32" || dtype === "i32" ? 4 : 1;
     const data = new Uint8Array(shape.reduce((a, b) => a * b, size)).fill(7);
     const array = await readNpy(await folder.write("x.npy", npy(header, { data })));
     assertEquals<unknown>(array, { dtype, shape, data });
@@ -63,7 +64,7 @@ const BROKEN: [string, Uint8Array, "corrupt" | "truncated" | "unsupported", ...s
   ["version 4.0", npy(HEADER, { major: 4 }), "unsupported", "4.0"],
   ["version 1.1", npy(HEADER, { minor: 1 }), "unsupported", "1.1"],
   ["a huge header", npy(HEADER, { major: 2, headerBytes: 2 ** 32 - 1 }), "corrupt", "4294967295"],
-  ["float64", npy(dict("'<f8'", "False", "(2,)")), "unsupported", "'<f8'", "astype(np.float32)"],
+  ["int64", npy(dict("'<i8'", "False", "(2,)")), "unsupported", "'<i8'", "astype(np.float32)"],
   ["big endian", npy(dict("'>f4'", "False", "(3,)")), "unsupported", "'>f4'"],
   ["a structure", npy(dict("[('a', '<f4')]", "False", "(3,)")), "unsupported", "structure"],
   ["column-major order", npy(dict("'<f2'", "True", "(2, 3)")), "unsupported", "ascontiguousarray"],

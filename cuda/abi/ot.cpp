@@ -121,6 +121,22 @@ ph::ot::Potentials potentials_of(const Tensors& tensors, const ph_buffer* f, uin
           tensors.reports(reports, reports_offset)};
 }
 
+ph::ot::Solution solution_of(const Tensors& tensors, const ph_buffer* f, uint64_t f_offset,
+                             const ph_buffer* g, uint64_t g_offset, const ph_buffer* plan,
+                             uint64_t plan_offset, const ph_buffer* reports, uint64_t reports_offset) {
+  return {tensors.optional(f, f_offset, tensors.rows(), "f"),
+          tensors.optional(g, g_offset, tensors.columns(), "g"),
+          tensors.optional(plan, plan_offset, tensors.entries(), "the plan"),
+          tensors.reports(reports, reports_offset)};
+}
+
+// For what needs the entries of all problems.
+void require_kept(const ph_ot_batch& batch, const char* what) {
+  if (!batch.options.streaming) return;
+  throw Error(PH_ERROR_UNSUPPORTED,
+              "Cannot %s where problems are streamed: create the batch without streaming", what);
+}
+
 }  // namespace
 
 extern "C" {
@@ -265,11 +281,48 @@ int32_t ph_ot_sinkhorn(ph_device* device, ph_ot_batch* batch, const ph_buffer* w
     }
     ph::ot::Iterations iterations = own.iterations;
     iterations.warm_g = tensors.optional(warm_g, warm_g_offset, tensors.columns(), "the start of g");
-    ph::ot::sinkhorn(opened, *own.workspace, own.problem, iterations,
-                     {tensors.optional(f, f_offset, tensors.rows(), "f"),
-                      tensors.optional(g, g_offset, tensors.columns(), "g"),
-                      tensors.optional(plan, plan_offset, tensors.entries(), "the plan"),
-                      tensors.reports(reports, reports_offset)});
+    ph::ot::sinkhorn(
+        opened, *own.workspace, own.problem, iterations,
+        solution_of(tensors, f, f_offset, g, g_offset, plan, plan_offset, reports, reports_offset));
+  });
+}
+
+int32_t ph_ot_exact(ph_device* device, ph_ot_batch* batch, const double* masses, ph_buffer* f,
+                    uint64_t f_offset, ph_buffer* g, uint64_t g_offset, ph_buffer* plan, uint64_t plan_offset,
+                    ph_buffer* reports, uint64_t reports_offset, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    ph_device& opened = checked(device);
+    ph_ot_batch& own = ready(batch);
+    const Tensors tensors(own);
+    require_kept(own, "solve exactly");
+    for (uint64_t p = 0; masses != nullptr && p < tensors.problems(); ++p) {
+      if (masses[p] > 0.0 && masses[p] < INFINITY) continue;
+      throw Error(PH_ERROR_INVALID_ARGUMENT,
+                  "The mass to transport of problem %llu must be above 0: it is %g",
+                  static_cast<unsigned_long>(p), masses[p]);
+    }
+    ph::ot::exact(opened, *own.workspace, own.problem, masses,
+                  solution_of(tensors, f, f_offset, g, g_offset, plan, plan_offset, reports, reports_offset));
+  });
+}
+
+int32_t ph_ot_proximal(ph_device* device, ph_ot_batch* batch, uint32_t inner, ph_buffer* f, uint64_t f_offset,
+                       ph_buffer* g, uint64_t g_offset, ph_buffer* plan, uint64_t plan_offset,
+                       ph_buffer* reports, uint64_t reports_offset, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    ph_device& opened = checked(device);
+    ph_ot_batch& own = ready(batch);
+    const Tensors tensors(own);
+    require_kept(own, "take proximal points");
+    if (inner == 0)
+      throw Error(PH_ERROR_INVALID_ARGUMENT, "A proximal point takes at least 1 iteration: 0 are given");
+    if (!std::isinf(own.problem.row_penalty) || !std::isinf(own.problem.column_penalty)) {
+      throw Error(PH_ERROR_UNSUPPORTED,
+                  "Cannot take proximal points of unbalanced transport: set the penalties to infinity");
+    }
+    ph::ot::proximal(
+        opened, *own.workspace, own.problem, own.iterations, inner,
+        solution_of(tensors, f, f_offset, g, g_offset, plan, plan_offset, reports, reports_offset));
   });
 }
 

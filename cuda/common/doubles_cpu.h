@@ -8,6 +8,7 @@ namespace ph::PH_INSTRUCTION_SET {
 constexpr uint32_t kDoubleLanes = kVectorBytes / 8;
 using Doubles = double __attribute__((vector_size(kVectorBytes)));
 using Longs = int64_t __attribute__((vector_size(kVectorBytes)));
+using LongWords = uint64_t __attribute__((vector_size(kVectorBytes)));
 
 inline Doubles splat_double(double value) { return Doubles{} + value; }
 
@@ -54,7 +55,7 @@ inline Doubles exp(Doubles x) {
   power = power * rest + 0.5;
   power = power * rest + 1.0;
   power = power * rest + 1.0;
-  const Doubles scaled = (Doubles)((Longs)power + ((Longs)shifted << 52));
+  const Doubles scaled = (Doubles)((LongWords)power + ((LongWords)shifted << 52));
   return x < -708.0 ? Doubles{} : scaled;
 }
 

@@ -767,6 +767,26 @@ PH_API int32_t ph_ot_sinkhorn(ph_device* device, ph_ot_batch* batch, const ph_bu
                               uint64_t warm_g_offset, ph_buffer* f, uint64_t f_offset, ph_buffer* g,
                               uint64_t g_offset, ph_buffer* plan, uint64_t plan_offset, ph_buffer* reports,
                               uint64_t reports_offset, char* error, uint32_t error_bytes);
+/* Solves the problems that are bound exactly, without entropy: min <T, C>, by shortest augmenting paths, which take time
+ * of the order of (n + m) n m. masses: NULL, or host memory [problems]: how much to transport (partial transport: T1 <= a,
+ * T'1 <= b, which may have any totals), above 0 and at most the lesser of their totals. Balanced otherwise: penalties,
+ * epsilons and iterations do not count. f and g are dual potentials: f_i + g_j <= C_ij, with equality where T_ij > 0;
+ * reports: iterations are augmentations, marginal_error is that of rounding (of partial transport, of the mass), value is the
+ * cost and epsilon 0. PH_OT_INFEASIBLE where no plan of finite cost exists. PH_ERROR_UNSUPPORTED on CUDA and where streaming.
+ * Only detached and envelope gradients exist: T does not change with small changes of C. */
+PH_API int32_t ph_ot_exact(ph_device* device, ph_ot_batch* batch, const double* masses, ph_buffer* f,
+                           uint64_t f_offset, ph_buffer* g, uint64_t g_offset, ph_buffer* plan,
+                           uint64_t plan_offset, ph_buffer* reports, uint64_t reports_offset, char* error,
+                           uint32_t error_bytes);
+/* Approaches the exact solution by proximal points (IPOT, arXiv 1802.04307): T_k = argmin <T, C> + epsilon KL(T | T_(k-1)),
+ * each by `inner` of Sinkhorn's iterations, at least 1; the batch's iterations are the most k. Converged where the marginal
+ * error is at most the tolerance, and <T, C> is certainly within tolerance * (total mass) * (largest finite |cost|) of the
+ * least cost. The epsilon that is reported is epsilon / k, for which f and g are potentials of T. PH_ERROR_UNSUPPORTED on CUDA,
+ * where streaming and with penalties. */
+PH_API int32_t ph_ot_proximal(ph_device* device, ph_ot_batch* batch, uint32_t inner, ph_buffer* f,
+                              uint64_t f_offset, ph_buffer* g, uint64_t g_offset, ph_buffer* plan,
+                              uint64_t plan_offset, ph_buffer* reports, uint64_t reports_offset, char* error,
+                              uint32_t error_bytes);
 /* The plans of potentials, with the epsilons of the reports. float32 potentials know a plan to |f| / epsilon * 6e-8. */
 PH_API int32_t ph_ot_plan(ph_device* device, ph_ot_batch* batch, const ph_buffer* f, uint64_t f_offset,
                           const ph_buffer* g, uint64_t g_offset, const ph_buffer* reports,

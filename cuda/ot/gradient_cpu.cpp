@@ -47,40 +47,21 @@ void eliminate(const System& system, const double* plan, uint64_t stride, Arena&
   const Kernels& k = kernels();
   const uint32_t n = system.rows, m = system.columns;
   double* weights = arena.doubles(m * stride);  // above the diagonal: minus the matrix
-  double *right = arena.doubles(stride), *excess = arena.doubles(stride), *pivots = arena.doubles(stride);
-  memset(weights, 0, m * stride * sizeof(double));
+  double *right = arena.doubles(stride), *excess = arena.doubles(stride), *pivots = arena.doubles(stride),
+         *apart = arena.doubles(stride), *inverses = arena.doubles(n);
   const double row_factor = 1.0 / (1.0 + system.row_excess);
   for (uint32_t j = 0; j < m; ++j) {
     right[j] = system.v[j];
+    apart[j] = kApart * system.c[j];
     excess[j] = system.c[j] * (1.0 + system.column_excess - row_factor);
   }
   if (system.pinned()) std::fill(excess, excess + m, 0.0);
   for (uint32_t i = 0; i < n; ++i) {
-    if (system.r[i] <= 0.0) continue;
-    const double* row = plan + i * stride;
-    const double inverse = row_factor / system.r[i];
-    k.add_scaled(-system.u[i] * inverse, row, right, m);
-    for (uint32_t j = 0; j + 1 < m; ++j) {
-      const double factor = row[j] * inverse;
-      const uint32_t first = (j + 1) & ~(kStep - 1);
-      if (factor != 0.0) k.add_scaled(factor, row + first, weights + j * stride + first, stride - first);
-    }
+    inverses[i] = system.r[i] > 0.0 ? row_factor / system.r[i] : 0.0;
+    k.add_scaled(-system.u[i] * inverses[i], plan + i * stride, right, m);
   }
-  for (uint32_t i = 0; i < m; ++i) {
-    const double* own = weights + i * stride;
-    double pivot = excess[i];
-    for (uint32_t j = i + 1; j < m; ++j) pivot += own[j];
-    pivots[i] = pivot > kApart * system.c[i] ? pivot : 0.0;
-    if (pivots[i] == 0.0) continue;
-    for (uint32_t j = i + 1; j < m; ++j) {
-      const double factor = own[j] / pivot;
-      if (factor == 0.0) continue;
-      right[j] += factor * right[i];
-      excess[j] += factor * excess[i];
-      const uint32_t first = (j + 1) & ~(kStep - 1);
-      k.add_scaled(factor, own + first, weights + j * stride + first, stride - first);
-    }
-  }
+  k.gram(plan, inverses, stride, n, m, weights);
+  k.eliminate(weights, stride, m, apart, right, excess, pivots);
   for (uint32_t i = m; i-- > 0;) {
     system.beta[i] = 0.0;
     if (pivots[i] == 0.0) continue;

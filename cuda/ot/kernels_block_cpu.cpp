@@ -328,6 +328,48 @@ void add_costs(const double* cost, double factor, const double* from, uint32_t c
   }
 }
 
+void gram(const double* plan, const double* factors, uint64_t stride, uint32_t rows, uint32_t columns,
+          double* products) {
+  constexpr uint32_t kWide = 2 * kDoubleLanes > kStep ? kStep : 2 * kDoubleLanes,
+                     kVectors = kWide / kDoubleLanes;
+  for (uint32_t j = 0; j < columns; j += 4) {
+    for (uint32_t k = j / kWide * kWide; k < stride; k += kWide) {
+      Doubles sums[4][kVectors] = {};
+      for (uint32_t i = 0; i < rows; ++i) {
+        const double* row = plan + i * stride;
+        Doubles values[kVectors];
+        for (uint32_t vector = 0; vector < kVectors; ++vector)
+          values[vector] = load<Doubles>(row + k + vector * kDoubleLanes) * factors[i];
+        for (uint32_t r = 0; r < 4; ++r)
+          for (uint32_t vector = 0; vector < kVectors; ++vector)
+            sums[r][vector] += values[vector] * row[j + r];
+      }
+      for (uint32_t r = 0; r < 4 && j + r < columns; ++r)
+        for (uint32_t vector = 0; vector < kVectors; ++vector)
+          store(products + (j + r) * stride + k + vector * kDoubleLanes, sums[r][vector]);
+    }
+  }
+}
+
+void eliminate(double* weights, uint64_t stride, uint32_t nodes, const double* apart, double* right,
+               double* excess, double* pivots) {
+  for (uint32_t i = 0; i < nodes; ++i) {
+    const double* own = weights + i * stride;
+    double pivot = excess[i];
+    for (uint32_t j = i + 1; j < nodes; ++j) pivot += own[j];
+    pivots[i] = pivot > apart[i] ? pivot : 0.0;
+    if (pivots[i] == 0.0) continue;
+    for (uint32_t j = i + 1; j < nodes; ++j) {
+      const double factor = own[j] / pivot;
+      right[j] += factor * right[i];
+      excess[j] += factor * excess[i];
+      double* other = weights + j * stride;
+      for (uint64_t k = j / kStep * kStep; k < stride; k += kDoubleLanes)
+        store(other + k, load<Doubles>(other + k) + load<Doubles>(own + k) * factor);
+    }
+  }
+}
+
 }  // namespace
 
 extern const Kernels kKernels;
@@ -348,6 +390,8 @@ const Kernels kKernels = {PH_STRING(PH_INSTRUCTION_SET),
                           dots,
                           weigh,
                           gradient_row,
+                          gram,
+                          eliminate,
                           add_costs};
 
 }  // namespace ph::ot::PH_INSTRUCTION_SET

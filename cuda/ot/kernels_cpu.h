@@ -81,6 +81,14 @@ struct Kernels {
   // gradient = plan * (row + potential + factor * gradient)
   void (*gradient_row)(const double* plan, double row, const double* potential, double factor,
                        uint32_t columns, double* gradient);
+  // products[j][k] = sum_i factors[i] * plan[i][j] * plan[i][k] for k > j, and some others; rows `stride` apart.
+  void (*gram)(const double* plan, const double* factors, uint64_t stride, uint32_t rows, uint32_t columns,
+               double* products);
+  // Eliminates the graph whose edges from j to k > j weigh weights[j][k]: node j goes, and what it has, right[j] and excess[j],
+  // goes to the others by their shares of its weight, pivots[j] = excess[j] + its edges; 0, and nothing goes, where that is not
+  // above apart[j].
+  void (*eliminate)(double* weights, uint64_t stride, uint32_t nodes, const double* apart, double* right,
+                    double* excess, double* pivots);
   // gradient = factor * cost + (from or 0), 0 where the cost is infinite.
   void (*add_costs)(const double* cost, double factor, const double* from, uint32_t columns,
                     double* gradient);

@@ -96,6 +96,13 @@ struct Solution {
 void sinkhorn(ph_device& device, Workspace& workspace, const Problem& problem, const Iterations& iterations,
               const Solution& solution);
 
+// The least cost without entropy, of as much as host_masses [problems] says, or null: of all. See packhorse.h.
+void exact(ph_device& device, Workspace& workspace, const Problem& problem, const double* host_masses,
+           const Solution& solution);
+// Proximal points, of `inner` iterations each. See packhorse.h.
+void proximal(ph_device& device, Workspace& workspace, const Problem& problem, const Iterations& iterations,
+              uint32_t inner, const Solution& solution);
+
 // From potentials, and the epsilon and status of reports, as sinkhorn left them. Potentials of float32 know a plan to
 // |f| / epsilon * 6e-8 relative: where epsilon is small, keep the plan that sinkhorn wrote.
 struct Potentials {

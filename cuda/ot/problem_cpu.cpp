@@ -280,7 +280,8 @@ bool read_task(CpuWorkspace& workspace, const Problem& problem, uint32_t index, 
   }
   if (cost != nullptr) task.costs(cost);
   if (!solve) {
-    task.epsilon = report.epsilon;
+    // Of an exact solution, whose epsilon is 0, only the plan that was kept is used, and potentials as they are.
+    task.epsilon = report.epsilon > 0.0 ? report.epsilon : 1.0;
     return true;
   }
   const Extremes extremes = extremes_of(task, cost, arena);

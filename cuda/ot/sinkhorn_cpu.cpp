@@ -134,6 +134,18 @@ class KeptEngine : public Engine {
     for (uint32_t j = 0; j < task_.columns; ++j) g[j] = epsilon_ * column_potential(j);
   }
 
+  // <plan, cost>
+  double cost() const {
+    double total = 0.0;
+    for (uint32_t i = 0; i < task_.rows; ++i) {
+      for (uint32_t j = 0; j < task_.columns; ++j) {
+        const double entry = kernel_[i * task_.stride + j] * v_[j];
+        if (entry > 0.0) total += u_[i] * entry * cost_[i * task_.stride + j];
+      }
+    }
+    return total;
+  }
+
   // Leaves the plan where the kernel was. Returns <plan, cost>.
   double finish(double* f, double* g, double* row_sums, double* column_sums) {
     for_pieces(task_.rows, kChunkRows, task_.parallel, [&](uint64_t first, uint64_t last) {
@@ -442,6 +454,32 @@ double divergence(const double* sums, const double* masses, uint32_t count) {
   return total;
 }
 
+// Potentials and what a report says of the plan.
+template <typename Solver>
+void finish(Solver& solver, const Task& task, double epsilon, Arena& arena, double* f, double* g,
+            ph_ot_report& report) {
+  double* row_sums = arena.doubles(task.rows);
+  double* column_sums = arena.doubles(task.stride);
+  report.cost = solver.finish(f, g, row_sums, column_sums);
+  double total = 0.0, value = 0.0, error = 0.0;
+  const auto add_side = [&](const double* sums, const double* masses, double* potentials, uint32_t count,
+                            double penalty) {
+    for (uint32_t i = 0; i < count; ++i) {
+      potentials[i] *= epsilon;
+      if (masses[i] == 0.0 || potentials[i] == -INFINITY) continue;
+      const double target = std::isinf(penalty) ? masses[i] : masses[i] * std::exp(-potentials[i] / penalty);
+      error += std::fabs(sums[i] - target);
+      if (sums[i] > 0.0) value += sums[i] * potentials[i];
+    }
+    if (std::isfinite(penalty)) value += penalty * divergence(sums, masses, count);
+  };
+  add_side(row_sums, task.a, f, task.rows, task.row_penalty);
+  add_side(column_sums, task.b, g, task.columns, task.column_penalty);
+  for (uint32_t i = 0; i < task.rows; ++i) total += row_sums[i];
+  report.marginal_error = error;
+  report.value = value - epsilon * total;
+}
+
 template <typename Solver>
 bool run(Solver& solver, const Task& task, const IterationSettings& settings, Arena& arena, double* f,
          double* g, ph_ot_report& report) {
@@ -451,8 +489,6 @@ bool run(Solver& solver, const Task& task, const IterationSettings& settings, Ar
   double epsilon = settings.scaling > 0.0 ? std::max(task.epsilon, task.largest) : task.epsilon;
   if (settings.limit < 2) epsilon = task.epsilon;
   uint32_t iterations = 0;
-  double* row_sums = arena.doubles(task.rows);
-  double* column_sums = arena.doubles(task.stride);
   bool converged = false;
   for (bool last = false; !last;) {
     last = epsilon <= task.epsilon;
@@ -481,26 +517,63 @@ bool run(Solver& solver, const Task& task, const IterationSettings& settings, Ar
     solver.potentials(g);
     for (uint32_t j = 0; j < task.stride; ++j) g[j] = std::isfinite(g[j]) ? g[j] : 0.0;
   }
-  report.cost = solver.finish(f, g, row_sums, column_sums);
-  double total = 0.0, value = 0.0, error = 0.0;
-  const auto add_side = [&](const double* sums, const double* masses, double* potentials, uint32_t count,
-                            double penalty) {
-    for (uint32_t i = 0; i < count; ++i) {
-      potentials[i] *= task.epsilon;
-      if (masses[i] == 0.0 || potentials[i] == -INFINITY) continue;
-      const double target = std::isinf(penalty) ? masses[i] : masses[i] * std::exp(-potentials[i] / penalty);
-      error += std::fabs(sums[i] - target);
-      if (sums[i] > 0.0) value += sums[i] * potentials[i];
-    }
-    if (std::isfinite(penalty)) value += penalty * divergence(sums, masses, count);
-  };
-  add_side(row_sums, task.a, f, task.rows, task.row_penalty);
-  add_side(column_sums, task.b, g, task.columns, task.column_penalty);
-  for (uint32_t i = 0; i < task.rows; ++i) total += row_sums[i];
+  finish(solver, task, epsilon, arena, f, g, report);
   report.iterations = iterations;
-  report.marginal_error = error;
-  report.value = value - task.epsilon * total;
-  report.status = converged && error <= task.tolerance ? PH_OT_CONVERGED : PH_OT_ITERATION_LIMIT;
+  report.status =
+      converged && report.marginal_error <= task.tolerance ? PH_OT_CONVERGED : PH_OT_ITERATION_LIMIT;
+  return true;
+}
+
+// Proximal points: T_k = exp((f + g - C) / (epsilon / k)). Every one starts from the scalings of the one before, on top of its
+// plan: g over its epsilon goes on by as much as it went last time.
+bool run_proximal(KeptEngine& solver, const Task& task, const IterationSettings& settings, uint32_t inner,
+                  Arena& arena, const double* cost, double* f, double* g, ph_ot_report& report) {
+  const double tolerance = std::max(task.tolerance - 1e-14 * task.total, 0.5 * task.tolerance);
+  double* before = arena.doubles(task.stride);
+  std::fill(before, before + task.stride, 0.0);
+  double epsilon = task.epsilon;
+  uint32_t made = 0;
+  bool converged = false;
+  while (!converged && made < settings.limit) {
+    epsilon = task.epsilon / (made + 1);
+    for (uint32_t j = 0; j < task.columns && made > 0; ++j) {
+      if (!std::isfinite(g[j])) continue;  // without mass
+      const double scaled = g[j] * made / task.epsilon;
+      g[j] = (2.0 * scaled - before[j]) * epsilon;
+      before[j] = scaled;
+    }
+    if (!solver.start(g, epsilon)) {
+      report.status = PH_OT_INFEASIBLE;
+      report.place = solver.place;
+      report.iterations = made;
+      return false;
+    }
+    for (uint32_t iteration = 1; iteration < inner; ++iteration) {
+      solver.measure(1.0);
+      if (!solver.advance(1.0)) break;
+    }
+    ++made;
+    solver.potentials(g);
+    if (solver.measure(1.0) > tolerance) continue;
+    // The most that any potentials f can add to these g is a bound from below on the least cost.
+    double bound = 0.0;
+    for (uint32_t j = 0; j < task.columns; ++j)
+      if (task.b[j] > 0.0) bound += task.b[j] * g[j];
+    double paid = solver.cost();
+    for (uint32_t i = 0; i < task.rows; ++i) {
+      if (task.a[i] == 0.0) continue;
+      double least = INFINITY;
+      for (uint32_t j = 0; j < task.columns; ++j)
+        if (task.b[j] > 0.0) least = std::min(least, cost[i * task.stride + j] - g[j]);
+      bound += task.a[i] * least;
+    }
+    converged = paid - bound <= task.tolerance * task.total * task.largest;
+  }
+  finish(solver, task, epsilon, arena, f, g, report);
+  report.epsilon = epsilon;
+  report.iterations = made;
+  report.status =
+      converged && report.marginal_error <= task.tolerance ? PH_OT_CONVERGED : PH_OT_ITERATION_LIMIT;
   return true;
 }
 
@@ -529,6 +602,29 @@ void read_start(const Task& task, const void* warm_g, int64_t first, double* g) 
     if (!std::isfinite(g[j])) g[j] = 0.0;
 }
 
+void write_solution(const CpuWorkspace& workspace, uint32_t index, bool solved, bool parallel, double* f,
+                    double* g, double* plan, const Solution& solution) {
+  const Shape shape = workspace.shape();
+  const uint64_t n = static_cast<uint64_t>(shape.rows(index)),
+                 m = static_cast<uint64_t>(shape.columns(index)), stride = round_up(m, kStep);
+  if (!solved) {
+    std::fill(f, f + n, 0.0);
+    std::fill(g, g + m, 0.0);
+    if (plan != nullptr) std::fill(plan, plan + n * stride, 0.0);
+  }
+  const Kernels& k = kernels();
+  const uint32_t dtype = workspace.options.dtype;
+  if (solution.f != nullptr) k.write(f, solution.f, dtype, shape.host_row_offsets[index], n);
+  if (solution.g != nullptr) k.write(g, solution.g, dtype, shape.host_column_offsets[index], m);
+  if (solution.plan == nullptr) return;
+  for_pieces(n, kChunkRows, parallel, [&](uint64_t first, uint64_t last) {
+    for (uint64_t i = first; i < last; ++i) {
+      k.write(plan + i * stride, solution.plan, dtype,
+              shape.host_plan_offsets[index] + static_cast<int64_t>(i * m), m);
+    }
+  });
+}
+
 void sinkhorn(ph_device&, Workspace& base, const Problem& problem, const Iterations& iterations,
               const Solution& solution) {
   CpuWorkspace& workspace = static_cast<CpuWorkspace&>(base);
@@ -550,22 +646,28 @@ void sinkhorn(ph_device&, Workspace& base, const Problem& problem, const Iterati
       read_start(task, iterations.warm_g, shape.host_column_offsets[index], g);
       solved = solve(task, settings_of(iterations, index), arena, cost, plan, f, g, report, nullptr);
     }
-    if (!solved) {
-      std::fill(f, f + n, 0.0);
-      std::fill(g, g + stride, 0.0);
-      if (plan != nullptr) std::fill(plan, plan + n * stride, 0.0);
+    write_solution(workspace, index, solved, parallel, f, g, plan, solution);
+  });
+}
+
+void proximal(ph_device&, Workspace& base, const Problem& problem, const Iterations& iterations,
+              uint32_t inner, const Solution& solution) {
+  CpuWorkspace& workspace = static_cast<CpuWorkspace&>(base);
+  const Shape shape = workspace.shape();
+  for_problems(workspace, [&](uint32_t index, Arena& arena, bool parallel) {
+    const uint64_t n = static_cast<uint64_t>(shape.rows(index)),
+                   stride = round_up(static_cast<uint64_t>(shape.columns(index)), kStep);
+    double *cost = arena.doubles(n * stride), *plan = arena.doubles(n * stride);
+    double *f = arena.doubles(n), *g = arena.doubles(stride);
+    ph_ot_report& report = solution.reports[index];
+    Task task;
+    bool solved = read_task(workspace, problem, index, Purpose::kSolve, arena, parallel, cost, task, report);
+    if (solved) {
+      read_start(task, nullptr, 0, g);
+      KeptEngine solver(task, arena, cost, plan, nullptr);
+      solved = run_proximal(solver, task, settings_of(iterations, index), inner, arena, cost, f, g, report);
     }
-    const Kernels& k = kernels();
-    const uint32_t dtype = workspace.options.dtype;
-    if (solution.f != nullptr) k.write(f, solution.f, dtype, shape.host_row_offsets[index], n);
-    if (solution.g != nullptr) k.write(g, solution.g, dtype, shape.host_column_offsets[index], m);
-    if (solution.plan == nullptr) return;
-    for_pieces(n, kChunkRows, parallel, [&](uint64_t first, uint64_t last) {
-      for (uint64_t i = first; i < last; ++i) {
-        k.write(plan + i * stride, solution.plan, dtype,
-                shape.host_plan_offsets[index] + static_cast<int64_t>(i * m), m);
-      }
-    });
+    write_solution(workspace, index, solved, parallel, f, g, plan, solution);
   });
 }
 

@@ -23,6 +23,10 @@ IterationSettings settings_of(const Iterations& iterations, uint32_t index);
 bool solve(const Task& task, const IterationSettings& settings, Arena& arena, const double* cost,
            double* plan, double* f, double* g, ph_ot_report& report, std::vector<HalfStep>* history);
 
+// Writes what was found of a problem, or 0 where nothing was. `plan` [rows, stride] is null where entries are not kept.
+void write_solution(const CpuWorkspace& workspace, uint32_t index, bool solved, bool parallel, double* f,
+                    double* g, double* plan, const Solution& solution);
+
 // Where the iterations start.
 void read_start(const Task& task, const void* warm_g, int64_t first, double* g);
 

@@ -7,6 +7,7 @@
  */
 export { AtomicFile, type AtomicFileOptions } from "./atomic_file.ts";
 export { type NpyArray, readNpy } from "./npy.ts";
+export { writeNpy, type WriteNpyOptions } from "./npy_writer.ts";
 export {
   BLOCK_TOKENS,
   type PhkvDescription,

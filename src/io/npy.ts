@@ -23,11 +23,12 @@ const DTYPE_OF_DESCR: ReadonlyMap<string, DType> = new Map([
   ["<f4", "f32"],
   ["<i4", "i32"],
   ["|u1", "u8"],
+  ["<f8", "f64"],
 ]);
 
 /**
  * Reads an array that `numpy.save` wrote, format versions 1.0 to 3.0: row-major,
- * little-endian, of float16, float32, int32 or uint8.
+ * little-endian, of float16, float32, float64, int32 or uint8.
  *
  * Throws `not-found` or `io` if the file cannot be read, `unsupported` for other
  * element types and column-major order (the message says how to convert them),
@@ -145,7 +146,7 @@ function parseHeader(header: string, fail: Fail): { dtype: DType; shape: number[
 
 function unsupportedType(descr: string, fail: Fail): never {
   return fail(
-    `its element type is ${descr}, supported are '<f2', '<f4', '<i4' and '|u1'; ` +
+    `its element type is ${descr}, supported are '<f2', '<f4', '<f8', '<i4' and '|u1'; ` +
       "save x.astype(np.float32) instead",
     "unsupported",
   );

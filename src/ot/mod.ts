@@ -4,6 +4,8 @@
  *
  * @module
  */
+export { type DivergenceOptions, SinkhornDivergence, sinkhornDivergence } from "./divergence.ts";
+export { type ExactOptions, exactTransport } from "./exact.ts";
 export type {
   LinearProblem,
   Masses,
@@ -13,6 +15,7 @@ export type {
   TransportDType,
   TransportProblem,
 } from "./problem.ts";
+export { type ProximalOptions, proximalTransport } from "./proximal.ts";
 export { sinkhorn, type SinkhornOptions } from "./sinkhorn.ts";
 export {
   type ApplyOptions,

@@ -1,16 +1,7 @@
-import { OT_COST } from "../../ffi/enums.ts";
-import type { NativeTransportOptions } from "../../ffi/ot.ts";
 import type { Device } from "../device/device.ts";
-import {
-  BatchShape,
-  bindProblem,
-  placesOf,
-  refuse,
-  Tensors,
-  type TransportArray,
-  type TransportProblem,
-} from "./problem.ts";
-import { createSolution, type TransportSolution } from "./solution.ts";
+import type { TransportArray, TransportProblem } from "./problem.ts";
+import type { TransportSolution } from "./solution.ts";
+import { solve } from "./solve.ts";
 
 /** How {@linkcode sinkhorn} solves. Where it says so, a number for all problems, or one for each. */
 export interface SinkhornOptions {
@@ -106,125 +97,9 @@ export function sinkhorn(
   problem: TransportProblem,
   options: SinkhornOptions = {},
 ): TransportSolution {
-  const shape = new BatchShape(problem);
-  const tensors = new Tensors(device, shape.dtype);
-  try {
-    const { streaming = false, check = true, start } = options;
-    const native = nativeOptions(problem, shape, options);
-    const bound = bindProblem(problem, shape, tensors);
-    const warmG = start && tensors.read(
-      "reports" in start ? start.g : start,
-      "start",
-      shape.columnCount,
-    );
-    const batch = shape.createBatch(device, { streaming, backward: true });
-    try {
-      const reports = tensors.createReports(shape.problems);
-      const f = tensors.create(shape.rowCount);
-      const g = tensors.create(shape.columnCount);
-      const plan = streaming ? undefined : tensors.create(shape.entries);
-      batch.set(native);
-      batch.bind(placesOf(bound, tensors));
-      batch.sinkhorn({
-        warmG: tensors.place(warmG),
-        f: tensors.place(f),
-        g: tensors.place(g),
-        plan: tensors.place(plan),
-        reports: tensors.place(reports),
-      });
-      const solution = createSolution({
-        device,
-        shape,
-        tensors,
-        batch,
-        bound,
-        f,
-        g,
-        plan,
-        reports,
-        warmG,
-        streaming,
-      });
-      if (check) void solution.reports;
-      return solution;
-    } catch (error) {
-      batch.close();
-      throw error;
-    }
-  } catch (error) {
-    tensors[Symbol.dispose]();
-    throw error;
-  }
-}
-
-function nativeOptions(
-  problem: TransportProblem,
-  { problems }: BatchShape,
-  options: SinkhornOptions,
-): NativeTransportOptions {
-  const { epsilon = 0.05, tolerance = 1e-5, iterations = 10_000 } = options;
-  const { relativeEpsilon = options.epsilon === undefined } = options;
-  const { relaxation = 1, scaling = 0, penalty = Infinity } = options;
-  const penalties = typeof penalty === "number" ? { a: penalty, b: penalty } : penalty;
-  const kind = "x" in problem ? problem.cost ?? "sqeuclidean" : "sqeuclidean";
-  if (!Object.hasOwn(OT_COST, kind)) {
-    refuse(`Cannot transport: cost must be ${Object.keys(OT_COST).join(", ")}, got ${kind}`);
-  }
-  const own = (values: number | readonly number[], name: string) => {
-    if (typeof values === "number") return undefined;
-    if (values.length === problems) return values;
-    return refuse(
-      `Cannot transport: ${name} must be a number, or one for each of ${problems} problems, ` +
-        `got ${values.length}`,
-    );
-  };
-  const each = (
-    values: number | readonly number[],
-    name: string,
-    allowed: (value: number) => boolean,
-    what: string,
-  ) => {
-    for (const value of typeof values === "number" ? [values] : values) {
-      if (!allowed(value)) refuse(`Cannot transport: ${name} must be ${what}, got ${value}`);
-    }
-    return own(values, name);
-  };
-  const epsilons = each(
-    epsilon,
-    "epsilon",
-    (value) => value > 0 && value < Infinity,
-    "above 0 and finite",
-  );
-  const tolerances = each(
-    tolerance,
-    "tolerance",
-    (value) => value >= 0 && value < Infinity,
-    "finite and not negative",
-  );
-  const limits = each(
-    iterations,
-    "iterations",
-    (value) => Number.isInteger(value) && value >= 1 && value < 2 ** 31,
-    "an integer of 1 or more",
-  );
-  const scalar = (values: number | readonly number[]) => typeof values === "number" ? values : 1;
-  if (options.scaling !== undefined && !(scaling > 0 && scaling < 1)) {
-    refuse(`Cannot transport: scaling must be between 0 and 1, got ${scaling}`);
-  }
-  return {
-    values: {
-      cost_kind: OT_COST[kind],
-      relative_epsilon: relativeEpsilon ? 1 : 0,
-      iterations: scalar(iterations),
-      epsilon: scalar(epsilon),
-      tolerance: scalar(tolerance),
-      relaxation,
-      scaling,
-      row_penalty: penalties.a,
-      column_penalty: penalties.b,
-    },
-    epsilons: epsilons && Float64Array.from(epsilons),
-    tolerances: tolerances && Float64Array.from(tolerances),
-    iterations: limits && Int32Array.from(limits),
-  };
+  return solve(device, problem, {
+    options,
+    regularised: true,
+    run: (batch, solution) => batch.sinkhorn(solution),
+  });
 }

@@ -1,6 +1,5 @@
 import { OT_GRADIENT, OT_STATUSES } from "../../ffi/enums.ts";
-import type { NativePotentials, NativeTransportBatch } from "../../ffi/ot.ts";
-import { OT_REPORT } from "../../ffi/structs.ts";
+import { type NativePotentials, type NativeTransportBatch, readReports } from "../../ffi/ot.ts";
 import type { Device } from "../device/device.ts";
 import type { DeviceBuffer } from "../device/device_buffer.ts";
 import { PackhorseError } from "../error.ts";
@@ -64,7 +63,7 @@ export interface SolutionGradients {
 
 /** Options of {@linkcode TransportSolution.backward}. */
 export interface BackwardOptions {
-  /** Default: `implicit`. */
+  /** Default: `implicit`; of exact solutions and proximal points, which have no other, `envelope`. */
   readonly mode?: GradientMode | undefined;
   /** With respect to what. Default: points, or costs where there are none; and masses. */
   readonly to?: readonly ("cost" | "x" | "y" | "a" | "b")[] | undefined;
@@ -106,7 +105,7 @@ interface Parts {
   readonly plan: DeviceBuffer<TransportDType> | undefined;
   readonly reports: DeviceBuffer<"u8">;
   readonly warmG: DeviceBuffer<TransportDType> | undefined;
-  readonly streaming: boolean;
+  readonly regularised: boolean;
 }
 
 /** Makes a solution; for this folder. */
@@ -246,10 +245,18 @@ export class TransportSolution implements Disposable {
    * for gradients of the plan or the costs where the problems are streamed; `unsupported` for what the backend cannot do.
    */
   backward(of: SolutionGradients, options: BackwardOptions = {}): ProblemGradients {
-    const { mode = "implicit" } = options;
+    const { regularised } = this.#parts;
+    const { mode = regularised ? "implicit" : "envelope" } = options;
     if (!Object.hasOwn(OT_GRADIENT, mode)) {
       refuse(
         `Cannot differentiate: mode must be ${Object.keys(OT_GRADIENT).join(", ")}, got ${mode}`,
+      );
+    }
+    if (!regularised && (mode === "implicit" || mode === "unrolled")) {
+      throw new PackhorseError(
+        "unsupported",
+        `Cannot take ${mode} gradients of a plan without entropy, which does not change smoothly ` +
+          `with the costs: take the mode envelope, or solve with sinkhorn()`,
       );
     }
     const { shape, bound, tensors, batch, warmG } = this.#parts;
@@ -317,10 +324,7 @@ export class TransportSolution implements Disposable {
 
   #readReports(): readonly TransportReport[] {
     const { shape, reports } = this.#parts;
-    const bytes = reports.download();
-    return Array.from({ length: shape.problems }, (_, problem) => {
-      const start = problem * OT_REPORT.byteLength;
-      const report = OT_REPORT.read(bytes.subarray(start, start + OT_REPORT.byteLength));
+    return readReports(reports.download()).map((report, problem) => {
       const status = OT_STATUSES[report.status];
       switch (status) {
         case "converged":

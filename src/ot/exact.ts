@@ -1,0 +1,66 @@
+import type { Device } from "../device/device.ts";
+import { refuse, type TransportProblem } from "./problem.ts";
+import type { TransportSolution } from "./solution.ts";
+import { solve } from "./solve.ts";
+
+/** How {@linkcode exactTransport} solves. */
+export interface ExactOptions {
+  /**
+   * How much mass to transport, of all problems or of each: partial transport, with `T1 <= a` and `T'1 <= b`, whose totals
+   * may differ. Above 0, and at most the lesser total. Default: all of it; the totals must be equal.
+   */
+  readonly mass?: number | readonly number[] | undefined;
+  /** Whether to look at the reports at once: see {@linkcode SinkhornOptions.check}. Default: true. */
+  readonly check?: boolean | undefined;
+}
+
+/**
+ * Optimal transport without entropy: `min <T, C>` with `T1 = a` and `T'1 = b`, exactly, by shortest augmenting paths; or the
+ * cheapest way to transport a part of the mass. Takes time of the order of `(n + m) n m`: a second for n = m = 1,000 or so.
+ *
+ * `f` and `g` of the solution are dual potentials: `f + g <= C`, with equality where mass goes. Its reports are `converged`,
+ * or `infeasible` if the masses cannot go where costs are finite; `iterations` are augmenting paths, `value` is the cost, and
+ * `epsilon` is 0. It has gradients of the cost in the modes `envelope` (the default here) and `detached`.
+ *
+ * Throws as {@linkcode sinkhorn}; `unsupported` on CUDA.
+ *
+ * @example
+ * ```ts
+ * import { Device } from "@packhorse/packhorse/device";
+ * import { exactTransport } from "@packhorse/packhorse/ot";
+ * import { assertAlmostEquals, assertEquals } from "@std/assert";
+ *
+ * using device = Device.open({ backend: "cpu" });
+ * const cost = Float64Array.of(4, 1, 3, 2, 0, 5, 3, 2, 2);
+ * using solution = exactTransport(device, { cost, rows: 3, columns: 3 });
+ * assertAlmostEquals(solution.reports[0]!.cost, (1 + 2 + 2) / 3);
+ * assertEquals([...solution.plan.download()].map((mass) => mass > 0), [
+ *   ...[false, true, false],
+ *   ...[true, false, false],
+ *   ...[false, false, true],
+ * ]);
+ * using cheapest = exactTransport(device, { cost, rows: 3, columns: 3 }, { mass: 1 / 3 });
+ * assertAlmostEquals(cheapest.reports[0]!.cost, 0); // from the second row to the second column
+ * ```
+ */
+export function exactTransport(
+  device: Device,
+  problem: TransportProblem,
+  options: ExactOptions = {},
+): TransportSolution {
+  const { mass, check } = options;
+  return solve(device, problem, {
+    options: { check, epsilon: 1 },
+    regularised: false,
+    run: (batch, solution, { problems }) => {
+      const masses = typeof mass === "number" ? Array<number>(problems).fill(mass) : mass;
+      if (masses && masses.length !== problems) {
+        refuse(
+          `Cannot transport: mass must be a number, or one for each of ${problems} problems, ` +
+            `got ${masses.length}`,
+        );
+      }
+      batch.exact(solution, masses && Float64Array.from(masses));
+    },
+  });
+}
