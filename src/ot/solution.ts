@@ -345,8 +345,8 @@ export class TransportSolution implements Disposable {
   }
 }
 
-/** The error of a problem that is ill-formed at `place`. */
-function flawOf(
+/** The error of a problem that is ill-formed at `place`; for this folder. */
+export function flawOf(
   status: typeof OT_STATUSES[number] | undefined,
   problem: number,
   place: number,

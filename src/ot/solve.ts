@@ -79,7 +79,8 @@ export function solve(
   }
 }
 
-function nativeOptions(
+/** The options as the native library takes them, checked. */
+export function nativeOptions(
   problem: TransportProblem,
   { problems }: BatchShape,
   options: CommonOptions,
