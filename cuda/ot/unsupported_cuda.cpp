@@ -13,24 +13,11 @@ namespace {
 
 }  // namespace
 
-std::unique_ptr<Workspace> create_workspace(ph_device&, const Shape&, const WorkspaceOptions&) {
-  refuse("solve transport problems");
-}
-void sinkhorn(ph_device&, Workspace&, const Problem&, const Iterations&, const Solution&) {
-  refuse("run Sinkhorn's iterations");
-}
 void exact(ph_device&, Workspace&, const Problem&, const double*, const Solution&) {
   refuse("solve transport problems exactly");
 }
 void proximal(ph_device&, Workspace&, const Problem&, const Iterations&, uint32_t, const Solution&) {
   refuse("solve transport problems by proximal points");
-}
-void write_plan(ph_device&, Workspace&, const Problem&, const Potentials&, void*) { refuse("write plans"); }
-void plan_product(ph_device&, Workspace&, const Problem&, const Potentials&, const PlanProduct&) {
-  refuse("multiply by plans");
-}
-void backward(ph_device&, Workspace&, const Problem&, const Potentials&, const Iterations&, const Backward&) {
-  refuse("differentiate plans");
 }
 
 }  // namespace ph::ot

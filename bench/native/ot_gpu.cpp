@@ -1,0 +1,230 @@
+// Times of optimal transport on the GPU, by its own clock: the batch of 4,096 ragged problems, and one large problem in
+// streaming form. Medians; the batch's points and plans are more than the second cache holds, so that every run is cold.
+// Prints Markdown. bench/gpu/ot_torch.py measures PyTorch on the same problems.
+//
+// ot_gpu [SEED]
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "ot_reference.h"
+#include "packhorse.h"
+
+namespace {
+
+char error[512];
+ph_device* device;
+constexpr int kRuns = 21;
+
+#define END error, sizeof error
+void ok(int32_t status) {
+  if (status == PH_OK) return;
+  fprintf(stderr, "%s\n", error);
+  exit(1);
+}
+
+template <typename T>
+struct Array {
+  explicit Array(size_t count) : size(count) {
+    int32_t status;
+    handle = ph_buffer_create(device, count * sizeof(T), &status, END);
+    if (handle == nullptr) ok(status);
+    ok(ph_buffer_fill(device, handle, 0, 0, count * sizeof(T), END));
+  }
+  explicit Array(const std::vector<T>& values) : Array(values.size()) {
+    ok(ph_buffer_upload(device, handle, 0, values.data(), size * sizeof(T), END));
+  }
+  ~Array() { ok(ph_buffer_destroy(device, handle, END)); }
+  Array(const Array&) = delete;
+  std::vector<T> read() const {
+    std::vector<T> values(size);
+    ok(ph_buffer_download(device, handle, 0, values.data(), size * sizeof(T), END));
+    return values;
+  }
+  size_t size;
+  ph_buffer* handle;
+};
+using Floats = Array<float>;
+
+template <typename Work>
+double median_milliseconds(int runs, Work work) {
+  work();
+  std::vector<float> times(runs);
+  for (float& time : times) {
+    ok(ph_device_timer_begin(device, END));
+    work();
+    ok(ph_device_timer_end(device, &time, END));
+  }
+  std::sort(times.begin(), times.end());
+  return times[runs / 2];
+}
+
+std::vector<float> gaussian(std::mt19937& random, size_t count) {
+  std::normal_distribution<float> normal;
+  std::vector<float> values(count);
+  for (float& value : values) value = normal(random);
+  return values;
+}
+
+double relative(const std::vector<double>& expected, const float* actual) {
+  double squares = 0.0, size = 0.0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    squares += (actual[i] - expected[i]) * (actual[i] - expected[i]);
+    size += expected[i] * expected[i];
+  }
+  return std::sqrt(squares / size);
+}
+
+void measure_batch(std::mt19937& random) {
+  constexpr uint32_t kProblems = 4096, kDimension = 64;
+  std::vector<uint32_t> n(kProblems), m(kProblems);
+  std::vector<size_t> rows = {0}, columns = {0}, entries = {0};
+  std::uniform_int_distribution<uint32_t> size(10, 100);
+  for (uint32_t p = 0; p < kProblems; ++p) {
+    n[p] = size(random);
+    m[p] = size(random);
+    rows.push_back(rows.back() + n[p]);
+    columns.push_back(columns.back() + m[p]);
+    entries.push_back(entries.back() + static_cast<size_t>(n[p]) * m[p]);
+  }
+  const std::vector<float> x_host = gaussian(random, rows.back() * kDimension),
+                           y_host = gaussian(random, columns.back() * kDimension),
+                           d_plan_host = gaussian(random, entries.back());
+  const Floats x(x_host), y(y_host), d_plan(d_plan_host);
+  Floats f(rows.back()), g(columns.back()), plan(entries.back()), grad_x(x_host.size()),
+      grad_y(y_host.size());
+  Array<ph_ot_report> reports(kProblems);
+  int32_t status;
+  ph_ot_batch* batch =
+      ph_ot_batch_create(device, kProblems, n.data(), m.data(), PH_F32, kDimension, 0, 1, &status, END);
+  if (batch == nullptr) ok(status);
+  ok(ph_ot_batch_bind(device, batch, nullptr, 0, x.handle, 0, y.handle, 0, nullptr, 0, nullptr, 0, END));
+
+  printf("## 4,096 problems of 10 to 100 points in 64 dimensions, tolerance 1e-5\n\n");
+  printf(
+      "| epsilon / max C | forward | backward | both | backward, plan from potentials | iterations: mean | "
+      "least | "
+      "median | 90 %% | 99 %% | most | unconverged | worst error | gradients to float64, rms, worst |\n");
+  printf("|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n");
+  for (const double epsilon : {0.05, 0.005}) {
+    const ph_ot_options options = {PH_OT_SQEUCLIDEAN, 1, 20000, epsilon, 1e-5, 1.0, 0.0, INFINITY, INFINITY};
+    ok(ph_ot_batch_set(device, batch, &options, nullptr, nullptr, nullptr, END));
+    const auto forward = [&] {
+      ok(ph_ot_sinkhorn(device, batch, nullptr, 0, f.handle, 0, g.handle, 0, plan.handle, 0, reports.handle,
+                        0, END));
+    };
+    const auto backward = [&](bool kept) {
+      ok(ph_ot_backward(device, batch, PH_OT_IMPLICIT, f.handle, 0, g.handle, 0, kept ? plan.handle : nullptr,
+                        0, reports.handle, 0, nullptr, 0, d_plan.handle, 0, nullptr, 0, nullptr, 0, nullptr,
+                        0, nullptr, 0, nullptr, 0, grad_x.handle, 0, grad_y.handle, 0, nullptr, 0, nullptr, 0,
+                        END));
+    };
+    const double forward_time = median_milliseconds(kRuns, forward),
+                 from_potentials = median_milliseconds(kRuns, [&] { backward(false); }),
+                 backward_time = median_milliseconds(kRuns, [&] { backward(true); });
+    const double both_time = median_milliseconds(kRuns, [&] {
+      forward();
+      backward(true);
+    });
+    const std::vector<ph_ot_report> found = reports.read();
+    std::vector<uint32_t> iterations;
+    double mean = 0.0, worst = 0.0;
+    uint32_t unconverged = 0;
+    for (const ph_ot_report& report : found) {
+      iterations.push_back(report.iterations);
+      mean += static_cast<double>(report.iterations) / kProblems;
+      worst = std::max(worst, report.marginal_error);
+      unconverged += report.status != PH_OT_CONVERGED;
+    }
+    std::sort(iterations.begin(), iterations.end());
+    const auto quantile = [&](double part) {
+      return iterations[static_cast<size_t>(part * (kProblems - 1))];
+    };
+    // Against float64, to convergence, for some of them.
+    const std::vector<float> dx = grad_x.read(), dy = grad_y.read();
+    double squares = 0.0, most = 0.0;
+    int compared = 0;
+    for (uint32_t p = 0; p < kProblems; p += 64) {
+      reference::Problem problem = {};
+      problem.rows = n[p];
+      problem.columns = m[p];
+      problem.dimension = kDimension;
+      problem.cost_kind = PH_OT_SQEUCLIDEAN;
+      problem.x.assign(x_host.begin() + rows[p] * kDimension, x_host.begin() + rows[p + 1] * kDimension);
+      problem.y.assign(y_host.begin() + columns[p] * kDimension,
+                       y_host.begin() + columns[p + 1] * kDimension);
+      problem.prepare();
+      const double own = epsilon * problem.largest();
+      const reference::Solution solution =
+          reference::solve(problem, own, 1e-12, epsilon > 0.01 ? 1000 : 4000);
+      const reference::Gradients expected =
+          reference::implicit_gradient(problem, solution.plan.data(), solution.f.data(), solution.g.data(),
+                                       own, {&d_plan_host[entries[p]], nullptr, nullptr, 0.0, 0.0});
+      for (const double each : {relative(expected.x, &dx[rows[p] * kDimension]),
+                                relative(expected.y, &dy[columns[p] * kDimension])}) {
+        squares += each * each;
+        most = std::max(most, each);
+        ++compared;
+      }
+    }
+    printf(
+        "| %g | %.3f ms | %.3f ms | %.3f ms | %.3f ms | %.1f | %u | %u | %u | %u | %u | %u | %.1e | %.1e, "
+        "%.1e |\n",
+        epsilon, forward_time, backward_time, both_time, from_potentials, mean, iterations[0], quantile(0.5),
+        quantile(0.9), quantile(0.99), iterations.back(), unconverged, worst, std::sqrt(squares / compared),
+        most);
+    fflush(stdout);
+  }
+  ok(ph_ot_batch_destroy(device, batch, END));
+}
+
+// Without the solver's own tolerance: as many iterations as are asked for.
+void measure_streaming(std::mt19937& random, uint32_t n) {
+  constexpr uint32_t kDimension = 64;
+  const Floats x(gaussian(random, static_cast<size_t>(n) * kDimension)),
+      y(gaussian(random, static_cast<size_t>(n) * kDimension));
+  Floats f(n), g(n);
+  Array<ph_ot_report> reports(1);
+  int32_t status;
+  ph_ot_batch* batch = ph_ot_batch_create(device, 1, &n, &n, PH_F32, kDimension, 1, 0, &status, END);
+  if (batch == nullptr) {
+    printf("| %u | %s |\n", n, error);
+    return;
+  }
+  ok(ph_ot_batch_bind(device, batch, nullptr, 0, x.handle, 0, y.handle, 0, nullptr, 0, nullptr, 0, END));
+  for (const double tolerance : {0.0, 5e-6}) {
+    const ph_ot_options options = {
+        PH_OT_SQEUCLIDEAN, 1, tolerance > 0.0 ? 2000u : 100u, 0.05, tolerance, 1.0, 0.0, INFINITY, INFINITY};
+    ok(ph_ot_batch_set(device, batch, &options, nullptr, nullptr, nullptr, END));
+    const double time = median_milliseconds(n > 20000 ? 5 : kRuns, [&] {
+      ok(ph_ot_sinkhorn(device, batch, nullptr, 0, f.handle, 0, g.handle, 0, nullptr, 0, reports.handle, 0,
+                        END));
+    });
+    const ph_ot_report report = reports.read()[0];
+    printf("| %u | %g | %.2f ms | %u | %.2e | %.9g |\n", n, tolerance, time, report.iterations,
+           report.marginal_error, report.value);
+    fflush(stdout);
+  }
+  ok(ph_ot_batch_destroy(device, batch, END));
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const unsigned seed = count > 1 ? static_cast<unsigned>(atoi(arguments[1])) : 1;
+  std::mt19937 random(seed);
+  int32_t status;
+  device = ph_device_open(0, &status, END);
+  if (device == nullptr) ok(status);
+  ph_device_info info;
+  ok(ph_device_get_info(device, &info, END));
+  printf("%s, seed %u; medians of %d runs\n\n", info.name, seed, kRuns);
+  measure_batch(random);
+  printf("\n## One problem of n x n points in 64 dimensions, never storing the cost, epsilon 0.05 max C\n\n");
+  printf("| n | tolerance | time | iterations | marginal error | value |\n|--:|--:|--:|--:|--:|--:|\n");
+  for (const uint32_t n : {10000u, 50000u}) measure_streaming(random, n);
+  ok(ph_device_close(device, END));
+}

@@ -1,0 +1,77 @@
+// What the CUDA backend keeps for batches of one shape.
+#pragma once
+
+#include <type_traits>
+#include <vector>
+
+#include "device/device_cuda.h"
+#include "ot/tile.cuh"
+
+namespace ph::ot {
+
+// Problems that are launched together: a thread block of `warps` warps, or a cluster of `ranks` of them, each.
+struct Bucket {
+  uint32_t layout;  // of Columns64, Columns128, Columns512
+  uint32_t warps, ranks;
+  uint32_t first, count;  // of the order
+};
+
+struct CudaWorkspace : Workspace {
+  CudaWorkspace(ph_device& device, const Shape& shape, const WorkspaceOptions& options);
+  ~CudaWorkspace() override;
+
+  ph_device& device;
+  WorkspaceOptions options;
+  uint32_t problems;
+  const int64_t *row_offsets, *column_offsets, *plan_offsets;
+  const uint32_t* order;        // problems by falling size
+  std::vector<Bucket> buckets;  // by falling size
+
+ private:
+  uint8_t* memory_ = nullptr;
+};
+
+// Calls run(layout) with the layout as an object.
+template <typename Run>
+void dispatch_layout(uint32_t layout, Run run) {
+  if (layout == 0) run(Columns64{});
+  else if (layout == 1) run(Columns128{});
+  else run(Columns512{});
+}
+
+// The part of a call that all kernels take; `order`, `ranks` and `first` are a launch's.
+Batch batch_of(const CudaWorkspace& workspace, const Problem& problem);
+
+// Launches a kernel for the problems of a bucket.
+template <typename L, typename Call>
+void launch_bucket(const ph_device& device, const Bucket& bucket, void (*kernel)(Call), uint32_t work,
+                   uint32_t entries, const Call& call) {
+  allow_shared(device, kernel, SharedMemory::kPrefer);
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {bucket.ranks, 1, 1};
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(bucket.count * bucket.ranks);
+  launch.blockDim = dim3(bucket.warps * kWarp);
+  launch.dynamicSmemBytes = shared_bytes<L>(work, entries);
+  launch.stream = device.stream;
+  launch.attrs = attributes;
+  launch.numAttrs = device.major < 9 ? 0 : (bucket.ranks > 1 ? 2 : 1);
+  PH_CUDA_TRY(cudaLaunchKernelEx(&launch, kernel, call));
+}
+
+// Calls launch(layout, bucket, call) for every bucket, with the call's batch set for it; the launches overlap.
+template <typename Call, typename Launch>
+void for_buckets(const CudaWorkspace& workspace, Call call, Launch launch) {
+  call.batch.first = true;
+  for (const Bucket& bucket : workspace.buckets) {
+    call.batch.order = workspace.order + bucket.first;
+    call.batch.ranks = bucket.ranks;
+    dispatch_layout(bucket.layout, [&](auto layout) { launch(layout, bucket, call); });
+    call.batch.first = false;
+  }
+}
+
+}  // namespace ph::ot
