@@ -469,6 +469,8 @@ testWhereSupported("what is wrong is named", (device, dtypes) => {
       rows: 2,
       columns: 2,
     };
+    // Where there is no such transport, this says so.
+    gromovTransport(device, good)[Symbol.dispose]();
     const bad = (code: "non-finite" | "invalid-argument", changes: object, ...parts: string[]) =>
       refuses(code, () => gromovTransport(device, { ...good, ...changes }), ...parts);
     bad("non-finite", { distanceX: array(0, 1, NaN, 0) }, "row 1, column 0 of distanceX");
