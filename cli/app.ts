@@ -472,12 +472,13 @@ function createLlm() {
 
 function createOt() {
   return new Command<GlobalOptions>()
-    .description("Optimal transport between sets of points.")
+    .description("Optimal transport between sets of points, and between graphs.")
     .globalType("count", positiveCount)
     .globalType("positive", positiveNumber)
     .globalType("tolerance", numberFrom(0, Number.MAX_VALUE))
     .globalType("relaxation", numberFrom(1, 1.999))
     .globalType("factor", numberFrom(0.001, 0.999))
+    .globalType("share", numberFrom(0, 1))
     .globalType("cost", new EnumType(["sqeuclidean", "euclidean", "cosine", "dot"]))
     .action(function () {
       this.showHelp();
@@ -518,6 +519,29 @@ function createOt() {
     )
     .action(async (options, x, y) =>
       (await import("./commands/ot_solve.ts")).otSolve(options, x, y)
+    )
+    .command(
+      "gromov <x:file> <y:file>",
+      "Match graphs by the distances within each (Gromov-Wasserstein): .npy files of [n, n] and [m, m].",
+    )
+    .option("--cost <file:file>", "Costs between them, as of features, .npy of [n, m].")
+    .option(
+      "--alpha <share:share>",
+      "Weight of the distances; the cost has the rest. 0.5 unless given.",
+      { depends: ["cost"] },
+    )
+    .option(
+      "--tolerance <number:tolerance>",
+      "Relative gap to stop at. 1e-7 unless given.",
+    )
+    .option("--iterations <times:count>", "Most iterations from a start. 1000 unless given.")
+    .option("--a <file:file>", "Masses of the points x, .npy of [n]. 1/n unless given.")
+    .option("--b <file:file>", "Masses of the points y, .npy of [m]. 1/m unless given.")
+    .option("--plan <file:file>", "Write the plan as .npy of [n, m].")
+    .option("--heatmap <file:file>", "Draw the plan as .svg.")
+    .example("Match two graphs", "packhorse ot gromov x.npy y.npy --plan plan.npy")
+    .action(async (options, x, y) =>
+      (await import("./commands/ot_gromov.ts")).otGromov(options, x, y)
     )
     .reset();
 }

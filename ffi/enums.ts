@@ -24,6 +24,8 @@ export const OT_STATUSES = [
   "non-finite-cost",
   "non-finite-point",
   "invalid-mass",
+  "non-finite-distance",
+  "asymmetric-distance",
 ] as const;
 /** `ph_graph_activation` */
 export const GRAPH_ACTIVATION = {

@@ -195,6 +195,30 @@ export class NativeTransportBatch {
     );
   }
 
+  /** Solves Gromov-Wasserstein transport of the distances x and y. */
+  gromov(
+    { x, y, cost, a, b }: NativeTransportInputs,
+    { alphas, plan, reports }: {
+      readonly alphas: Float64Array<ArrayBuffer>;
+      readonly plan: NativeTensor;
+      readonly reports: NativeTensor;
+    },
+  ): void {
+    call(
+      this.device.library.symbols.ph_ot_gromov,
+      this.device.handle,
+      this.handle,
+      alphas,
+      ...place(x),
+      ...place(y),
+      ...place(cost),
+      ...place(a),
+      ...place(b),
+      ...place(plan),
+      ...place(reports),
+    );
+  }
+
   writePlan({ f, g, reports }: NativePotentials, plan: NativeTensor): void {
     call(
       this.device.library.symbols.ph_ot_plan,

@@ -63,7 +63,8 @@ enum ph_struct {
   PH_STRUCT_KV_CACHE_STATISTICS = 5,
   PH_STRUCT_LLM_SAMPLER = 6,
   PH_STRUCT_OT_REPORT = 7,
-  PH_STRUCT_OT_OPTIONS = 8
+  PH_STRUCT_OT_OPTIONS = 8,
+  PH_STRUCT_OT_GROMOV_REPORT = 9
 };
 PH_API uint32_t ph_layout(uint32_t which, uint32_t* words, uint32_t capacity);
 
@@ -710,7 +711,10 @@ enum ph_ot_status {
   PH_OT_NON_FINITE_POINT = 4, /* in the points x, then y: place counts on */
   /* A mass is negative or not finite; place: the row, or n + column. Or place is n + m: totals differ by more than 1e-4 of
    * the larger, or are 0. (Smaller differences: b is scaled to a's total.) */
-  PH_OT_INVALID_MASS = 5
+  PH_OT_INVALID_MASS = 5,
+  /* Of ph_ot_gromov, in the distances x, then y: place counts on. */
+  PH_OT_NON_FINITE_DISTANCE = 6,
+  PH_OT_ASYMMETRIC_DISTANCE = 7 /* from its mirror image, by more than 1e-5 of the largest distance */
 };
 
 typedef struct ph_ot_report {
@@ -787,6 +791,39 @@ PH_API int32_t ph_ot_proximal(ph_device* device, ph_ot_batch* batch, uint32_t in
                               uint64_t f_offset, ph_buffer* g, uint64_t g_offset, ph_buffer* plan,
                               uint64_t plan_offset, ph_buffer* reports, uint64_t reports_offset, char* error,
                               uint32_t error_bytes);
+
+/* How a problem of ph_ot_gromov ended: converged, at the iteration limit with a gap above what the tolerance allows, or
+ * without an answer, which leaves a plan of 0 and NaN here. */
+typedef struct ph_ot_gromov_report {
+  uint32_t status; /* ph_ot_status */
+  uint32_t iterations;
+  uint64_t place;
+  double marginal_error; /* sum |T1 - a| + sum |T'1 - b|: rounding */
+  double value;          /* (1 - alpha) * cost + alpha * distortion */
+  double cost;           /* <T, C>; 0 where there is no C */
+  double distortion;     /* sum (X_ik - Y_jl)^2 T_ij T_kl */
+  double gap;            /* the most that <gradient, T - S> is for any plan S: 0 where T is stationary */
+  double bound;          /* the value is certainly not below: where equal, T is a global minimum */
+} ph_ot_gromov_report;
+
+/* Fused Gromov-Wasserstein transport of squared loss, between the symmetric matrices x [n, n] and y [m, m] of each problem
+ * (distances or any similarities within each side; those of one problem after another are a tensor):
+ *
+ *   T = argmin (1 - alpha) <T, C> + alpha sum (X_ik - Y_jl)^2 T_ij T_kl so that T1 = a, T'1 = b
+ *
+ * which is not convex: a local minimum is found, by conditional gradients with exact line search, exact transport for their
+ * directions (arXiv 1805.09114), from the plan of Memoli's third lower bound, and then, unless that bound is reached, from
+ * a b'; the better is kept. Stops where the gap is at most tolerance * A * ((1 - alpha) max |C| + alpha * A * max(|X|, |Y|)^2),
+ * A the total of a. Iterations and tolerances are the batch's, which is of costs; what else is set or bound does not count.
+ * alphas: host memory [problems], in [0, 1]. cost: NULL, for alphas of 1, or [entries], +infinity where nothing may go. a, b:
+ * NULL, or as ph_ot_batch_bind's. plan: NULL or [entries]. reports: ph_ot_gromov_report [problems]. PH_ERROR_UNSUPPORTED on
+ * CUDA. */
+PH_API int32_t ph_ot_gromov(ph_device* device, ph_ot_batch* batch, const double* alphas, const ph_buffer* x,
+                            uint64_t x_offset, const ph_buffer* y, uint64_t y_offset, const ph_buffer* cost,
+                            uint64_t cost_offset, const ph_buffer* a, uint64_t a_offset, const ph_buffer* b,
+                            uint64_t b_offset, ph_buffer* plan, uint64_t plan_offset, ph_buffer* reports,
+                            uint64_t reports_offset, char* error, uint32_t error_bytes);
+
 /* The plans of potentials, with the epsilons of the reports. float32 potentials know a plan to |f| / epsilon * 6e-8. */
 PH_API int32_t ph_ot_plan(ph_device* device, ph_ot_batch* batch, const ph_buffer* f, uint64_t f_offset,
                           const ph_buffer* g, uint64_t g_offset, const ph_buffer* reports,

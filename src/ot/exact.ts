@@ -20,7 +20,8 @@ export interface ExactOptions {
  *
  * `f` and `g` of the solution are dual potentials: `f + g <= C`, with equality where mass goes. Its reports are `converged`,
  * or `infeasible` if the masses cannot go where costs are finite; `iterations` are augmenting paths, `value` is the cost, and
- * `epsilon` is 0. It has gradients of the cost in the modes `envelope` (the default here) and `detached`.
+ * `epsilon` is 0. It has gradients of the cost in the modes `envelope` (the default here) and `detached`; of a part of the mass, with respect
+ * to costs and points only.
  *
  * Throws as {@linkcode sinkhorn}; `unsupported` on CUDA.
  *
@@ -52,6 +53,7 @@ export function exactTransport(
   return solve(device, problem, {
     options: { check, epsilon: 1 },
     regularised: false,
+    partial: mass !== undefined,
     run: (batch, solution, { problems }) => {
       const masses = typeof mass === "number" ? Array<number>(problems).fill(mass) : mass;
       if (masses && masses.length !== problems) {

@@ -6,6 +6,13 @@
  */
 export { type DivergenceOptions, SinkhornDivergence, sinkhornDivergence } from "./divergence.ts";
 export { type ExactOptions, exactTransport } from "./exact.ts";
+export {
+  type GromovOptions,
+  type GromovProblem,
+  type GromovReport,
+  GromovSolution,
+  gromovTransport,
+} from "./gromov.ts";
 export type {
   LinearProblem,
   Masses,
