@@ -29,6 +29,7 @@ struct CloseDevice {
     for (const cudaEvent_t event : device->staging.departed)
       if (event != nullptr) cudaEventDestroy(event);
     if (device->staging.memory != nullptr) cudaFreeHost(device->staging.memory);
+    if (device->partials != nullptr) cudaFree(device->partials);
     if (device->timer_begin != nullptr) cudaEventDestroy(device->timer_begin);
     if (device->timer_end != nullptr) cudaEventDestroy(device->timer_end);
     if (device->owns_stream) cudaStreamDestroy(device->stream);
@@ -64,6 +65,7 @@ OwnedDevice find_device(uint32_t ordinal) {
   PH_CUDA_TRY(cudaMallocHost(&staging.memory, Staging::kSlots * Staging::kSlotBytes));
   for (cudaEvent_t& event : staging.departed)
     PH_CUDA_TRY(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  PH_CUDA_TRY(cudaMalloc(&device->partials, kPartials * sizeof(float)));
   return device;
 }
 
