@@ -58,8 +58,7 @@ __global__ void __launch_bounds__(kThreads) ColumnPartsKernel(Term term, Panel p
   }
   sum_warps(sums);
   if (warp != 0 || column >= panel.count) return;
-  for (uint32_t i = 0; i < Terms; ++i)
-    partials[(blockIdx.y * Terms + i) * panel.count + column] = sums[i];
+  for (uint32_t i = 0; i < Terms; ++i) partials[(blockIdx.y * Terms + i) * panel.count + column] = sums[i];
 }
 
 // use(column, column of the panel, totals) does what is to be done with them.

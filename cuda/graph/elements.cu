@@ -17,21 +17,30 @@ __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-
 template <uint32_t Kind>
 __device__ __forceinline__ float value_at(float x, float slope) {
   switch (Kind) {
-    case PH_GRAPH_RELU: return x > 0.0f ? x : 0.0f;
-    case PH_GRAPH_LEAKY_RELU: return x > 0.0f ? x : slope * x;
-    case PH_GRAPH_GELU: return x * normcdff(x);
-    case PH_GRAPH_TANH: return tanhf(x);
-    case PH_GRAPH_SIGMOID: return sigmoid(x);
-    default: return (x > 0.0f ? x : 0.0f) + log1pf(expf(-fabsf(x)));  // PH_GRAPH_SOFTPLUS
+    case PH_GRAPH_RELU:
+      return x > 0.0f ? x : 0.0f;
+    case PH_GRAPH_LEAKY_RELU:
+      return x > 0.0f ? x : slope * x;
+    case PH_GRAPH_GELU:
+      return x * normcdff(x);
+    case PH_GRAPH_TANH:
+      return tanhf(x);
+    case PH_GRAPH_SIGMOID:
+      return sigmoid(x);
+    default:
+      return (x > 0.0f ? x : 0.0f) + log1pf(expf(-fabsf(x)));  // PH_GRAPH_SOFTPLUS
   }
 }
 
 template <uint32_t Kind>
 __device__ __forceinline__ float derivative_at(float x, float slope) {
   switch (Kind) {
-    case PH_GRAPH_RELU: return x > 0.0f ? 1.0f : 0.0f;
-    case PH_GRAPH_LEAKY_RELU: return x > 0.0f ? 1.0f : slope;
-    case PH_GRAPH_GELU: return normcdff(x) + x * kRootTwoPi * expf(-0.5f * x * x);
+    case PH_GRAPH_RELU:
+      return x > 0.0f ? 1.0f : 0.0f;
+    case PH_GRAPH_LEAKY_RELU:
+      return x > 0.0f ? 1.0f : slope;
+    case PH_GRAPH_GELU:
+      return normcdff(x) + x * kRootTwoPi * expf(-0.5f * x * x);
     case PH_GRAPH_TANH: {
       const float y = tanhf(x);
       return 1.0f - y * y;
@@ -40,7 +49,8 @@ __device__ __forceinline__ float derivative_at(float x, float slope) {
       const float y = sigmoid(x);
       return y * (1.0f - y);
     }
-    default: return sigmoid(x);  // PH_GRAPH_SOFTPLUS
+    default:
+      return sigmoid(x);  // PH_GRAPH_SOFTPLUS
   }
 }
 
@@ -69,12 +79,18 @@ __global__ void __launch_bounds__(kThreads) ActivateBackwardKernel(ActivateBackw
 template <typename Run>
 void dispatch_activation(uint32_t kind, Run run) {
   switch (kind) {
-    case PH_GRAPH_RELU: return run(std::integral_constant<uint32_t, PH_GRAPH_RELU>{});
-    case PH_GRAPH_LEAKY_RELU: return run(std::integral_constant<uint32_t, PH_GRAPH_LEAKY_RELU>{});
-    case PH_GRAPH_GELU: return run(std::integral_constant<uint32_t, PH_GRAPH_GELU>{});
-    case PH_GRAPH_TANH: return run(std::integral_constant<uint32_t, PH_GRAPH_TANH>{});
-    case PH_GRAPH_SIGMOID: return run(std::integral_constant<uint32_t, PH_GRAPH_SIGMOID>{});
-    default: return run(std::integral_constant<uint32_t, PH_GRAPH_SOFTPLUS>{});
+    case PH_GRAPH_RELU:
+      return run(std::integral_constant<uint32_t, PH_GRAPH_RELU>{});
+    case PH_GRAPH_LEAKY_RELU:
+      return run(std::integral_constant<uint32_t, PH_GRAPH_LEAKY_RELU>{});
+    case PH_GRAPH_GELU:
+      return run(std::integral_constant<uint32_t, PH_GRAPH_GELU>{});
+    case PH_GRAPH_TANH:
+      return run(std::integral_constant<uint32_t, PH_GRAPH_TANH>{});
+    case PH_GRAPH_SIGMOID:
+      return run(std::integral_constant<uint32_t, PH_GRAPH_SIGMOID>{});
+    default:
+      return run(std::integral_constant<uint32_t, PH_GRAPH_SOFTPLUS>{});
   }
 }
 

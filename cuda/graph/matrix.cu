@@ -103,9 +103,8 @@ __global__ void __launch_bounds__(kTileThreads) MultiplyKernel(Multiply call, ui
     done += kTileInner;
   }
 
-  float* out = partials == nullptr
-                   ? call.out
-                   : partials + static_cast<uint64_t>(blockIdx.y) * call.rows * call.columns;
+  float* out = partials == nullptr ? call.out
+                                   : partials + static_cast<uint64_t>(blockIdx.y) * call.rows * call.columns;
 #pragma unroll
   for (uint32_t i = 0; i < kThreadRows; ++i) {
     if (thread_row + i >= rows) break;

@@ -13,12 +13,14 @@ namespace ph::graph {
 namespace {
 
 // Of every column of a run: its mean, and the sum of squared deviations from it; partials [runs, 2, columns].
-__global__ void __launch_bounds__(kThreads) RunMomentsKernel(const float* x, uint32_t width, Panel panel,
-                                                             float* partials) {
+__global__ void __launch_bounds__(kThreads)
+    RunMomentsKernel(const float* x, uint32_t width, Panel panel, float* partials) {
   const uint32_t column = blockIdx.x * kWarp + threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const uint32_t begin = blockIdx.y * panel.run, end = min(begin + panel.run, panel.rows);
   const bool exists = column < panel.count;
-  const auto read = [&](uint32_t row) { return x[static_cast<uint64_t>(row) * width + panel.first + column]; };
+  const auto read = [&](uint32_t row) {
+    return x[static_cast<uint64_t>(row) * width + panel.first + column];
+  };
   float mean[1] = {}, squares[1] = {};
   if (exists) {
 #pragma unroll 4
@@ -101,9 +103,8 @@ struct BatchNormTerm {
   NormBackward call;
   __device__ __forceinline__ void operator()(uint32_t row, uint32_t column, float (&sums)[2]) const {
     const uint64_t at = static_cast<uint64_t>(row) * call.width + column;
-    const float dy = call.dy[at],
-                normal = (call.x[at] - call.saved[column]) *
-                         call.saved[static_cast<uint64_t>(call.width) + column];
+    const float dy = call.dy[at], normal = (call.x[at] - call.saved[column]) *
+                                           call.saved[static_cast<uint64_t>(call.width) + column];
     sums[0] += dy;
     sums[1] = __fmaf_rn(dy, normal, sums[1]);
   }
@@ -114,8 +115,7 @@ struct LayerNormTerm {
   __device__ __forceinline__ void operator()(uint32_t row, uint32_t column, float (&sums)[2]) const {
     const uint64_t at = static_cast<uint64_t>(row) * call.width + column;
     const float dy = call.dy[at],
-                normal =
-                    (call.x[at] - call.saved[row]) * call.saved[static_cast<uint64_t>(call.rows) + row];
+                normal = (call.x[at] - call.saved[row]) * call.saved[static_cast<uint64_t>(call.rows) + row];
     sums[0] += dy;
     sums[1] = __fmaf_rn(dy, normal, sums[1]);
   }
@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(kThreads)
     Values<N> dx = load<N>(call.dy, at);
     for (int i = 0; i < N; ++i) {
       const float normal = (x.at[i] - mean.at[i]) * inverse.at[i];
-      dx.at[i] = weight.at[i] * inverse.at[i] *
-                 (dx.at[i] - __fmaf_rn(normal, along.at[i], total.at[i]) / count);
+      dx.at[i] =
+          weight.at[i] * inverse.at[i] * (dx.at[i] - __fmaf_rn(normal, along.at[i], total.at[i]) / count);
     }
     store(call.dx, at, dx, call.accumulate);
   });
@@ -184,8 +184,7 @@ __global__ void __launch_bounds__(kThreads) LayerNormKernel(LayerNorm call) {
   for_lane<N>(call.width, [&](uint64_t i) {
     Values<N> x = load<N>(call.x, start + i);
     const Values<N> weight = load<N>(call.weight, i), bias = load<N>(call.bias, i);
-    for (int k = 0; k < N; ++k)
-      x.at[k] = __fmaf_rn((x.at[k] - mean) * inverse, weight.at[k], bias.at[k]);
+    for (int k = 0; k < N; ++k) x.at[k] = __fmaf_rn((x.at[k] - mean) * inverse, weight.at[k], bias.at[k]);
     store(call.out, start + i, x);
   });
   if (threadIdx.x % kWarp != 0) return;
