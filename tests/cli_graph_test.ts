@@ -13,12 +13,12 @@ import {
   predict,
   readGraphDataset,
 } from "../src/graph/mod.ts";
-import { graphBackends } from "./graph_reference.ts";
+import { backends } from "./backends.ts";
 import { denoArguments, fail, ROOT, succeed } from "./packhorse_command.ts";
 import { TemporaryFolder } from "./temporary_folder.ts";
 
 const DIGITS = ["L", "R"].map((view) => `${ROOT}tests/fixtures/digits/DIGITS_${view}`);
-const [BACKEND] = graphBackends();
+const [BACKEND] = backends();
 const ON = ["--backend", BACKEND!];
 
 /** A small data set in two views, as a JSON file. */

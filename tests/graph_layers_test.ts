@@ -15,10 +15,10 @@ import {
 import { Parameters } from "../src/graph/parameters.ts";
 import { Random } from "../src/graph/random.ts";
 import { Tape } from "../src/graph/tape.ts";
+import { backends } from "./backends.ts";
 import {
   centralDifferences,
   download,
-  graphBackends,
   Matrix,
   relativeError,
   tensorOf,
@@ -182,7 +182,7 @@ const REFERENCES: Readonly<Record<GraphLayerKind, (graph: Plain, inputs: Inputs)
   },
 };
 
-for (const backend of graphBackends()) {
+for (const backend of backends()) {
   for (const kind of Object.keys(REFERENCES) as GraphLayerKind[]) {
     for (const edgeWidth of kind === "gin" || kind === "gat" ? [0, 2] : [0]) {
       Deno.test(`graph layers: ${backend}: ${kind}${edgeWidth > 0 ? " with edge features" : ""} is its formula`, () => {

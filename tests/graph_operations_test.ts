@@ -27,17 +27,11 @@ import {
 import { Adam, Parameters } from "../src/graph/parameters.ts";
 import { Random } from "../src/graph/random.ts";
 import { type Indices, Tape } from "../src/graph/tape.ts";
-import {
-  checkOperation,
-  download,
-  graphBackends,
-  Matrix,
-  relativeError,
-  tensorOf,
-} from "./graph_reference.ts";
+import { backends } from "./backends.ts";
+import { checkOperation, download, Matrix, relativeError, tensorOf } from "./graph_reference.ts";
 
 function test(name: string, work: (tape: Tape) => void): void {
-  for (const backend of graphBackends()) {
+  for (const backend of backends()) {
     Deno.test(`graph operations: ${backend}: ${name}`, () => {
       using device = Device.open({ backend });
       using tape = new Tape(device);

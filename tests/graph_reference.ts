@@ -1,27 +1,8 @@
 /** What graph models compute, in double precision and plain loops; and gradients by central differences. */
 import { assertLessOrEqual } from "@std/assert";
-import { Device } from "../src/device/mod.ts";
-import { PackhorseError } from "../src/error.ts";
 import { add } from "../src/graph/operations.ts";
-import { Tape, Tensor } from "../src/graph/tape.ts";
+import { type Tape, Tensor } from "../src/graph/tape.ts";
 import type { Random } from "../src/graph/random.ts";
-import { backends } from "./backends.ts";
-
-/** The backends that open here and have the operations of graphs. */
-export function graphBackends(): ("cpu" | "cuda")[] {
-  return backends().filter((backend) => {
-    using device = Device.open({ backend });
-    using tape = new Tape(device);
-    try {
-      const x = tensorOf(tape, new Matrix(1, 1, [1]));
-      add(tape, x, x);
-      return true;
-    } catch (error) {
-      if (error instanceof PackhorseError && error.code === "unsupported") return false;
-      throw error;
-    }
-  });
-}
 
 /** A matrix in double precision. */
 export class Matrix {

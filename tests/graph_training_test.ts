@@ -24,7 +24,7 @@ import {
 } from "../src/graph/mod.ts";
 import { networkOf } from "../src/graph/classifier.ts";
 import { learningRateShare } from "../src/graph/schedule.ts";
-import { graphBackends } from "./graph_reference.ts";
+import { backends } from "./backends.ts";
 import { rejectsWith } from "./rejects_with.ts";
 import { TemporaryFolder } from "./temporary_folder.ts";
 
@@ -45,7 +45,7 @@ const QUICK: TrainingOptions = {
 };
 
 function test(name: string, work: (device: Device) => Promise<void>): void {
-  for (const backend of graphBackends()) {
+  for (const backend of backends()) {
     Deno.test(`graph training: ${backend}: ${name}`, async () => {
       using device = Device.open({ backend });
       await work(device);

@@ -878,7 +878,6 @@ PH_API int32_t ph_ot_backward(ph_device* device, ph_ot_batch* batch, uint32_t mo
  * no row of what it points into gives NaN; offsets beyond the entries are cut, and those that fall give any values.
  *
  * Backward functions write the gradient of a loss with respect to their inputs, given dy, the one with respect to the output.
- * PH_ERROR_UNSUPPORTED on CUDA, so far.
  */
 
 /* out[rows, columns] = op(a)[rows, inner] . op(b)[inner, columns] + bias[columns]; op(m) is m, or its transposed one where

@@ -2,7 +2,7 @@
  * What models of graphs compute, on a {@linkcode Tape}: every function enqueues its work, returns a tensor of the step, and
  * remembers how to go back. Shapes are `[rows, columns]`. Formulas stand in `packhorse.h`, section "graph".
  *
- * All throw `invalid-argument` for shapes that do not fit each other, and `unsupported` where a backend cannot yet.
+ * All throw `invalid-argument` for shapes that do not fit each other.
  */
 import { GRAPH_ACTIVATION } from "../../ffi/enums.ts";
 import * as native from "../../ffi/graph.ts";
