@@ -19,6 +19,7 @@ import {
   add,
   aggregate,
   batchNorm,
+  combine,
   concatenate,
   layerNorm,
   linear,
@@ -55,7 +56,8 @@ export type TransportPenalty = "learned" | "margin" | number;
 
 /** Options of {@linkcode AmoslFusion}. */
 export interface AmoslFusionOptions {
-  readonly views: number;
+  /** Features of a node in each view. */
+  readonly inputs: readonly number[];
   /** Columns of nodes' embeddings, and of what is fused. */
   readonly width: number;
   readonly readout: ReadoutKind;
@@ -101,21 +103,23 @@ export class AmoslFusion implements Fusion {
   readonly #learned: (() => Tensor) | undefined;
 
   constructor({ parameters, name }: LayerContext, options: AmoslFusionOptions) {
-    const { views, width, readout: kind, normalisation, pairs, cost, penalty } = options;
+    const { inputs, width, readout: kind, normalisation, pairs, cost, penalty } = options;
     this.#options = options;
+    const views = inputs.length;
     this.width = views * width;
     const all = Array.from({ length: views }, (_, view) => view);
     this.#pairs = all.flatMap((first) =>
       all.slice(first + 1).map((second) => [first, second] as const)
     ).filter(([first]) => pairs === "all" || first === 0);
     const part = (what: string, view: number) => ({ parameters, name: `${name}.${what}.${view}` });
-    this.#projections = all.map((view) => new Projection(part("projections", view), width, cost));
+    this.#projections = all.map((view) =>
+      new Projection(part("projections", view), { inputs: inputs[view]! + width, width, cost })
+    );
     this.#combinations = all.map((view) => {
       const partners = this.#pairs.filter((pair) => pair.includes(view)).length;
       const own = part("combinations", view);
-      const inputs = (1 + partners) * width;
       return {
-        linear: new Linear(own, { inputs, outputs: width }),
+        linear: new Linear(own, { inputs: (1 + 2 * partners) * width, outputs: width }),
         norm: new Norm({ parameters, name: `${own.name}.norm` }, { kind: normalisation, width }),
       };
     });
@@ -126,7 +130,9 @@ export class AmoslFusion implements Fusion {
 
   fuse(tape: Tape, views: readonly EncodedView[], batch: DeviceBatch): FusedViews {
     const { activation, penalty } = this.#options;
-    const projected = views.map(({ nodes }, view) => this.#projections[view]!.forward(tape, nodes));
+    const projected = views.map(({ nodes, view: { features } }, view) =>
+      this.#projections[view]!.forward(tape, concatenate(tape, [features, nodes]))
+    );
     const messages: Tensor[][] = views.map(() => []);
     const transports: ViewTransport[] = [];
     const distances: { readonly perObject: Tensor; readonly objects: number }[] = [];
@@ -159,7 +165,11 @@ export class AmoslFusion implements Fusion {
     }
     const readouts = views.map(({ nodes, view }, i) => {
       const { linear, norm } = this.#combinations[i]!;
-      const all = concatenate(tape, [nodes, ...messages[i]!]);
+      const differences = messages[i]!.map((message) => {
+        const difference = combine(tape, 1, nodes, -1, message);
+        return product(tape, difference, difference);
+      });
+      const all = concatenate(tape, [nodes, ...messages[i]!, ...differences]);
       const change = activate(tape, norm.forward(tape, linear.forward(tape, all)), activation);
       return this.#readouts[i]!.forward(tape, add(tape, nodes, change), view);
     }) as [Tensor, ...Tensor[]];
@@ -226,7 +236,7 @@ export class AmoslFusion implements Fusion {
 }
 
 /** When Sinkhorn's iterations stop. */
-const ITERATION = JSON.parse(Deno.env.get('IT') ?? '{"tolerance":1e-5,"iterations":2000}');
+const ITERATION = JSON.parse(Deno.env.get("IT") ?? '{"tolerance":1e-5,"iterations":2000}');
 
 /** Into the space where nodes of views are compared. */
 class Projection {
@@ -236,9 +246,17 @@ class Projection {
   readonly #cost: AmoslFusionOptions["cost"];
   readonly #width: number;
 
-  constructor(context: LayerContext, width: number, cost: AmoslFusionOptions["cost"]) {
+  constructor(
+    context: LayerContext,
+    options: {
+      readonly inputs: number;
+      readonly width: number;
+      readonly cost: AmoslFusionOptions["cost"];
+    },
+  ) {
+    const { inputs, width, cost } = options;
     const { parameters, name } = context;
-    this.#linear = new Linear(context, { inputs: width, outputs: width, bias: false });
+    this.#linear = new Linear(context, { inputs, outputs: width, bias: false });
     this.#mean = parameters.count(`${name}.running_mean`, [1, width], 0);
     this.#variance = parameters.count(`${name}.running_variance`, [1, width], 1);
     this.#cost = cost;

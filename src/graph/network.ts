@@ -54,7 +54,7 @@ export class GraphNetwork implements Disposable {
     const context = { parameters, name: "fusion" };
     const shape = { views: views.length, width, readout };
     this.#fusion = this.options.fusion === "amosl"
-      ? new AmoslFusion(context, { ...this.options, ...shape })
+      ? new AmoslFusion(context, { ...this.options, inputs: views.map(nodeWidth) })
       : new LateFusion(context, shape);
     if (this.options.fusion === "amosl") {
       // Where views have the same features, nodes that look alike begin alike, so that correspondences begin well.
