@@ -236,7 +236,7 @@ export class AmoslFusion implements Fusion {
 }
 
 /** When Sinkhorn's iterations stop. */
-const ITERATION = JSON.parse(Deno.env.get("IT") ?? '{"tolerance":1e-5,"iterations":2000}');
+const ITERATION = { tolerance: 1e-4, iterations: 500, relaxation: 1.5 } as const;
 
 /** Into the space where nodes of views are compared. */
 class Projection {
