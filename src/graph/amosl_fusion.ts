@@ -68,6 +68,8 @@ export interface AmoslFusionOptions {
   readonly penalty: TransportPenalty;
   readonly pairs: "all" | "star";
   readonly cost: "sqeuclidean" | "cosine";
+  /** The error of masses at which Sinkhorn's iterations stop. Default: 1e-4. */
+  readonly tolerance?: number | undefined;
 }
 
 /** What keeps a learned weight from 0. */
@@ -203,7 +205,7 @@ export class AmoslFusion implements Fusion {
     layout: PairLayout,
     projected: readonly [Tensor, Tensor],
   ): { readonly solution: TransportSolution; readonly plan: Tensor } {
-    const { epsilon, gradient } = this.#options;
+    const { epsilon, gradient, tolerance = 1e-4 } = this.#options;
     const [x, y] = projected.map((points, side) => {
       const gather = layout.gathers[side];
       return gather ? aggregate(tape, points, gather) : points;
@@ -219,7 +221,7 @@ export class AmoslFusion implements Fusion {
     const solution = tape.keep(
       gradient === "exact"
         ? exactTransport(tape.device, problem, { check: false })
-        : sinkhorn(tape.device, problem, { epsilon, ...ITERATION, check: false }),
+        : sinkhorn(tape.device, problem, { epsilon, tolerance, ...ITERATION, check: false }),
     );
     const mode = gradient === "implicit" || gradient === "unrolled" ? gradient : undefined;
     const shape = { rows: layout.entries, columns: 1 };
@@ -235,8 +237,8 @@ export class AmoslFusion implements Fusion {
   }
 }
 
-/** When Sinkhorn's iterations stop. */
-const ITERATION = { tolerance: 1e-4, iterations: 500, relaxation: 1.5 } as const;
+/** How Sinkhorn iterates. */
+const ITERATION = { iterations: 500, relaxation: 1.5 } as const;
 
 /** Into the space where nodes of views are compared. */
 class Projection {
