@@ -361,3 +361,157 @@ test("loss and gradients are those of a reference in double precision", (device)
   checkFusion(device, { ...plain, views: 3, penalty: "margin" }, "implicit", 5);
   checkFusion(device, { ...plain, views: 3, pairs: "star", cost: "cosine" }, "implicit", 6);
 });
+
+const TASK = correspondenceTask({ objects: 48, parts: 3, partNodes: [3, 4], seed: 2 });
+const AMOSL = { fusion: "amosl", width: 8, layers: 1 } as const satisfies GraphModelOptions;
+const QUICK: TrainingOptions = { epochs: 3, batchSize: 16, seed: 3, model: AMOSL };
+
+/** History and parameters of a run. */
+async function run(device: Device, options: TrainingOptions, dataset = TASK) {
+  using result = await train(device, dataset, options);
+  const { parameters, state } = networkOf(result.model).parameters.read();
+  return { history: result.history, parameters, state };
+}
+
+test("the same seed gives the same bits, and every option counts", async (device) => {
+  const first = await run(device, QUICK);
+  assertEquals(await run(device, QUICK), first);
+  const others: GraphModelOptions[] = [
+    ...(["envelope", "unrolled", "detached", "exact"] as const).map((gradient) => ({ gradient })),
+    ...(["margin", 0, 0.5] as const).map((penalty) => ({ penalty })),
+    ...[{ epsilon: 0.1 }, { cost: "cosine" as const }],
+  ];
+  for (const options of others) {
+    // A GPU has no exact plans.
+    if (options.gradient === "exact" && device.backend !== "cpu") continue;
+    const { history } = await run(device, { ...QUICK, model: { ...AMOSL, ...options } });
+    const [before, after] = [history, first.history].map((each) => each.map(({ loss }) => loss));
+    assertNotEquals(before, after, JSON.stringify(options));
+    assert(history.every(({ loss }) => Number.isFinite(loss)), JSON.stringify(options));
+  }
+});
+
+test("interrupted and resumed is the same as uninterrupted", async (device) => {
+  using folder = new TemporaryFolder();
+  const settings = { ...QUICK, epochs: 4, model: { ...AMOSL, dropout: 0.1 } };
+  const whole = await run(device, settings);
+  const checkpoint = folder.file("run.safetensors");
+  const controller = new AbortController();
+  await assertRejects(
+    () =>
+      train(device, TASK, {
+        ...{ ...settings, checkpoint, signal: controller.signal },
+        onEpoch: ({ epoch }) => {
+          if (epoch === 2) controller.abort(new Error("interrupted"));
+        },
+      }),
+    Error,
+    "interrupted",
+  );
+  assertEquals(await run(device, { resume: checkpoint }), whole);
+  using loaded = await GraphClassifier.load(device, checkpoint);
+  assertEquals(loaded.options.fusion, "amosl");
+  assertEquals(align(loaded, TASK, { objects: [1] })[0]!.views, [0, 1]);
+});
+
+test("three views, of which objects may lack some, and whole batches too", async (device) => {
+  const graph = (value: number, nodes: number): Graph => ({
+    nodeAttributes: Array.from({ length: nodes }, (_, i) => [value, i]),
+    edges: Array.from({ length: nodes }, (_, i) => [i, (i + 1) % nodes]),
+  });
+  const lacks = [[], [0], [1], [2], [0, 1], [0, 2], [1, 2], [1, 2]];
+  const dataset = GraphDataset.fromGraphs(
+    [0, 1, 2].map((view) => ({
+      name: `v${view}`,
+      graphs: Array.from(
+        { length: 16 },
+        (_, i) => lacks[i % 8]!.includes(view) ? null : graph(i < 8 ? -1 : 1, 2 + (i + view) % 3),
+      ),
+    })),
+    { labels: Array.from({ length: 16 }, (_, i) => Number(i < 8)), allowMissing: true },
+  );
+  for (const pairs of ["all", "star"] as const) {
+    using result = await train(device, dataset, {
+      ...{ epochs: 20, batchSize: 3, learningRate: 0.02, seed: 1 },
+      model: { ...AMOSL, pairs, normalisation: "layer", activation: "gelu", headDropout: 0 },
+    });
+    assertEquals(evaluate(result.model, dataset).accuracy, 1, pairs);
+    const found = align(result.model, dataset);
+    // Of 8 objects: all three views; two views, by which one they lack.
+    const compared = pairs === "all"
+      ? ["0:0,1", "0:0,2", "0:1,2", "1:1,2", "2:0,2", "3:0,1"]
+      : ["0:0,1", "0:0,2", "2:0,2", "3:0,1"];
+    const keys = found.filter(({ object }) => object < 8)
+      .map(({ object, views }) => `${object}:${views}`);
+    assertEquals(keys, compared);
+    for (const { plan, rows, columns, object } of found) {
+      for (let i = 0; i < rows; i++) {
+        const mass = plan.subarray(i * columns, (i + 1) * columns).reduce((a, b) => a + b, 0);
+        assertAlmostEquals(mass, 1 / rows, 1e-3, `row ${i} of object ${object}`);
+      }
+    }
+    // An object by itself is aligned as among others, and one without a pair is not.
+    const [alone] = align(result.model, dataset, { objects: [3] });
+    const among = found.find(({ object }) => object === 3)!;
+    assertLess(relativeError(alone!.plan, among.plan), 1e-4);
+    assertEquals(align(result.model, dataset, { objects: [4, 6] }), []);
+  }
+});
+
+test("finds correspondences that carry the label, where late fusion is lost", async (device) => {
+  const [trained, tested] = [1000, 300];
+  const task = correspondenceTask({
+    ...{ objects: trained + tested, parts: 3, partNodes: [3, 4], seed: 1 },
+  });
+  const objects = task.labels.keys().toArray();
+  const accuracies: Record<string, number> = {};
+  for (const fusion of ["late", "amosl"] as const) {
+    using result = await train(device, task, {
+      ...{ objects: objects.slice(0, trained), epochs: 8, batchSize: 32, learningRate: 0.005 },
+      model: {
+        ...{ ...AMOSL, fusion, width: 16, epsilon: 0.02, headDropout: 0 },
+        ...{ readout: "mean", activation: "gelu" },
+      },
+    });
+    const aside = { objects: objects.slice(trained) };
+    accuracies[fusion] = evaluate(result.model, task, aside).accuracy;
+    if (fusion === "late") continue;
+    let [right, all] = [0, 0];
+    for (const alignment of align(result.model, task, aside)) {
+      const start = task.views[1]!.nodeOffsets[alignment.object]!;
+      for (const { row, column } of strongest(alignment)) {
+        all++;
+        right += Number(task.correspondence![start + column] === row);
+      }
+    }
+    assertGreaterOrEqual(right / all, 0.9, "true partners");
+    const { history } = result;
+    assertLess(history.at(-1)!.transportCost!, history[0]!.transportCost!);
+  }
+  assertGreater(accuracies.amosl!, accuracies.late! + 0.1, JSON.stringify(accuracies));
+});
+
+test("options that are none, and models that have no plans, are refused", async (device) => {
+  const refused: [GraphModelOptions, string][] = [
+    [{ epsilon: 0 }, "epsilon must be above 0"],
+    [{ penalty: -1 }, "penalty must be"],
+    [{ penalty: "much" as "learned" }, "penalty must be"],
+    [{ gradient: "none" as "implicit" }, "gradient must be one of"],
+    [{ pairs: "some" as "all" }, "pairs must be one of"],
+    [{ cost: "dot" as "cosine" }, "cost must be one of"],
+  ];
+  for (const [options, fragment] of refused) {
+    await rejectsWith(
+      () => train(device, TASK, { ...QUICK, model: { ...AMOSL, ...options } }),
+      "invalid-argument",
+      fragment,
+    );
+  }
+  await rejectsWith(
+    () => train(device, TASK.select([0]), QUICK),
+    "invalid-argument",
+    "two views or more",
+  );
+  using late = await train(device, TASK, { ...QUICK, epochs: 1, model: { width: 8 } });
+  assertThrows(() => align(late.model, TASK), PackhorseError, "fusion is late");
+});
