@@ -11,6 +11,7 @@ import {
   numberFrom,
   positiveCount,
   positiveNumber,
+  transportPenalty,
   relativeScale,
   tensorPattern,
   tokenCount,
@@ -562,7 +563,12 @@ function createGraph() {
     .globalType("whole", wholeNumber)
     .globalType("share", numberFrom(0, 0.999))
     .globalType("rate", numberFrom(1e-9, 1e3))
-    .globalType("fusion", new EnumType(["single", "early", "late"]))
+    .globalType("fusion", new EnumType(["single", "early", "late", "amosl"]))
+    .globalType("positive", positiveNumber)
+    .globalType("penalty", transportPenalty)
+    .globalType("gradient", new EnumType(["implicit", "envelope", "unrolled", "detached", "exact"]))
+    .globalType("pairs", new EnumType(["all", "star"]))
+    .globalType("cost", new EnumType(["sqeuclidean", "cosine"]))
     .globalType("layer", new EnumType(["gcn", "sage", "gin", "gat"]))
     .globalType("readout", new EnumType(["sum", "mean", "max", "attention"]))
     .globalType("normalisation", new EnumType(["batch", "layer", "none"]))
@@ -594,6 +600,23 @@ function createGraph() {
       "--fusion <kind:fusion>",
       "How views come together. late, or single of one view, unless given.",
     )
+    .option(
+      "--epsilon <epsilon:positive>",
+      "Of amosl: how spread out plans are; 1 is what nodes cost that are matched at random. Default: 0.05.",
+    )
+    .option(
+      "--gradient <mode:gradient>",
+      "Of amosl: how the loss reaches embeddings through plans. Default: implicit.",
+    )
+    .option(
+      "--penalty <penalty:penalty>",
+      "Of amosl: weight of the transport cost in the loss: learned, margin, or a number. Default: learned.",
+    )
+    .option(
+      "--pairs <pairs:pairs>",
+      "Of amosl: compare all views with each other, or the first with each (star). Default: all.",
+    )
+    .option("--cost <cost:cost>", "Of amosl: what it costs to match nodes. Default: sqeuclidean.")
     .option("--view <number:whole>", "Which view single uses, counted from 0.", { default: 0 })
     .option("--layer <kind:layer>", "Kind of the layers.", { default: "gin" })
     .option("--layers <layers:count>", "Layers of an encoder.", { default: 3 })
@@ -633,11 +656,19 @@ function createGraph() {
       "--resume <file:file>",
       "Go on from a file that an interrupted run wrote, by its settings.",
     )
+    .option(
+      "--report <file:file>",
+      "Also write a page: curves, confusion, and of amosl which nodes of a view correspond.",
+    )
     .option("--log <file:file>", "Also write what every epoch came to, as JSON.")
     .option(...ALLOW_MISSING)
     .example(
       "Measure late fusion over five folds",
       "packhorse graph train tests/fixtures/digits/DIGITS_L tests/fixtures/digits/DIGITS_R --folds 5",
+    )
+    .example(
+      "Let optimal transport find which nodes correspond",
+      "packhorse graph train DIGITS_L DIGITS_R -o digits.safetensors --fusion amosl --report digits.html",
     )
     .example(
       "Train a model on all objects",
@@ -663,6 +694,21 @@ function createGraph() {
     )
     .action(async (options, model, ...views) =>
       (await import("./commands/graph_predict.ts")).graphPredict(options, model, views)
+    )
+    .command(
+      `align <model:file> ${VIEWS}`,
+      "Show which nodes of an object's views correspond, by a model of amosl.",
+    )
+    .option("--object <number:whole>", "Of which object, counted from 0. Of all, unless given.")
+    .option("--top <pairs:count>", "How many correspondences, the strongest first.", { default: 5 })
+    .option("--svg <file:file>", "Draw both graphs and the plan, of the first object shown.")
+    .option(...ALLOW_MISSING)
+    .example(
+      "Draw what corresponds",
+      "packhorse graph align digits.safetensors DIGITS_L DIGITS_R --object 7 --svg digit.svg",
+    )
+    .action(async (options, model, ...views) =>
+      (await import("./commands/graph_align.ts")).graphAlign(options, model, views)
     )
     .reset();
 }

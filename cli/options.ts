@@ -1,6 +1,7 @@
 import { type ArgumentValue, ValidationError } from "@cliffy/command";
 import { PackhorseError } from "../src/error.ts";
 import { parseCacheCodec } from "../src/kv/cache_codec.ts";
+import type { TransportPenalty } from "../src/graph/mod.ts";
 import type { KvCacheCodec } from "../src/kv/mod.ts";
 
 /** Options that every command takes. A type, not an interface: Cliffy wants an index signature. */
@@ -83,6 +84,18 @@ export function positiveNumber({ label, name, value }: ArgumentValue): number {
   const number = value.trim() === "" ? NaN : Number(value);
   if (!(number > 0 && number < Infinity)) {
     throw new ValidationError(`${label} "${name}" must be a number above 0, but got "${value}".`);
+  }
+  return number;
+}
+
+/** Reads "learned", "margin", or a number from 0 on. */
+export function transportPenalty({ label, name, value }: ArgumentValue): TransportPenalty {
+  if (value === "learned" || value === "margin") return value;
+  const number = value.trim() === "" ? NaN : Number(value);
+  if (!(number >= 0 && number < Infinity)) {
+    throw new ValidationError(
+      `${label} "${name}" must be learned, margin, or a number from 0 on, but got "${value}".`,
+    );
   }
   return number;
 }

@@ -1,4 +1,4 @@
-/** `graph info`, `graph train`, `graph evaluate` and `graph predict` as processes: what they print, and how they fail. */
+/** `graph info`, `train`, `evaluate`, `predict` and `align` as processes: what they print, and how they fail. */
 import {
   assert,
   assertEquals,
@@ -123,6 +123,44 @@ Deno.test("cli: graph train measures folds, the same every time", async () => {
   assertEquals(first.confusion.flat().reduce((a: number, b: number) => a + b), 48);
 });
 
+Deno.test("cli: graph train --fusion amosl reports, and graph align shows what corresponds", async () => {
+  using folder = new TemporaryFolder();
+  const task = await writeTask(folder);
+  const [model, page, log] = ["model.safetensors", "page.html", "log.json"].map((name) =>
+    folder.file(name)
+  ) as [string, string, string];
+  const text = await succeed(
+    ...["graph", "train", task, "-o", model, "--fusion", "amosl", "--epsilon", "0.1"],
+    ...["--gradient", "envelope", "--penalty", "0.3", "--pairs", "star", "--cost", "cosine"],
+    ...["--report", page, "--log", log, ...SMALL],
+  );
+  assertMatch(text, /epoch 4: loss [\d.]+ {2}accuracy [\d.]+ % {2}transport [\d.]+/);
+  const { settings, history } = JSON.parse(await Deno.readTextFile(log));
+  const { epsilon, gradient, penalty, pairs, cost } = settings.model;
+  assertEquals([epsilon, gradient, penalty, pairs, cost], [0.1, "envelope", 0.3, "star", "cosine"]);
+  assertGreater(history[0].transportCost, 0);
+  const html = await Deno.readTextFile(page);
+  for (const part of ["Transport cost", "Confusion", "Correspondences", "Its plan"]) {
+    assertStringIncludes(html, part);
+  }
+  const svg = folder.file("object.svg");
+  const table = await succeed(
+    ...["graph", "align", model, task, "--object", "5", "--top", "2", "--svg", svg, ...ON],
+  );
+  assertMatch(table, /\n +5 +view1 → view2 +\d+, \d+ +[\d.]+.* \d+→\d+ \(\d+ %\), \d+→\d+ \(\d+ %\)\n/);
+  assertMatch(await Deno.readTextFile(svg), /^<svg .*Object 5: strongest correspondences/s);
+  const { alignments } = JSON.parse(
+    await succeed("graph", "align", model, task, "--json", "--top", "1", ...ON),
+  );
+  assertEquals(alignments.map(({ object }: { object: number }) => object), [...Array(48).keys()]);
+  assertEquals(alignments[0].correspondences.length, 1);
+  const folds = folder.file("folds.html");
+  await succeed(
+    ...["graph", "train", task, "--folds", "2", "--fusion", "amosl", "--report", folds, ...SMALL],
+  );
+  assertStringIncludes(await Deno.readTextFile(folds), "Cross-validation over 2 folds");
+});
+
 Deno.test("cli: graph train that is interrupted goes on with --resume, to the same end", async () => {
   using folder = new TemporaryFolder();
   const task = await writeTask(folder);
@@ -171,6 +209,8 @@ Deno.test("cli: graph says what is wrong", async () => {
     [2, ["train", task, "-o", model, "--folds", "2"], "conflicts"],
     [2, ["train", task, "--folds", "2", "--layer", "mlp"], "gcn"],
     [2, ["train", task, "--folds", "2", "--dropout", "1"], "0.999"],
+    [2, ["train", task, "--folds", "2", "--epsilon", "0.1"], '"--fusion amosl"'],
+    [2, ["train", task, "--folds", "2", "--penalty", "much"], "learned, margin, or a number"],
     [1, ["info", bad], "BAD_A.txt: line 1: node 1 of graph 1 is joined to node 3 of graph 2"],
     [1, ["info", DIGITS[0]!, bad], "BAD"],
     [1, ["info", folder.file("nowhere")], "nowhere"],

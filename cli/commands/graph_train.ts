@@ -12,9 +12,13 @@ import {
   type ReadoutKind,
   train,
   type TrainingSettings,
+  type TransportGradient,
+  type TransportPenalty,
 } from "../../src/graph/mod.ts";
 import { AtomicFile } from "../../src/io/mod.ts";
 import { formatAccuracy, printConfusion } from "../graph_report.ts";
+import { foldsReport, modelReport } from "../graph_page.ts";
+import { writeHtmlReport } from "../html_report.ts";
 import { listenForInterrupt } from "../interrupt.ts";
 import { defined, type GlobalOptions } from "../options.ts";
 import {
@@ -32,6 +36,12 @@ export interface GraphTrainOptions extends GraphDataOptions {
   output?: string | undefined;
   folds?: number | undefined;
   fusion?: FusionKind | undefined;
+  epsilon?: number | undefined;
+  gradient?: TransportGradient | undefined;
+  penalty?: TransportPenalty | undefined;
+  pairs?: "all" | "star" | undefined;
+  cost?: "sqeuclidean" | "cosine" | undefined;
+  report?: string | undefined;
   view: number;
   layer: GraphLayerKind;
   layers: number;
@@ -64,11 +74,15 @@ export async function graphTrain(
   if (output === undefined && folds === undefined) {
     throw new ValidationError('Give "--output", where to write the model, or "--folds".');
   }
+  checkTransport(options);
   const dataset = await readGraphDataset(views, defined({ allowMissing }));
+  using reportFile = options.report === undefined
+    ? undefined
+    : await AtomicFile.create(options.report);
   using logFile = log === undefined ? undefined : await AtomicFile.create(log);
   using device = Device.open(defined({ backend }));
   using interrupt = listenForInterrupt();
-  const run = { options, dataset, device, signal: interrupt.signal };
+  const run = { options, dataset, device, signal: interrupt.signal, reportFile };
   const report = folds === undefined
     ? await trainModel(run, output!)
     : await measureFolds(run, folds);
@@ -86,16 +100,27 @@ interface Run {
   readonly dataset: GraphDataset;
   readonly device: Device;
   readonly signal: AbortSignal;
+  readonly reportFile: AtomicFile | undefined;
+}
+
+/** Throws a `ValidationError` for options of amosl without it. */
+function checkTransport(options: GraphTrainOptions): void {
+  if (options.fusion === "amosl") return;
+  for (const name of ["epsilon", "gradient", "penalty", "pairs", "cost"] as const) {
+    if (options[name] === undefined) continue;
+    throw new ValidationError(`Option "--${name}" needs "--fusion amosl".`);
+  }
 }
 
 function settingsOf(options: GraphTrainOptions): TrainingSettings {
   const { fusion, view, layer, layers, width, heads, readout, normalisation } = options;
+  const { epsilon, gradient, penalty, pairs, cost } = options;
   const { dropout, headDropout, schedule: kind, warmup, validation, patience } = options;
   const { epochs, batchSize, learningRate, weightDecay, clipNorm, seed } = options;
   return {
     model: {
       ...{ view, layer, layers, width, heads, readout, normalisation, dropout, headDropout },
-      ...defined({ fusion }),
+      ...defined({ fusion, epsilon, gradient, penalty, pairs, cost }),
     },
     ...{ epochs, batchSize, learningRate, weightDecay, clipNorm, seed },
     schedule: { kind, warmup },
@@ -103,7 +128,8 @@ function settingsOf(options: GraphTrainOptions): TrainingSettings {
   };
 }
 
-async function trainModel({ options, dataset, device, signal }: Run, output: string) {
+async function trainModel(run: Run, output: string) {
+  const { options, dataset, device, signal, reportFile } = run;
   const { resume, json } = options;
   const settings = settingsOf(options);
   const start = performance.now();
@@ -118,6 +144,10 @@ async function trainModel({ options, dataset, device, signal }: Run, output: str
     });
   const seconds = (performance.now() - start) / 1000;
   const { model, history, epoch, stoppedEarly } = result;
+  if (reportFile) {
+    await writeHtmlReport(reportFile, modelReport({ dataset, model, history, epoch, output }));
+    if (!json) print(`${options.report} written`);
+  }
   if (!json) {
     const last = history[epoch - 1]!;
     print(`${output} written: ${model.parameterCount.toLocaleString("en")} parameters`);
@@ -136,7 +166,8 @@ async function trainModel({ options, dataset, device, signal }: Run, output: str
   };
 }
 
-async function measureFolds({ options, dataset, device, signal }: Run, folds: number) {
+async function measureFolds(run: Run, folds: number) {
+  const { options, dataset, device, signal, reportFile } = run;
   const settings = settingsOf(options);
   const result = await withProgress("training", (onProgress) =>
     crossValidate(device, dataset, {
@@ -150,6 +181,10 @@ async function measureFolds({ options, dataset, device, signal }: Run, folds: nu
         ),
     }));
   const { accuracy, deviation, confusion } = result;
+  if (reportFile) {
+    await writeHtmlReport(reportFile, foldsReport(dataset, result));
+    if (!options.json) print(`${options.report} written`);
+  }
   if (!options.json) {
     printTable(
       [">fold", ">objects", ">accuracy", ">loss", ">epoch", ">time"],
@@ -178,9 +213,10 @@ async function measureFolds({ options, dataset, device, signal }: Run, folds: nu
 
 /** "loss 0.3120  accuracy 90.1 %", and the same of the watched objects. */
 function describe(report: EpochReport): string {
-  const { loss, accuracy, validationLoss, validationAccuracy } = report;
+  const { loss, accuracy, validationLoss, validationAccuracy, transportCost } = report;
+  const transport = transportCost === undefined ? "" : `  transport ${transportCost.toFixed(4)}`;
   const watched = validationLoss === undefined || validationAccuracy === undefined
     ? ""
     : `  watched ${validationLoss.toFixed(4)}  ${formatAccuracy(validationAccuracy)}`;
-  return `loss ${loss.toFixed(4)}  accuracy ${formatAccuracy(accuracy)}${watched}`;
+  return `loss ${loss.toFixed(4)}  accuracy ${formatAccuracy(accuracy)}${watched}${transport}`;
 }

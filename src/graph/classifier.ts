@@ -5,18 +5,20 @@ import { type CheckpointContent, CheckpointReader, writeCheckpoint } from "./che
 import { isInteger32 } from "./dataset.ts";
 import type { GraphLayerKind, Normalisation, ReadoutKind } from "./layers.ts";
 import { GraphNetwork } from "./network.ts";
+import type { TransportGradient, TransportPenalty } from "./amosl_fusion.ts";
 import type { Activation } from "./operations.ts";
 import type { GraphSchema } from "./schema.ts";
 
 /** How the views of an object come together. */
-export type FusionKind = "single" | "early" | "late";
+export type FusionKind = "single" | "early" | "late" | "amosl";
 
 /** Options of a {@linkcode GraphClassifier}. */
 export interface GraphModelOptions {
   /**
    * How views come together: `single` uses one of them; `early` makes one graph of them all, whose parts are not joined,
-   * with one encoder; `late` gives each an encoder, and puts the results side by side. Default: `late`, or `single` where
-   * there is one view.
+   * with one encoder; `late` gives each an encoder, and puts the results side by side; `amosl` also finds which nodes of
+   * the views correspond, by optimal transport that is learned along, and tells them of each other. Default: `late`, or
+   * `single` where there is one view.
    */
   readonly fusion?: FusionKind | undefined;
   /** Which view `single` uses. Default: 0. */
@@ -39,6 +41,22 @@ export interface GraphModelOptions {
   readonly dropout?: number | undefined;
   /** The same, before the last linear layer. Default: 0.2. */
   readonly headDropout?: number | undefined;
+  /**
+   * Of amosl: the weight of the entropy of a plan, in units of what it costs on average to match two nodes at random. Default:
+   * 0.05.
+   */
+  readonly epsilon?: number | undefined;
+  /** Of amosl: how the loss reaches the embeddings through the plans. Default: implicit. */
+  readonly gradient?: TransportGradient | undefined;
+  /** Of amosl: what is added to the loss so that the views agree. Default: learned. */
+  readonly penalty?: TransportPenalty | undefined;
+  /** Of amosl: which views are compared: all with each other, or the first with each. Default: all. */
+  readonly pairs?: "all" | "star" | undefined;
+  /**
+   * Of amosl: what it costs to match two nodes: the squared distance of their projections, or 1 less the cosine of the angle
+   * between them. Default: sqeuclidean.
+   */
+  readonly cost?: "sqeuclidean" | "cosine" | undefined;
   /** What the first values of parameters follow from. Default: 0. */
   readonly seed?: number | undefined;
 }

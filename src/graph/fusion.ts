@@ -1,3 +1,4 @@
+import type { TransportSolution } from "../ot/mod.ts";
 import type { DeviceBatch, DeviceView } from "./device_batch.ts";
 import { type LayerContext, Readout, type ReadoutKind } from "./layers.ts";
 import { concatenate } from "./operations.ts";
@@ -16,6 +17,20 @@ export interface FusedViews {
   readonly embedding: Tensor;
   /** What is added to the loss, `[1, 1]`. */
   readonly penalty?: Tensor | undefined;
+  /** What it cost to transport nodes of views to each other, on average, if they were: `[1, 1]`. */
+  readonly transportCost?: Tensor | undefined;
+  /** How they were transported. */
+  readonly transports?: readonly ViewTransport[] | undefined;
+}
+
+/** The correspondence of the nodes of two views, of the objects that have nodes in both. */
+export interface ViewTransport {
+  /** The views of the plans' rows and columns. */
+  readonly views: readonly [number, number];
+  /** Where in the batch the objects are, one for each problem of the solution. */
+  readonly objects: readonly number[];
+  /** It lives as long as the tensors of the step. */
+  readonly solution: TransportSolution;
 }
 
 /**

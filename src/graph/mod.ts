@@ -11,6 +11,8 @@ export {
   type ViewBatch,
 } from "./batch.ts";
 export { type FusionKind, GraphClassifier, type GraphModelOptions } from "./classifier.ts";
+export { align, type Alignment, type Correspondence, strongest } from "./align.ts";
+export type { TransportGradient, TransportPenalty } from "./amosl_fusion.ts";
 export {
   crossValidate,
   type CrossValidation,

@@ -4,7 +4,8 @@ import { type GraphBatch, GraphBatches } from "./batch.ts";
 import type { GraphModelOptions } from "./classifier.ts";
 import type { GraphDataset } from "./dataset.ts";
 import { type DeviceBatch, uploadBatch } from "./device_batch.ts";
-import { type Fusion, LateFusion } from "./fusion.ts";
+import { AmoslFusion } from "./amosl_fusion.ts";
+import { type FusedViews, type Fusion, LateFusion } from "./fusion.ts";
 import { joinedSchema, joinViews } from "./join_views.ts";
 import { GraphEncoder, Linear } from "./layers.ts";
 import { activate, add, dropout } from "./operations.ts";
@@ -21,8 +22,8 @@ export type ResolvedModelOptions = {
 export interface NetworkOutput {
   /** `[objects, classes]`. */
   readonly logits: Tensor;
-  /** What is added to the loss, `[1, 1]`. */
-  readonly penalty: Tensor | undefined;
+  /** What the fusion made of the views. */
+  readonly fused: FusedViews;
 }
 
 /** Tells classes of objects apart that are seen as graphs: encoders of views, a fusion, and two linear layers. */
@@ -50,11 +51,20 @@ export class GraphNetwork implements Disposable {
         edgeWidth: edgeWidth(view),
       })
     );
-    this.#fusion = new LateFusion({ parameters, name: "fusion" }, {
-      views: views.length,
-      width,
-      readout,
-    });
+    const context = { parameters, name: "fusion" };
+    const shape = { views: views.length, width, readout };
+    this.#fusion = this.options.fusion === "amosl"
+      ? new AmoslFusion(context, { ...this.options, inputs: views.map(nodeWidth) })
+      : new LateFusion(context, shape);
+    if (this.options.fusion === "amosl") {
+      // Where views have the same features, nodes that look alike begin alike, so that correspondences begin well.
+      for (const [i, view] of views.entries()) {
+        if (i === 0 || nodeWidth(view) !== nodeWidth(views[0]!)) continue;
+        if (edgeWidth(view) !== edgeWidth(views[0]!)) continue;
+        parameters.beginAlike(`encoders.${i}`, "encoders.0");
+        parameters.beginAlike(`fusion.projections.${i}`, "fusion.projections.0");
+      }
+    }
     const { width: fused } = this.#fusion;
     this.#hidden = new Linear({ parameters, name: "head.0" }, { inputs: fused, outputs: width });
     const outputs = schema.classes.length;
@@ -98,10 +108,10 @@ export class GraphNetwork implements Disposable {
       view,
       nodes: this.#encoders[i]!.forward(tape, view),
     }));
-    const { embedding, penalty } = this.#fusion.fuse(tape, encoded, batch);
+    const fused = this.#fusion.fuse(tape, encoded, batch);
     const { activation, headDropout } = this.options;
-    const hidden = activate(tape, this.#hidden.forward(tape, embedding), activation);
-    return { logits: this.#last.forward(tape, dropout(tape, hidden, headDropout)), penalty };
+    const hidden = activate(tape, this.#hidden.forward(tape, fused.embedding), activation);
+    return { logits: this.#last.forward(tape, dropout(tape, hidden, headDropout)), fused };
   }
 
   /** Frees the memory of the parameters. */
@@ -133,6 +143,11 @@ function resolveOptions(schema: GraphSchema, options: GraphModelOptions): Resolv
     layers = 3,
     width = 64,
     readout = "sum",
+    epsilon = 0.05,
+    gradient = "implicit",
+    penalty = "learned",
+    pairs = "all",
+    cost = "sqeuclidean",
     activation = "relu",
     normalisation = "batch",
     heads = 4,
@@ -144,7 +159,10 @@ function resolveOptions(schema: GraphSchema, options: GraphModelOptions): Resolv
     throw new PackhorseError("invalid-argument", `Cannot make a graph model: ${reason}`);
   };
   const choices = {
-    fusion: [fusion, ["single", "early", "late"]],
+    fusion: [fusion, ["single", "early", "late", "amosl"]],
+    gradient: [gradient, ["implicit", "envelope", "unrolled", "detached", "exact"]],
+    pairs: [pairs, ["all", "star"]],
+    cost: [cost, ["sqeuclidean", "cosine"]],
     layer: [layer, ["gcn", "sage", "gin", "gat"]],
     readout: [readout, ["sum", "mean", "max", "attention"]],
     normalisation: [normalisation, ["batch", "layer", "none"]],
@@ -166,9 +184,15 @@ function resolveOptions(schema: GraphSchema, options: GraphModelOptions): Resolv
   if (!(Number.isInteger(view) && view >= 0 && view < views)) {
     refuse(`view must be an integer from 0 to ${views - 1}, got ${view}`);
   }
+  if (fusion === "amosl" && views < 2) refuse("fusion amosl needs two views or more, there is one");
+  if (!(epsilon > 0 && epsilon < Infinity)) refuse(`epsilon must be above 0, got ${epsilon}`);
+  const isWeight = typeof penalty === "number" && penalty >= 0 && penalty < Infinity;
+  if (!isWeight && penalty !== "learned" && penalty !== "margin") {
+    refuse(`penalty must be learned, margin, or a number that is not negative, got ${penalty}`);
+  }
   if (!Number.isSafeInteger(seed)) refuse(`seed must be an integer, got ${seed}`);
   return {
     ...{ fusion, view, layer, layers, width, readout, activation, normalisation, heads },
-    ...{ dropout, headDropout, seed },
+    ...{ dropout, headDropout, seed, epsilon, gradient, penalty, pairs, cost },
   };
 }

@@ -36,11 +36,11 @@ class TensorStore {
     };
   }
 
-  /** The first values. */
-  initialise(seed: number): Float32Array<ArrayBuffer> {
+  /** The first values; random ones follow from what `sourceOf` makes of a name. */
+  initialise(seed: number, sourceOf: (name: string) => string): Float32Array<ArrayBuffer> {
     const values = new Float32Array(this.length);
     for (const { name, rows, columns, initial, start } of this.entries) {
-      const random = new Random(seed, "parameter", name);
+      const random = new Random(seed, "parameter", sourceOf(name));
       for (let i = start; i < start + rows * columns; i++) {
         values[i] = typeof initial === "number"
           ? initial
@@ -75,6 +75,7 @@ export interface NamedValues {
 export class Parameters implements Disposable {
   readonly #learned = new TensorStore();
   readonly #counted = new TensorStore();
+  readonly #alike = new Map<string, string>();
   #device: Device | undefined;
   #values: DeviceBuffer<"f32"> | undefined;
   #gradients: DeviceBuffer<"f32"> | undefined;
@@ -88,6 +89,11 @@ export class Parameters implements Disposable {
   /** Adds what is counted without gradients. */
   count(name: string, shape: readonly [number, number], initial: Initial): () => Tensor {
     return this.#counted.add(name, shape, initial);
+  }
+
+  /** Lets the parameters of a part begin with the values of those of another, of the same shapes. */
+  beginAlike(part: string, other: string): void {
+    this.#alike.set(`${part}.`, `${other}.`);
   }
 
   /** Number of parameters that gradients move. */
@@ -117,9 +123,15 @@ export class Parameters implements Disposable {
     this.#values = create(this.#learned);
     this.#gradients = create(this.#learned);
     this.#state = create(this.#counted);
+    const sourceOf = (name: string) => {
+      for (const [part, other] of this.#alike) {
+        if (name.startsWith(part)) return other + name.slice(part.length);
+      }
+      return name;
+    };
     this.write({
-      parameters: this.#learned.initialise(seed),
-      state: this.#counted.initialise(seed),
+      parameters: this.#learned.initialise(seed, sourceOf),
+      state: this.#counted.initialise(seed, sourceOf),
     });
     const regionOf = (buffer: DeviceBuffer<"f32">, start: number) => ({
       buffer: regionOn(buffer, device).buffer,

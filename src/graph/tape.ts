@@ -87,6 +87,13 @@ class Arena implements Disposable {
     return { buffer, byteOffset: 4 * start, view: () => chunk.view(start, count) };
   }
 
+  /** Elements that {@linkcode take} handed out, as a buffer. */
+  viewOf({ buffer, byteOffset }: NativeTensor, count: number): DeviceBuffer<"f32"> {
+    const chunk = this.#chunks.find((chunk) => regionOn(chunk, this.#device).buffer === buffer);
+    if (chunk) return chunk.view(byteOffset / 4, count);
+    throw new PackhorseError("internal", "The tensor is none of this step's");
+  }
+
   /** Takes everything back; several chunks become one as large as all of them. */
   reset(): void {
     this.#used = 0;
@@ -122,6 +129,7 @@ export class Tape implements Disposable {
   readonly #arena: Arena;
   readonly #records: { readonly out: Tensor; readonly backward: (dy: NativeTensor) => void }[] = [];
   readonly #one: DeviceBuffer<"f32">;
+  readonly #kept: Disposable[] = [];
   #staging = new Uint32Array(2 ** 14);
   #random = new Random(0);
   #training = false;
@@ -156,6 +164,7 @@ export class Tape implements Disposable {
     this.#training = training;
     this.#random = new Random(seed, "step");
     this.#records.length = 0;
+    this.#release();
     this.#arena.reset();
   }
 
@@ -167,6 +176,21 @@ export class Tape implements Disposable {
   /** Room for so many elements of 4 bytes, until the next step. */
   take(count: number): NativeTensor {
     return this.#arena.take(count);
+  }
+
+  /** What {@linkcode take} handed out, as a buffer, for other parts of the library. */
+  viewOf(place: NativeTensor, count: number): DeviceBuffer<"f32"> {
+    return this.#arena.viewOf(place, count);
+  }
+
+  /** Disposes something when the step's tensors end. */
+  keep<Resource extends Disposable>(resource: Resource): Resource {
+    this.#kept.push(resource);
+    return resource;
+  }
+
+  #release(): void {
+    for (const resource of this.#kept.splice(0)) resource[Symbol.dispose]();
   }
 
   /** An output, not yet written, of an operation on `inputs`. */
@@ -241,6 +265,7 @@ export class Tape implements Disposable {
   }
 
   [Symbol.dispose](): void {
+    this.#release();
     this.#arena[Symbol.dispose]();
     this.#one[Symbol.dispose]();
   }

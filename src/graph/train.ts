@@ -2,6 +2,7 @@ import type { Device } from "../device/mod.ts";
 import type { DeviceBuffer } from "../device/device_buffer.ts";
 import { regionOn } from "../device/device_buffer.ts";
 import { PackhorseError } from "../error.ts";
+import { combine } from "../../ffi/graph.ts";
 import { checksum } from "../io/checksum.ts";
 import { GraphBatches } from "./batch.ts";
 import { CheckpointReader } from "./checkpoint.ts";
@@ -76,7 +77,12 @@ export interface EpochReport {
   readonly loss: number;
   /** Share of the objects that were taken for their class while training. */
   readonly accuracy: number;
-  /** The same of the watched objects, after the epoch. */
+  /**
+   * What it cost to transport the nodes of a view to those of another, with amosl: 1 is what nodes matched at random cost on
+   * average. Mean over the epoch's steps.
+   */
+  readonly transportCost?: number;
+  /** Loss and accuracy of the watched objects, after the epoch. */
   readonly validationLoss?: number;
   readonly validationAccuracy?: number;
 }
@@ -159,6 +165,8 @@ export class GraphTrainer implements Disposable {
   readonly #watched: readonly number[];
   readonly #losses: DeviceBuffer<"f32">;
   readonly #predictions: DeviceBuffer<"i32">;
+  /** The transport cost of each step, 4 elements apart. */
+  readonly #costs: DeviceBuffer<"f32">;
   readonly #history: EpochReport[] = [];
   #best: { epoch: number; loss: number; values: ParameterValues } | undefined;
   #isFinished = false;
@@ -186,6 +194,7 @@ export class GraphTrainer implements Disposable {
     const places = Math.ceil(kept.length / batchSize) * placesOf(batchSize);
     this.#losses = created.use(device.createBuffer("f32", places));
     this.#predictions = created.use(device.createBuffer("i32", places));
+    this.#costs = created.use(device.createBuffer("f32", 4 * Math.ceil(kept.length / batchSize)));
     created.move();
   }
 
@@ -275,12 +284,16 @@ export class GraphTrainer implements Disposable {
     const { parameters } = this.#network;
     parameters.clearGradients();
     const batch = this.#network.upload(tape, this.#batches.collate(objects));
-    const { logits, penalty } = this.#network.forward(tape, batch);
-    const start = 4 * at.step * placesOf(batchSize);
-    const place = (buffer: DeviceBuffer) => ({
+    const { logits, fused } = this.#network.forward(tape, batch);
+    const { penalty, transportCost } = fused;
+    const place = (buffer: DeviceBuffer, start = at.step * placesOf(batchSize)) => ({
       buffer: regionOn(buffer, tape.device).buffer,
-      byteOffset: start,
+      byteOffset: 4 * start,
     });
+    if (transportCost) {
+      const out = place(this.#costs, 4 * at.step);
+      combine(tape.native, { alpha: 1, x: transportCost.place, out, count: 1 });
+    }
     const { loss } = crossEntropy(tape, logits, batch.labels, {
       labelled: batch.labelled,
       rowLosses: place(this.#losses),
@@ -308,7 +321,11 @@ export class GraphTrainer implements Disposable {
         `(${this.#settings.learningRate}), or scale the features`;
       throw new PackhorseError("non-finite", message);
     }
-    return { epoch, learningRate, loss: loss / count, accuracy: right / count };
+    const share = { epoch, learningRate, loss: loss / count, accuracy: right / count };
+    if (this.#network.options.fusion !== "amosl") return share;
+    const costs = this.#costs.download();
+    const transportCost = order.reduce((sum, _, step) => sum + costs[4 * step]!, 0) / order.length;
+    return { ...share, transportCost };
   }
 
   /** Measures the watched objects. */
@@ -367,7 +384,7 @@ export class GraphTrainer implements Disposable {
 
   /** Frees what it holds on the device; the model too, unless the run was ended by {@linkcode finish}. */
   [Symbol.dispose](): void {
-    for (const owned of [this.#adam, this.#tape, this.#losses, this.#predictions]) {
+    for (const owned of [this.#adam, this.#tape, this.#losses, this.#predictions, this.#costs]) {
       owned[Symbol.dispose]();
     }
     if (!this.#isFinished) this.#network[Symbol.dispose]();
