@@ -37,7 +37,10 @@ export async function otSolve(
   yPath: string,
 ): Promise<void> {
   const { backend, cost, plan: planPath, heatmap } = options;
-  const [x, y] = await Promise.all([readMatrix(xPath, "points [n, d]"), readMatrix(yPath, "points [n, d]")]);
+  const [x, y] = await Promise.all([
+    readMatrix(xPath, "points [n, d]"),
+    readMatrix(yPath, "points [n, d]"),
+  ]);
   const [n, dimension] = x.shape as [number, number];
   const [m, other] = y.shape as [number, number];
   if (dimension !== other) {
