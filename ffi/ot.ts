@@ -181,6 +181,23 @@ export class NativeTransportBatch {
     );
   }
 
+  /** Transports `masses` of each problem, with entropy. */
+  partial(
+    { f, g, plan, reports }: Omit<NativeSolution, "warmG">,
+    masses: Float64Array<ArrayBuffer>,
+  ): void {
+    call(
+      this.device.library.symbols.ph_ot_partial,
+      this.device.handle,
+      this.handle,
+      masses,
+      ...place(f),
+      ...place(g),
+      ...place(plan),
+      ...place(reports),
+    );
+  }
+
   /** Takes proximal points of `inner` iterations each. */
   proximal({ f, g, plan, reports }: Omit<NativeSolution, "warmG">, inner: number): void {
     call(

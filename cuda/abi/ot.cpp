@@ -5,6 +5,7 @@
 #include "abi/arguments.h"
 #include "ot/gromov.h"
 #include "ot/operations.h"
+#include "ot/partial.h"
 
 using ph::checked;
 using ph::checked_tensor;
@@ -111,6 +112,15 @@ void require_tolerance(double tolerance) {
   if (!(tolerance >= 0.0 && tolerance < INFINITY))
     throw Error(PH_ERROR_INVALID_ARGUMENT, "The tolerance must be finite and not negative: it is %g",
                 tolerance);
+}
+
+// Those to transport; null: all.
+void require_masses(const double* masses, uint64_t problems) {
+  for (uint64_t p = 0; masses != nullptr && p < problems; ++p) {
+    if (masses[p] > 0.0 && masses[p] < INFINITY) continue;
+    throw Error(PH_ERROR_INVALID_ARGUMENT, "The mass to transport of problem %llu must be above 0: it is %g",
+                static_cast<unsigned_long>(p), masses[p]);
+  }
 }
 
 ph::ot::Potentials potentials_of(const Tensors& tensors, const ph_buffer* f, uint64_t f_offset,
@@ -296,14 +306,26 @@ int32_t ph_ot_exact(ph_device* device, ph_ot_batch* batch, const double* masses,
     ph_ot_batch& own = ready(batch);
     const Tensors tensors(own);
     require_kept(own, "solve exactly");
-    for (uint64_t p = 0; masses != nullptr && p < tensors.problems(); ++p) {
-      if (masses[p] > 0.0 && masses[p] < INFINITY) continue;
-      throw Error(PH_ERROR_INVALID_ARGUMENT,
-                  "The mass to transport of problem %llu must be above 0: it is %g",
-                  static_cast<unsigned_long>(p), masses[p]);
-    }
+    require_masses(masses, tensors.problems());
     ph::ot::exact(opened, *own.workspace, own.problem, masses,
                   solution_of(tensors, f, f_offset, g, g_offset, plan, plan_offset, reports, reports_offset));
+  });
+}
+
+int32_t ph_ot_partial(ph_device* device, ph_ot_batch* batch, const double* masses, ph_buffer* f,
+                      uint64_t f_offset, ph_buffer* g, uint64_t g_offset, ph_buffer* plan,
+                      uint64_t plan_offset, ph_buffer* reports, uint64_t reports_offset, char* error,
+                      uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    ph_device& opened = checked(device);
+    ph_ot_batch& own = ready(batch);
+    const Tensors tensors(own);
+    require_kept(own, "transport a part of the mass");
+    if (masses == nullptr) throw Error(PH_ERROR_INVALID_ARGUMENT, "The masses to transport are null");
+    require_masses(masses, tensors.problems());
+    ph::ot::partial(
+        opened, *own.workspace, own.problem, own.iterations, masses,
+        solution_of(tensors, f, f_offset, g, g_offset, plan, plan_offset, reports, reports_offset));
   });
 }
 

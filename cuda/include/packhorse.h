@@ -782,6 +782,17 @@ PH_API int32_t ph_ot_exact(ph_device* device, ph_ot_batch* batch, const double* 
                            uint64_t f_offset, ph_buffer* g, uint64_t g_offset, ph_buffer* plan,
                            uint64_t plan_offset, ph_buffer* reports, uint64_t reports_offset, char* error,
                            uint32_t error_bytes);
+/* Transports a part of the mass, with entropy: T = argmin <T, C> - epsilon * H(T) so that T1 <= a, T'1 <= b, which may have any
+ * totals, and the total of T is masses[p], host memory [problems], above 0 and at most the lesser of their totals. By
+ * maximising the dual over f <= 0 and the price lambda of the total, then over g <= 0 and lambda; T = exp((f + g + lambda - C) / epsilon), and f +
+ * lambda is what f is written as. marginal_error: sum |T1 - a| over the rows whose f is below 0, which are used up, and what
+ * is too much of the others; likewise columns. Penalties, relaxation and scaling do not count. PH_OT_INFEASIBLE where all costs
+ * between masses are infinite. PH_ERROR_UNSUPPORTED on CUDA and where streaming. The envelope is exact for the value with respect
+ * to costs and points; there are no implicit gradients, nor any of masses. */
+PH_API int32_t ph_ot_partial(ph_device* device, ph_ot_batch* batch, const double* masses, ph_buffer* f,
+                             uint64_t f_offset, ph_buffer* g, uint64_t g_offset, ph_buffer* plan,
+                             uint64_t plan_offset, ph_buffer* reports, uint64_t reports_offset, char* error,
+                             uint32_t error_bytes);
 /* Approaches the exact solution by proximal points (IPOT, arXiv 1802.04307): T_k = argmin <T, C> + epsilon KL(T | T_(k-1)),
  * each by `inner` of Sinkhorn's iterations, at least 1; the batch's iterations are the most k. Converged where the marginal
  * error is at most the tolerance, and <T, C> is certainly within tolerance * (total mass) * (largest finite |cost|) of the

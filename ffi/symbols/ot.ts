@@ -94,6 +94,24 @@ export const OT_SYMBOLS = {
     ],
     result: "i32",
   },
+  ph_ot_partial: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // ph_ot_batch* batch
+      "buffer", // const double* masses
+      "pointer", // ph_buffer* f
+      "u64", // uint64_t f_offset
+      "pointer", // ph_buffer* g
+      "u64", // uint64_t g_offset
+      "pointer", // ph_buffer* plan
+      "u64", // uint64_t plan_offset
+      "pointer", // ph_buffer* reports
+      "u64", // uint64_t reports_offset
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
   ph_ot_proximal: {
     parameters: [
       "pointer", // ph_device* device

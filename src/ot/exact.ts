@@ -3,6 +3,19 @@ import { refuse, type TransportProblem } from "./problem.ts";
 import type { TransportSolution } from "./solution.ts";
 import { solve } from "./solve.ts";
 
+/** Masses to transport, of each problem; for this folder. */
+export function massesOf(
+  mass: number | readonly number[],
+  problems: number,
+): Float64Array<ArrayBuffer> {
+  const masses = typeof mass === "number" ? Array<number>(problems).fill(mass) : mass;
+  if (masses.length === problems) return Float64Array.from(masses);
+  return refuse(
+    `Cannot transport: mass must be a number, or one for each of ${problems} problems, ` +
+      `got ${masses.length}`,
+  );
+}
+
 /** How {@linkcode exactTransport} solves. */
 export interface ExactOptions {
   /**
@@ -55,14 +68,7 @@ export function exactTransport(
     regularised: false,
     partial: mass !== undefined,
     run: (batch, solution, { problems }) => {
-      const masses = typeof mass === "number" ? Array<number>(problems).fill(mass) : mass;
-      if (masses && masses.length !== problems) {
-        refuse(
-          `Cannot transport: mass must be a number, or one for each of ${problems} problems, ` +
-            `got ${masses.length}`,
-        );
-      }
-      batch.exact(solution, masses && Float64Array.from(masses));
+      batch.exact(solution, mass === undefined ? undefined : massesOf(mass, problems));
     },
   });
 }

@@ -13,6 +13,7 @@ export {
   GromovSolution,
   gromovTransport,
 } from "./gromov.ts";
+export { type PartialOptions, partialSinkhorn } from "./partial.ts";
 export type {
   LinearProblem,
   Masses,

@@ -256,8 +256,8 @@ export class TransportSolution implements Disposable {
     if (!regularised && (mode === "implicit" || mode === "unrolled")) {
       throw new PackhorseError(
         "unsupported",
-        `Cannot take ${mode} gradients of a plan without entropy, which does not change smoothly ` +
-          `with the costs: take the mode envelope, or solve with sinkhorn()`,
+        `Cannot take ${mode} gradients of a plan without entropy or of a part of the mass, which does ` +
+          `not change smoothly with the costs: take the mode envelope, or solve with sinkhorn()`,
       );
     }
     const { shape, bound, tensors, batch, warmG } = this.#parts;

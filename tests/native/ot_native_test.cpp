@@ -179,6 +179,12 @@ void run_batch(uint32_t round) {
     OK(ph_ot_exact(device, batch, half.data(), f.handle, 0, g.handle, 0, plan.handle, 0, reports.handle, 0,
                    error, sizeof error));
     CHECK(report[0].cost <= 0.5 * whole + 1e-9 * std::fabs(whole));
+    OK(ph_ot_partial(device, batch, half.data(), f.handle, 0, g.handle, 0, plan.handle, 0, reports.handle, 0,
+                     error, sizeof error));
+    CHECK(report[0].status <= PH_OT_ITERATION_LIMIT);
+    double moved = 0.0;
+    for (uint64_t k = 0; k < static_cast<uint64_t>(n[0]) * m[0]; ++k) moved += plan.at(k);
+    CHECK(std::fabs(moved - 0.5) < 1e-4);
     options.iterations = 50;
     OK(ph_ot_batch_set(device, batch, &options, nullptr, nullptr, nullptr, error, sizeof error));
     OK(ph_ot_proximal(device, batch, 2, f.handle, 0, g.handle, 0, plan.handle, 0, reports.handle, 0, error,
