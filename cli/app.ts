@@ -11,10 +11,10 @@ import {
   numberFrom,
   positiveCount,
   positiveNumber,
-  transportPenalty,
   relativeScale,
   tensorPattern,
   tokenCount,
+  transportPenalty,
   wholeNumber,
 } from "./options.ts";
 

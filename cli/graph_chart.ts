@@ -53,7 +53,12 @@ export function curvePanel(
         ...(measure === "accuracy" ? { axis: { format: "%" }, scale: { zero: false } } : {}),
       },
       color: { field: "run", type: "nominal", title: null },
-      strokeDash: { field: "objects", type: "nominal", title: null, sort: ["trained on", "watched"] },
+      strokeDash: {
+        field: "objects",
+        type: "nominal",
+        title: null,
+        sort: ["trained on", "watched"],
+      },
     },
   };
 }
@@ -171,7 +176,12 @@ export function correspondencePanel({ dataset, alignment }: Pictured): TopLevelS
     return { x: from.x, y: from.y, x2: to.x, y2: to.y, share, row, column };
   });
   const axis = { type: "quantitative", axis: null, scale: { zero: false, nice: false } } as const;
-  const line = { x: { field: "x", ...axis }, y: { field: "y", ...axis }, x2: { field: "x2" }, y2: { field: "y2" } } as const;
+  const line = {
+    x: { field: "x", ...axis },
+    y: { field: "y", ...axis },
+    x2: { field: "x2" },
+    y2: { field: "y2" },
+  } as const;
   return {
     ...STYLE,
     width: "container",
@@ -182,7 +192,13 @@ export function correspondencePanel({ dataset, alignment }: Pictured): TopLevelS
         mark: { type: "rule", color: "#d55e00", strokeWidth: 1.5, tooltip: true },
         encoding: {
           ...line,
-          opacity: { field: "share", type: "quantitative", title: "share of the node", scale: { domain: [0, 1], range: [0.08, 0.9] }, legend: { format: "%" } },
+          opacity: {
+            field: "share",
+            type: "quantitative",
+            title: "share of the node",
+            scale: { domain: [0, 1], range: [0.08, 0.9] },
+            legend: { format: "%" },
+          },
           tooltip: [
             { field: "row", title: u.name },
             { field: "column", title: v.name },
@@ -197,7 +213,13 @@ export function correspondencePanel({ dataset, alignment }: Pictured): TopLevelS
         encoding: {
           x: line.x,
           y: line.y,
-          color: { field: "view", type: "nominal", title: null, scale: { range: ["#0072b2", "#009e73"] }, sort: [u.name, v.name] },
+          color: {
+            field: "view",
+            type: "nominal",
+            title: null,
+            scale: { range: ["#0072b2", "#009e73"] },
+            sort: [u.name, v.name],
+          },
           tooltip: [{ field: "view" }, { field: "node" }],
         },
       },

@@ -40,7 +40,10 @@ export function modelReport({ dataset, model, history, epoch, output }: {
         parts: [{
           kind: "figures",
           figures: [
-            { value: formatAccuracy(accuracy), label: "accuracy on all objects, also trained ones" },
+            {
+              value: formatAccuracy(accuracy),
+              label: "accuracy on all objects, also trained ones",
+            },
             ...(watched === undefined
               ? []
               : [{ value: formatAccuracy(watched), label: "accuracy on watched objects" }]),

@@ -147,7 +147,10 @@ Deno.test("cli: graph train --fusion amosl reports, and graph align shows what c
   const table = await succeed(
     ...["graph", "align", model, task, "--object", "5", "--top", "2", "--svg", svg, ...ON],
   );
-  assertMatch(table, /\n +5 +view1 → view2 +\d+, \d+ +[\d.]+.* \d+→\d+ \(\d+ %\), \d+→\d+ \(\d+ %\)\n/);
+  assertMatch(
+    table,
+    /\n +5 +view1 → view2 +\d+, \d+ +[\d.]+.* \d+→\d+ \(\d+ %\), \d+→\d+ \(\d+ %\)\n/,
+  );
   assertMatch(await Deno.readTextFile(svg), /^<svg .*Object 5: strongest correspondences/s);
   const { alignments } = JSON.parse(
     await succeed("graph", "align", model, task, "--json", "--top", "1", ...ON),
