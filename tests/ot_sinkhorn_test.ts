@@ -482,7 +482,7 @@ testOnDevices("products of plans, and projections", (device, dtypes) => {
   for (const dtype of dtypes) {
     const random = randomOf(12);
     const dimension = 3;
-    const sizes = [[3, 5], [150, 70], [1, 600]] as const;
+    const sizes = [[3, 5], [150, 70], [1, 500]] as const;
     const rows = sizes.map(([n]) => n);
     const columns = sizes.map(([, m]) => m);
     const count = (list: number[]) => list.reduce((sum, size) => sum + size, 0);
@@ -537,6 +537,10 @@ testOnDevices("streaming finds what keeping the matrices finds", (device, dtypes
         cost,
       };
       const options = { epsilon: 0.02, relativeEpsilon: true, tolerance: 1e-6 };
+      if (device.backend === "cuda") { // neither so many columns nor streaming yet
+        refuses("unsupported", () => sinkhorn(device, problem, options), "130 x 530");
+        continue;
+      }
       using kept = sinkhorn(device, problem, options);
       using streamed = sinkhorn(device, problem, { ...options, streaming: true });
       assert(kept.converged && streamed.converged);
