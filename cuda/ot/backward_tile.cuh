@@ -23,10 +23,14 @@ struct BackwardCall {
   float *grad_cost, *grad_x, *grad_y, *grad_a, *grad_b;
 };
 
-constexpr int kMostSolutions = 4;  // of what is left
-constexpr int kMostSteps = 400;    // of conjugate gradients each
+constexpr int kMostSolutions = 3;  // of what is left
+constexpr int kMostSteps = 300;    // of conjugate gradients each
 // Squared, relative to the first residual: what one solution leaves, and what is as good as nothing.
-constexpr float kSolved = 1e-12f, kNothing = 1e-15f;
+constexpr float kSolved = 1e-11f, kNothing = 1e-14f;
+// Parts of the problem joined by less than this, relative to their mass, are as good as apart: the residual between them is
+// rounding, and so is what little flows there. Only gradients of potentials (d_f, d_g) can ask for more to flow than that, from
+// a part into another; float32 cannot follow them there.
+constexpr float kApart = 4e-6f;
 
 template <typename L>
 struct TileSystem {
@@ -120,8 +124,11 @@ struct TileSystem {
         plan.sum_columns(plan.sum_row(direction) * inverse_row, own);
 #pragma unroll
         for (int k = 0; k < L::kOwned; ++k) own[k] = fmaf(diagonal[k], direction[k], -own[k]);
+        float weighted[L::kOwned];
+#pragma unroll
+        for (int k = 0; k < L::kOwned; ++k) weighted[k] = diagonal[k] * direction[k];
         const float curvature = dot(direction, own);
-        if (!(curvature > 0.0f)) break;
+        if (!(curvature > kApart * dot(direction, weighted))) break;
         const float length = size / curvature;
 #pragma unroll
         for (int k = 0; k < L::kOwned; ++k) {

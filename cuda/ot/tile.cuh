@@ -483,8 +483,7 @@ __device__ __forceinline__ bool load_costs(Tile<L>& tile, float* staged, float* 
                          dimension, k);
     __syncthreads();
     const uint32_t fours = (min(dimension - k, kChunk) + 3) / 4;
-    if (kind == PH_OT_SQEUCLIDEAN || kind == PH_OT_EUCLIDEAN)
-      accumulate<true>(tile, staged_x, staged_y, fours, costs);
+    if (kind != PH_OT_DOT) accumulate<true>(tile, staged_x, staged_y, fours, costs);
     else accumulate<false>(tile, staged_x, staged_y, fours, costs);
   }
 #pragma unroll
@@ -494,7 +493,10 @@ __device__ __forceinline__ bool load_costs(Tile<L>& tile, float* staged, float* 
     for (int jj = 0; jj < L::kColumns; ++jj) {
       float cost = costs[ii][jj];
       if (kind == PH_OT_EUCLIDEAN) cost = sqrtf(cost);
-      if (kind == PH_OT_COSINE) cost = 1.0f - cost;
+      // 1 - x.y = |x - y|^2 / 2 of points of length 1, and 1 where a point is at 0.
+      if (kind == PH_OT_COSINE)
+        cost = norms[tile.row_of(ii)] > 0.0f && norms[most_rows + tile.column_of(jj)] > 0.0f ? 0.5f * cost
+                                                                                             : 1.0f;
       if (kind == PH_OT_DOT) cost = -cost;
       if (!in_rows || tile.column_of(jj) >= tile.columns) cost = INFINITY;
       good &= cost >= -FLT_MAX;

@@ -166,8 +166,10 @@ bool same(const std::vector<T>& x, const std::vector<T>& y) {
   return x.size() == y.size() && memcmp(x.data(), y.data(), x.size() * sizeof(T)) == 0;
 }
 
-double distance(const std::vector<double>& expected, const float* actual, double shift = 0.0) {
-  double squares = 0.0, size = 0.0;
+// `size`: squared, at least what differences are relative to.
+double distance(const std::vector<double>& expected, const float* actual, double shift = 0.0,
+                double size = 0.0) {
+  double squares = 0.0;
   for (size_t i = 0; i < expected.size(); ++i) {
     const double difference = actual[i] - expected[i] - (expected[i] == 0.0 ? 0.0 : shift);
     CHECK(difference == difference);
@@ -240,7 +242,8 @@ void check_solution(const Batch& batch, const Results& results) {
     if (report.status != PH_OT_CONVERGED || batch.kind.epsilon < 0.04 || p.rows * p.columns > 10000) continue;
     const reference::Solution expected = reference::solve(p, epsilon, 1e-9, 1000);
     if (expected.error > 1e-9) continue;
-    expect(distance(expected.plan, &plan[batch.plan[q]]), 2e-4, "plan", p, batch.kind);
+    // Where masses may stay behind, iterations approach the solution more slowly.
+    expect(distance(expected.plan, &plan[batch.plan[q]]), balanced ? 2e-4 : 2e-3, "plan", p, batch.kind);
   }
 }
 
@@ -305,13 +308,15 @@ void check_gradients(const Batch& batch, const Results& results) {
   Floats cost(plan.size()), x(f.size() * d), y(g.size() * d), a(f.size()), b(g.size());
   for (const bool all : {true, false}) {
     const bool points = d > 0, kept = uniform() < 0.5;
+    // Potentials of parts that hardly anything joins move freely, beyond what float32 can follow.
+    const bool potentials = all && batch.kind.epsilon > 0.04;
     OK(ph_ot_backward(device, batch.handle, PH_OT_IMPLICIT, results.f.handle, 0, results.g.handle, 0,
                       kept ? results.plan.handle : nullptr, 0, results.reports.handle, 0, nullptr, 0,
-                      plan_in.handle, 0, all ? f_in.handle : nullptr, 0, all ? g_in.handle : nullptr, 0,
-                      all ? cost_in.handle : nullptr, 0, all ? value_in.handle : nullptr, 0,
-                      all || !points ? cost.handle : nullptr, 0, points ? x.handle : nullptr, 0,
-                      points ? y.handle : nullptr, 0, all ? a.handle : nullptr, 0, all ? b.handle : nullptr,
-                      0, END));
+                      plan_in.handle, 0, potentials ? f_in.handle : nullptr, 0,
+                      potentials ? g_in.handle : nullptr, 0, all ? cost_in.handle : nullptr, 0,
+                      all ? value_in.handle : nullptr, 0, all || !points ? cost.handle : nullptr, 0,
+                      points ? x.handle : nullptr, 0, points ? y.handle : nullptr, 0,
+                      all ? a.handle : nullptr, 0, all ? b.handle : nullptr, 0, END));
     const std::vector<float> grad_cost = cost.read(), grad_x = x.read(), grad_y = y.read(), grad_a = a.read(),
                              grad_b = b.read();
     for (size_t q = 0; q < problems; ++q) {
@@ -320,23 +325,32 @@ void check_gradients(const Batch& batch, const Results& results) {
       std::vector<double> t(plan.begin() + batch.plan[q], plan.begin() + batch.plan[q + 1]),
           f_own(f.begin() + batch.rows[q], f.begin() + batch.rows[q + 1]),
           g_own(g.begin() + batch.columns[q], g.begin() + batch.columns[q + 1]);
-      const reference::Upstream upstream = {&d_plan[batch.plan[q]], all ? &d_f[batch.rows[q]] : nullptr,
-                                            all ? &d_g[batch.columns[q]] : nullptr, all ? d_cost[q] : 0.0,
-                                            all ? d_value[q] : 0.0};
+      const reference::Upstream upstream = {
+          &d_plan[batch.plan[q]], potentials ? &d_f[batch.rows[q]] : nullptr,
+          potentials ? &d_g[batch.columns[q]] : nullptr, all ? d_cost[q] : 0.0, all ? d_value[q] : 0.0};
       const reference::Gradients expected =
           reference::implicit_gradient(p, t.data(), f_own.data(), g_own.data(), reports[q].epsilon, upstream);
       // A plan of potentials differs by their rounding.
-      const double most =
-          (kept ? 2e-5 : 2e-5 + 4e-6 / batch.kind.epsilon) * (batch.kind.epsilon < 0.04 ? 20.0 : 1.0);
-      // With one row or column nothing can move, and everything is rounding.
-      if (p.rows == 1 || p.columns == 1) continue;
+      const double most = (kept ? 2e-5 : 2e-5 + 4e-6 / batch.kind.epsilon) *
+                          (batch.kind.epsilon < 0.04 || reports[q].status != PH_OT_CONVERGED ? 20.0 : 1.0);
+      // Of what alpha and beta take away, a tenth counts too: where little can move, the rest is rounding.
+      const reference::Gradients whole = reference::implicit_gradient(p, t.data(), f_own.data(), g_own.data(),
+                                                                      reports[q].epsilon, upstream, true);
+      const auto size = [](const std::vector<double>& values) {
+        double squares = 0.0;
+        for (const double value : values) squares += value * value;
+        return 1e-2 * squares;
+      };
       if (all || !points)
-        expect(distance(expected.cost, &grad_cost[batch.plan[q]]), most, "gradient of costs", p, batch.kind);
+        expect(distance(expected.cost, &grad_cost[batch.plan[q]], 0.0, size(whole.cost)), most,
+               "gradient of costs", p, batch.kind);
       if (points) {
-        expect(distance(expected.x, &grad_x[batch.rows[q] * d]), most, "gradient of x", p, batch.kind);
-        expect(distance(expected.y, &grad_y[batch.columns[q] * d]), most, "gradient of y", p, batch.kind);
+        expect(distance(expected.x, &grad_x[batch.rows[q] * d], 0.0, size(whole.x)), most, "gradient of x", p,
+               batch.kind);
+        expect(distance(expected.y, &grad_y[batch.columns[q] * d], 0.0, size(whole.y)), most, "gradient of y",
+               p, batch.kind);
       }
-      if (!all) continue;
+      if (!potentials) continue;  // masses move them
       double shift = 0.0, present = 0.0;
       const bool pinned = std::isinf(p.row_penalty) && std::isinf(p.column_penalty);
       for (uint32_t i = 0; i < p.rows && pinned; ++i) {
@@ -445,7 +459,8 @@ int main(int count, char** arguments) {
     kind.relaxation = up_to(4) == 1 ? 1.5 : 1.0;
     kind.scaling = up_to(4) == 1 ? 0.5 : 0.0;
     kind.iterations = up_to(6) == 1 ? up_to(4) : 3000;
-    kind.offset = up_to(4) == 1 ? 50.0f : 0.0f;
+    // Far from 0, cosines of float32 points hardly differ.
+    kind.offset = kind.cost_kind != PH_OT_COSINE && up_to(4) == 1 ? 50.0f : 0.0f;
     std::vector<reference::Problem> problems;
     const double row_penalty = kind.penalties ? 1.5 : INFINITY,
                  column_penalty = up_to(2) == 1 ? INFINITY : 0.8;

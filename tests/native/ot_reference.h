@@ -138,9 +138,10 @@ struct Gradients {
   std::vector<double> cost, x, y, a, b;
 };
 
-// The implicit gradient at a plan and its potentials, by the formulas of packhorse.h and a dense system.
+// The implicit gradient at a plan and its potentials, by the formulas of packhorse.h and a dense system; `fixed`: as if
+// alpha and beta were 0, for its size, as what they leave of it may be rounding alone.
 inline Gradients implicit_gradient(const Problem& p, const double* plan, const double* f, const double* g,
-                                   double epsilon, const Upstream& upstream) {
+                                   double epsilon, const Upstream& upstream, bool fixed = false) {
   const uint32_t n = p.rows, m = p.columns, both = n + m;
   std::vector<double> sums(both, 0.0), h(static_cast<size_t>(n) * m, 0.0), right(both, 0.0),
       matrix(static_cast<size_t>(both) * both, 0.0);
@@ -181,7 +182,7 @@ inline Gradients implicit_gradient(const Problem& p, const double* plan, const d
     for (uint32_t l = 0; l < both && pinned; ++l)
       if (sums[l] > 0.0) row[l] += ((k < n) == (l < n) ? 1.0 : -1.0) / both / both;
   }
-  const std::vector<double> solved = solve_dense(matrix, right);
+  const std::vector<double> solved = fixed ? std::vector<double>(both, 0.0) : solve_dense(matrix, right);
   Gradients out;
   out.cost.resize(h.size());
   for (uint32_t i = 0; i < n; ++i) {
