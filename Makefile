@@ -6,11 +6,12 @@ BOOTSTRAP := tools/bootstrap.sh
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## Install Deno, Debian packages and npm packages, where missing
+setup: ## Install Deno, Debian packages (Chromium too) and npm packages, where missing
 	@$(BOOTSTRAP) setup
 
-build: setup ## Build the native library (the CUDA one too if there are nvcc and a GPU)
+build: setup ## Build the native library (the CUDA one too if there are nvcc and a GPU) and the page of reports
 	@$(BOOTSTRAP) build
+	@$(BOOTSTRAP) bundle
 
 cuda: setup ## Build both native libraries (needs nvcc, not a GPU)
 	@$(BOOTSTRAP) cuda
@@ -35,4 +36,4 @@ lint: setup ## Check format, lint rules and types
 	@$(BOOTSTRAP) deno task lint
 
 clean: ## Remove what was built and installed here
-	@rm -rf build dist coverage .deno
+	@rm -rf build dist coverage node_modules .deno

@@ -13,3 +13,4 @@ export * from "./src/kv/mod.ts";
 export * from "./src/io/mod.ts";
 export * from "./src/llm/mod.ts";
 export * from "./src/ot/mod.ts";
+export * from "./src/graph/mod.ts";

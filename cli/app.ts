@@ -14,6 +14,8 @@ import {
   relativeScale,
   tensorPattern,
   tokenCount,
+  transportPenalty,
+  wholeNumber,
 } from "./options.ts";
 
 // What the commands do is loaded when they run, so that help and completions answer at once.
@@ -34,6 +36,54 @@ const KV_FORMS = "How tokens are packed: raw16, packkv:k=0.1,v=0.2, fixed:k=4,v=
   "May be given several times. ";
 const LLM_KV_HELP =
   "How the cache packs tokens: raw16, packkv:k=0.1,v=0.2, fixed:k=4,v=4 or kivi:4. ";
+// What generate and chat, which let a model write, take alike.
+const CONTEXT: ["--context <tokens:count>", string] = [
+  "--context <tokens:count>",
+  "Most tokens of a sequence, prompt and answers. 4096, or the model's limit, unless given.",
+];
+const TEMPERATURE: ["--temperature <number:temperature>", string, { default: number }] = [
+  "--temperature <number:temperature>",
+  "What logits are divided by; 0 for the likeliest.",
+  { default: 0 },
+];
+const TOP_K: ["--top-k <tokens:tokens>", string, { default: number }] = [
+  "--top-k <tokens:tokens>",
+  "Draw only so many of the likeliest tokens; 0 for all.",
+  { default: 0 },
+];
+const TOP_P: ["--top-p <share:share>", string, { default: number }] = [
+  "--top-p <share:share>",
+  "Draw only the likeliest tokens that reach it together.",
+  { default: 1 },
+];
+const MIN_P: ["--min-p <share:share>", string, { default: number }] = [
+  "--min-p <share:share>",
+  "Draw only tokens with this share of the likeliest's probability.",
+  { default: 0 },
+];
+const REPETITION_PENALTY: [
+  "--repetition-penalty <number:penalty>",
+  string,
+  { default: number },
+] = [
+  "--repetition-penalty <number:penalty>",
+  "What logits of known tokens are divided by.",
+  { default: 1 },
+];
+const SEED: ["--seed <number:tokens>", string, { default: number }] = [
+  "--seed <number:tokens>",
+  "What random choices follow from.",
+  { default: 0 },
+];
+const GENERATION_KV: ["--kv <codec:codec>", string] = [
+  "--kv <codec:codec>",
+  `${LLM_KV_HELP}packkv:k=0.1,v=0.2 unless given.`,
+];
+const GENERATION_RESIDUAL: ["--residual <tokens:count>", string, { default: number }] = [
+  "--residual <tokens:count>",
+  "Latest tokens to leave in 16 bits.",
+  { default: 128 },
+];
 const LLM_RESIDUAL_HELP =
   "Latest tokens to leave in 16 bits, from 8 on; 0 to pack every token before it is read.";
 const KV_HELP = `${KV_FORMS}packkv unless given.`;
@@ -67,6 +117,7 @@ export function createApp() {
     .command("kv", createKv())
     .command("llm", createLlm())
     .command("ot", createOt())
+    .command("graph", createGraph())
     .command("doctor", "Show what Packhorse finds on this machine, and what is missing.")
     .example("Check the GPU", "packhorse doctor --backend cuda")
     .action(async (options) => (await import("./commands/doctor.ts")).doctor(options))
@@ -93,6 +144,7 @@ function createKv() {
     .globalType("quantizer", new EnumType(["packkv", "kivi"]))
     .globalType("grouping", new EnumType(["token", "head"]))
     .globalType("bits", new EnumType([2, 3, 4, 8]))
+    .globalType("divergence", numberFrom(0, 100))
     .globalType("repack", new EnumType(["none", "median", "greedy", "auto"]))
     .globalType("pack", new EnumType([4, 8, 16, 32]))
     .action(function () {
@@ -236,6 +288,28 @@ function createKv() {
       "packhorse kv bench --tokens 32768 --kv packkv:k=0.1,v=0.2 --kv fixed:4 --kv fixed:2",
     )
     .action(async (options) => (await import("./commands/kv_bench.ts")).kvBench(options))
+    .command(
+      "tune",
+      "Find the codec with the fewest bits that leaves a model's predictions as they are.",
+    )
+    .option("--model <folder:file>", "Folder of the model.", { required: true })
+    .option("--text <file:file>", "Text to predict, like what the model will see.", {
+      required: true,
+    })
+    .option("--max-kld <nats:divergence>", "Mean divergence from a 16-bit cache to allow.", {
+      required: true,
+    })
+    .option("--windows <windows:count>", "Windows of the text to score.", { default: 1 })
+    .option("--tokens <tokens:count>", "Predictions of a window.", { default: 1024 })
+    .option("--residual <tokens:tokens>", LLM_RESIDUAL_HELP, { default: 0 })
+    .option("--budget <codecs:count>", "Most codecs to measure.", { default: 40 })
+    .option("--svg <file:file>", "Also write a chart of bits per value against divergence.")
+    .example(
+      "Find what a divergence of 0.05 takes",
+      "packhorse kv tune --model tests/fixtures/tiny --text tests/fixtures/tiny/heldout.txt \\\n" +
+        "  --max-kld 0.05 --windows 2 --svg tune.svg",
+    )
+    .action(async (options) => (await import("./commands/kv_tune.ts")).kvTune(options))
     .reset();
 }
 
@@ -248,6 +322,8 @@ function createLlm() {
     .globalType("temperature", numberFrom(0, 1000))
     .globalType("share", numberFrom(0, 1))
     .globalType("penalty", numberFrom(0.01, 100))
+    .globalType("bits", numberFrom(0.1, 16))
+    .globalType("pattern", tensorPattern)
     .action(function () {
       this.showHelp();
     })
@@ -278,6 +354,7 @@ function createLlm() {
     )
     .option("--residual <tokens:tokens>", LLM_RESIDUAL_HELP, { default: 0 })
     .option("--svg <file:file>", "Also write a chart of bits per value against divergence.")
+    .option("--report <file:file>", "Also write a page with chart and table, for a browser.")
     .example(
       "Compare settings of packkv with KIVI",
       "packhorse llm frontier --model tests/fixtures/tiny --text tests/fixtures/tiny/heldout.txt \\\n" +
@@ -289,38 +366,13 @@ function createLlm() {
     .option("--prompt <text:string>", "Text to continue.", { conflicts: ["file"] })
     .option("--file <file:file>", "File with the text to continue.")
     .option("--max-tokens <tokens:count>", "Most tokens of the continuation.", { default: 256 })
-    .option(
-      "--context <tokens:count>",
-      "Most tokens of prompt and continuation. 4096, or the model's limit, unless given.",
-    )
-    .option(
-      "--temperature <number:temperature>",
-      "What logits are divided by; 0 for the likeliest.",
-      {
-        default: 0,
-      },
-    )
-    .option("--top-k <tokens:tokens>", "Draw only so many of the likeliest tokens; 0 for all.", {
-      default: 0,
-    })
-    .option("--top-p <share:share>", "Draw only the likeliest tokens that reach it together.", {
-      default: 1,
-    })
-    .option(
-      "--min-p <share:share>",
-      "Draw only tokens with this share of the likeliest's probability.",
-      {
-        default: 0,
-      },
-    )
-    .option(
-      "--repetition-penalty <number:penalty>",
-      "What logits of known tokens are divided by.",
-      {
-        default: 1,
-      },
-    )
-    .option("--seed <number:tokens>", "What random choices follow from.", { default: 0 })
+    .option(...CONTEXT)
+    .option(...TEMPERATURE)
+    .option(...TOP_K)
+    .option(...TOP_P)
+    .option(...MIN_P)
+    .option(...REPETITION_PENALTY)
+    .option(...SEED)
     .option(
       "--stop <text:string>",
       "Text that ends the continuation. May be given several times.",
@@ -328,25 +380,106 @@ function createLlm() {
         collect: true,
       },
     )
-    .option("--kv <codec:codec>", `${LLM_KV_HELP}packkv:k=0.1,v=0.2 unless given.`)
-    .option("--residual <tokens:count>", "Latest tokens to leave in 16 bits.", { default: 128 })
+    .option(...GENERATION_KV)
+    .option(...GENERATION_RESIDUAL)
     .example(
       "Draw a continuation",
       'packhorse llm generate --model tests/fixtures/tiny --prompt "And the king said" \\\n' +
         "  --temperature 0.8 --top-p 0.95 --seed 1 --max-tokens 64",
     )
     .action(async (options) => (await import("./commands/llm_generate.ts")).llmGenerate(options))
+    .command(
+      "chat",
+      "Talk with a model: a line of input is what you say.\n\n" +
+        "/reset starts anew, /exit or the end of input leaves, Ctrl-C stops an answer.",
+    )
+    .option("--model <folder:file>", "Folder of the model, which must have a chat template.", {
+      required: true,
+    })
+    .option("--system <text:string>", "What the model is told first.")
+    .option("--max-tokens <tokens:count>", "Most tokens of an answer.", { default: 1024 })
+    .option(...CONTEXT)
+    .option(...TEMPERATURE)
+    .option(...TOP_K)
+    .option(...TOP_P)
+    .option(...MIN_P)
+    .option(...REPETITION_PENALTY)
+    .option(...SEED)
+    .option(...GENERATION_KV)
+    .option(...GENERATION_RESIDUAL)
+    .example(
+      "Talk over a cache of about 4 bits per value",
+      "packhorse llm chat --model DIR --kv packkv:k=0.1,v=0.2 --temperature 0.7",
+    )
+    .example(
+      "Ask from a script, a question a line",
+      "printf 'What is a packhorse?\\nAnd a mule?\\n' | packhorse llm chat --model DIR",
+    )
+    .action(async (options) => (await import("./commands/llm_chat.ts")).llmChat(options))
+    .command("bench", "Measure how fast a model runs over caches: prompts, and decode steps.")
+    .option("--model <folder:file>", "Folder of the model.", { conflicts: ["config"] })
+    .option("--config <file:file>", "A config.json alone, for a model of random weights.")
+    .option("--kv <codec:codec>", KV_BENCH_HELP, { collect: true })
+    .option("--context <tokens:count>", "Tokens of a sequence after the last step.", {
+      default: 4096,
+    })
+    .option("--batch <sequences:count>", "Sequences at once.", { default: 1 })
+    .option("--tokens <steps:count>", "Decode steps to time.", { default: 64 })
+    .option(
+      "--synthetic",
+      "Fill the cache with keys and values that look like a real cache's, instead of computing prompts.",
+    )
+    .option(
+      "--dump <file:file>",
+      "That cache, a .safetensors file. One of a small model unless given.",
+      {
+        depends: ["synthetic"],
+      },
+    )
+    .option(
+      "--bits-per-value <bits:bits>",
+      "Bits that packkv takes, to size the pool. Unless given, what --synthetic tokens take, or the most.",
+    )
+    .option("--residual <tokens:count>", "Latest tokens to leave in 16 bits. 128 unless given.")
+    .option("--sinks <tokens:tokens>", "First tokens to leave in 16 bits. 4 unless given.")
+    .option("--step-tokens <tokens:count>", "Tokens of a prompt at once. 2048 unless given.")
+    .option(...KEY_PATTERN)
+    .option(...VALUE_PATTERN)
+    .example(
+      "Compare codecs at a long context of an 8B model, whose weights need not be there",
+      "packhorse llm bench --config tests/fixtures/configs/llama-3.1-8b.json --synthetic \\\n" +
+        "  --context 131072 --batch 4 --kv raw16 --kv packkv:k=0.1,v=0.2",
+    )
+    .action(async (options) => (await import("./commands/llm_bench.ts")).llmBench(options))
+    .command(
+      "dump",
+      "Write the cache that a text leaves to a .safetensors file, for kv pack and others.",
+    )
+    .option("--model <folder:file>", "Folder of the model.", { required: true })
+    .option("--text <file:file>", "Text to compute.", { required: true })
+    .option("-o, --out <file:file>", "The .safetensors file to write.", { required: true })
+    .option("--tokens <tokens:count>", "How many tokens, from the beginning of the text.", {
+      default: 1024,
+    })
+    .option("--layers <layers:tokens[]>", "Layers to write, such as 0,2. All unless given.")
+    .example(
+      "See how a model's own cache packs",
+      "packhorse llm dump --model DIR --text text.txt --tokens 4096 --out kv.safetensors\n" +
+        "packhorse kv sweep kv.safetensors",
+    )
+    .action(async (options) => (await import("./commands/llm_dump.ts")).llmDump(options))
     .reset();
 }
 
 function createOt() {
   return new Command<GlobalOptions>()
-    .description("Optimal transport between sets of points.")
+    .description("Optimal transport between sets of points, and between graphs.")
     .globalType("count", positiveCount)
     .globalType("positive", positiveNumber)
     .globalType("tolerance", numberFrom(0, Number.MAX_VALUE))
     .globalType("relaxation", numberFrom(1, 1.999))
     .globalType("factor", numberFrom(0.001, 0.999))
+    .globalType("share", numberFrom(0, 1))
     .globalType("cost", new EnumType(["sqeuclidean", "euclidean", "cosine", "dot"]))
     .action(function () {
       this.showHelp();
@@ -387,6 +520,195 @@ function createOt() {
     )
     .action(async (options, x, y) =>
       (await import("./commands/ot_solve.ts")).otSolve(options, x, y)
+    )
+    .command(
+      "gromov <x:file> <y:file>",
+      "Match graphs by the distances within each (Gromov-Wasserstein): .npy files of [n, n] and [m, m].",
+    )
+    .option("--cost <file:file>", "Costs between them, as of features, .npy of [n, m].")
+    .option(
+      "--alpha <share:share>",
+      "Weight of the distances; the cost has the rest. 0.5 unless given.",
+      { depends: ["cost"] },
+    )
+    .option(
+      "--tolerance <number:tolerance>",
+      "Relative gap to stop at. 1e-7 unless given.",
+    )
+    .option("--iterations <times:count>", "Most iterations from a start. 1000 unless given.")
+    .option("--a <file:file>", "Masses of the points x, .npy of [n]. 1/n unless given.")
+    .option("--b <file:file>", "Masses of the points y, .npy of [m]. 1/m unless given.")
+    .option("--plan <file:file>", "Write the plan as .npy of [n, m].")
+    .option("--heatmap <file:file>", "Draw the plan as .svg.")
+    .example("Match two graphs", "packhorse ot gromov x.npy y.npy --plan plan.npy")
+    .action(async (options, x, y) =>
+      (await import("./commands/ot_gromov.ts")).otGromov(options, x, y)
+    )
+    .reset();
+}
+
+const VIEWS = "<views...:file>";
+const ALLOW_MISSING: ["--allow-missing", string] = [
+  "--allow-missing",
+  "Let objects lack some of the views: graphs without nodes.",
+];
+
+function createGraph() {
+  return new Command<GlobalOptions>()
+    .description(
+      "Classify objects that are seen as graphs, in one view or several.\n" +
+        "A view is a folder of a TUDataset or of .npy files, or a .npz file; or all are one .json file.",
+    )
+    .globalType("count", positiveCount)
+    .globalType("whole", wholeNumber)
+    .globalType("share", numberFrom(0, 0.999))
+    .globalType("rate", numberFrom(1e-9, 1e3))
+    .globalType("fusion", new EnumType(["single", "early", "late", "amosl"]))
+    .globalType("positive", positiveNumber)
+    .globalType("penalty", transportPenalty)
+    .globalType("gradient", new EnumType(["implicit", "envelope", "unrolled", "detached", "exact"]))
+    .globalType("pairs", new EnumType(["all", "star"]))
+    .globalType("cost", new EnumType(["sqeuclidean", "cosine"]))
+    .globalType("layer", new EnumType(["gcn", "sage", "gin", "gat"]))
+    .globalType("readout", new EnumType(["sum", "mean", "max", "attention"]))
+    .globalType("normalisation", new EnumType(["batch", "layer", "none"]))
+    .globalType("schedule", new EnumType(["constant", "cosine", "step"]))
+    .action(function () {
+      this.showHelp();
+    })
+    .command(`info ${VIEWS}`, "Check a data set, and show what it is made of.")
+    .option(...ALLOW_MISSING)
+    .example(
+      "Look at two views of the same digits",
+      "packhorse graph info tests/fixtures/digits/DIGITS_L tests/fixtures/digits/DIGITS_R",
+    )
+    .action(async (options, ...views) =>
+      (await import("./commands/graph_info.ts")).graphInfo(options, views)
+    )
+    .command(`train ${VIEWS}`, "Train a classifier, or measure one by cross-validation.")
+    .option("-o, --output <file:file>", "The .safetensors file to write the model to.", {
+      conflicts: ["folds"],
+    })
+    .option(
+      "--folds <folds:count>",
+      "Train as often, and measure each time on what was left out.",
+      {
+        conflicts: ["resume"],
+      },
+    )
+    .option(
+      "--fusion <kind:fusion>",
+      "How views come together. late, or single of one view, unless given.",
+    )
+    .option(
+      "--epsilon <epsilon:positive>",
+      "Of amosl: how spread out plans are; 1 is what nodes cost that are matched at random. Default: 0.05.",
+    )
+    .option(
+      "--gradient <mode:gradient>",
+      "Of amosl: how the loss reaches embeddings through plans. Default: implicit.",
+    )
+    .option(
+      "--penalty <penalty:penalty>",
+      "Of amosl: weight of the transport cost in the loss: learned, margin, or a number. Default: learned.",
+    )
+    .option(
+      "--pairs <pairs:pairs>",
+      "Of amosl: compare all views with each other, or the first with each (star). Default: all.",
+    )
+    .option("--cost <cost:cost>", "Of amosl: what it costs to match nodes. Default: sqeuclidean.")
+    .option("--view <number:whole>", "Which view single uses, counted from 0.", { default: 0 })
+    .option("--layer <kind:layer>", "Kind of the layers.", { default: "gin" })
+    .option("--layers <layers:count>", "Layers of an encoder.", { default: 3 })
+    .option("--width <columns:count>", "Columns of a node's embedding.", { default: 64 })
+    .option("--heads <heads:count>", "Heads of gat.", { default: 4 })
+    .option("--readout <kind:readout>", "How nodes become one row for each object.", {
+      default: "sum",
+    })
+    .option("--normalisation <kind:normalisation>", "What is normalised after layers.", {
+      default: "batch",
+    })
+    .option("--dropout <share:share>", "Share left out after each layer while training.", {
+      default: 0,
+    })
+    .option("--head-dropout <share:share>", "The same, before the last linear layer.", {
+      default: 0.2,
+    })
+    .option("--epochs <epochs:count>", "Times that every object is seen.", { default: 60 })
+    .option("--batch-size <objects:count>", "Objects of a step.", { default: 64 })
+    .option("--learning-rate <rate:rate>", "Step length of AdamW.", { default: 0.005 })
+    .option("--schedule <kind:schedule>", "How the learning rate changes.", { default: "cosine" })
+    .option("--warmup <epochs:whole>", "Epochs over which the learning rate grows first.", {
+      default: 0,
+    })
+    .option("--weight-decay <share:share>", "Decay of weights.", { default: 0.0001 })
+    .option("--clip-norm <norm:rate>", "Largest norm of the gradient.", { default: 5 })
+    .option(
+      "--validation <share:share>",
+      "Share of the objects to watch instead of training on them.",
+    )
+    .option(
+      "--patience <epochs:count>",
+      "Stop after so many epochs that do not improve on the watched objects, and take the best.",
+    )
+    .option("--seed <number:whole>", "What random choices follow from.", { default: 0 })
+    .option(
+      "--resume <file:file>",
+      "Go on from a file that an interrupted run wrote, by its settings.",
+    )
+    .option(
+      "--report <file:file>",
+      "Also write a page: curves, confusion, and of amosl which nodes of a view correspond.",
+    )
+    .option("--log <file:file>", "Also write what every epoch came to, as JSON.")
+    .option(...ALLOW_MISSING)
+    .example(
+      "Measure late fusion over five folds",
+      "packhorse graph train tests/fixtures/digits/DIGITS_L tests/fixtures/digits/DIGITS_R --folds 5",
+    )
+    .example(
+      "Let optimal transport find which nodes correspond",
+      "packhorse graph train DIGITS_L DIGITS_R -o digits.safetensors --fusion amosl --report digits.html",
+    )
+    .example(
+      "Train a model on all objects",
+      "packhorse graph train DIGITS_L DIGITS_R -o digits.safetensors --patience 10",
+    )
+    .action(async (options, ...views) =>
+      (await import("./commands/graph_train.ts")).graphTrain(options, views)
+    )
+    .command(`evaluate <model:file> ${VIEWS}`, "Measure a model on a data set.")
+    .option(...ALLOW_MISSING)
+    .example(
+      "Measure on other objects of the same kind",
+      "packhorse graph evaluate digits.safetensors DIGITS_L DIGITS_R",
+    )
+    .action(async (options, model, ...views) =>
+      (await import("./commands/graph_evaluate.ts")).graphEvaluate(options, model, views)
+    )
+    .command(`predict <model:file> ${VIEWS}`, "Show the likeliest class of every object.")
+    .option(...ALLOW_MISSING)
+    .example(
+      "Classify objects",
+      "packhorse graph predict digits.safetensors DIGITS_L DIGITS_R --json",
+    )
+    .action(async (options, model, ...views) =>
+      (await import("./commands/graph_predict.ts")).graphPredict(options, model, views)
+    )
+    .command(
+      `align <model:file> ${VIEWS}`,
+      "Show which nodes of an object's views correspond, by a model of amosl.",
+    )
+    .option("--object <number:whole>", "Of which object, counted from 0. Of all, unless given.")
+    .option("--top <pairs:count>", "How many correspondences, the strongest first.", { default: 5 })
+    .option("--svg <file:file>", "Draw both graphs and the plan, of the first object shown.")
+    .option(...ALLOW_MISSING)
+    .example(
+      "Draw what corresponds",
+      "packhorse graph align digits.safetensors DIGITS_L DIGITS_R --object 7 --svg digit.svg",
+    )
+    .action(async (options, model, ...views) =>
+      (await import("./commands/graph_align.ts")).graphAlign(options, model, views)
     )
     .reset();
 }

@@ -20,7 +20,32 @@ export async function writeSweepChart(
   file: AtomicFile,
   rows: readonly KvSweepRow[],
 ): Promise<void> {
-  const points = [
+  await writeChart(file, sweepChart(sweepPoints(rows)));
+}
+
+/** Bits per value against error, of keys or of values, for a page. */
+export function sweepPanel(rows: readonly KvSweepRow[], part: "Keys" | "Values"): TopLevelSpec {
+  const points = sweepPoints(rows).filter((point) => point.part === part);
+  return {
+    ...SWEEP,
+    width: "container",
+    data: { values: points.map((point) => ({ ...point })) },
+    encoding: {
+      ...SWEEP.encoding,
+      shape: { ...SWEEP.encoding.shape, legend: null },
+      strokeDash: { ...SWEEP.encoding.strokeDash, legend: null },
+      tooltip: [
+        { field: "rel", title: "scale" },
+        { field: "repack", title: "repack" },
+        { field: "bits", title: "bits per value", format: ".2f" },
+        { field: "error", title: "error", format: ".3~g" },
+      ],
+    },
+  };
+}
+
+function sweepPoints(rows: readonly KvSweepRow[]): Point[] {
+  return means([
     ...rows.map((row): Point => ({
       ...point(row),
       part: "Keys",
@@ -35,8 +60,7 @@ export async function writeSweepChart(
       bits: row.valueBits,
       error: row.valueRmsError,
     })),
-  ];
-  await writeChart(file, sweepChart(means(points)));
+  ]);
 }
 
 /** How long a context fits into a memory with a codec. */
@@ -85,8 +109,55 @@ export async function writeFrontierChart(
   file: AtomicFile,
   points: readonly FrontierPoint[],
 ): Promise<void> {
-  // A logarithm has no place for what does not diverge.
-  await writeChart(file, frontierChart(points.filter(({ kld }) => kld > 0)));
+  await writeChart(file, frontierChart(diverging(points)));
+}
+
+/** Where the axes of pages have ticks of divergence, which is on a logarithm. */
+export const KLD_AXIS = {
+  format: ".3~g",
+  values: [-5, -4, -3, -2, -1, 0].flatMap((power) => [10 ** power, 3 * 10 ** power]),
+};
+
+/** Bits per value against divergence, for a page. */
+export function frontierPanel(points: readonly FrontierPoint[]): TopLevelSpec {
+  const { x, y, ...encoding } = frontierEncoding(diverging(points));
+  return {
+    width: "container",
+    height: 320,
+    data: { values: diverging(points).map((point) => ({ ...point })) },
+    layer: [...FRONTIER_LAYERS],
+    encoding: {
+      ...encoding,
+      x: { ...x, scale: { zero: false, padding: 16 } },
+      y: { ...y, axis: KLD_AXIS },
+      tooltip: [
+        { field: "kv", title: "kv" },
+        { field: "bitsPerValue", title: "bits per value", format: ".2f" },
+        { field: "kld", title: "KLD", format: ".3~g" },
+        { field: "frontier", title: "frontier" },
+      ],
+    },
+  };
+}
+
+/** A logarithm has no place for what does not diverge. */
+function diverging(points: readonly FrontierPoint[]): FrontierPoint[] {
+  return points.filter(({ kld }) => kld > 0);
+}
+
+/** What was measured in a search for the best codec. */
+export interface TuningPoint extends FrontierPoint {
+  /** Whether it is the one that was found. */
+  best: boolean;
+}
+
+/** Fills a file with an SVG chart of bits per value against divergence, and how much of it is allowed. */
+export async function writeTuningChart(
+  file: AtomicFile,
+  points: readonly TuningPoint[],
+  maxKld: number,
+): Promise<void> {
+  await writeChart(file, tuningChart(points.filter(({ kld }) => kld > 0), maxKld));
 }
 
 /** Fills a file with a chart as SVG. */
@@ -173,6 +244,34 @@ function planChart(points: readonly PlanPoint[], memoryBytes: number): TopLevelS
   };
 }
 
+const FRONTIER_LAYERS = [
+  { mark: { type: "line", strokeWidth: 2 } },
+  { mark: { type: "point", filled: true, size: 55, opacity: 1 } },
+] as const;
+
+function frontierEncoding(points: readonly FrontierPoint[]) {
+  return {
+    x: {
+      field: "bitsPerValue",
+      type: "quantitative",
+      title: "bits per value",
+      scale: { zero: false, padding: 110 }, // as long as a name
+    },
+    y: {
+      field: "kld",
+      type: "quantitative",
+      title: "mean KLD from 16 bits, in nats",
+      scale: { type: "log", nice: false, padding: 16 },
+    },
+    color: {
+      field: "quantizer",
+      type: "nominal",
+      title: "quantizer",
+      sort: [...new Set(points.map(({ quantizer }) => quantizer))],
+    },
+  } as const;
+}
+
 function frontierChart(points: readonly FrontierPoint[]): TopLevelSpec {
   return {
     ...STYLE,
@@ -181,8 +280,7 @@ function frontierChart(points: readonly FrontierPoint[]): TopLevelSpec {
     title: { text: "Bits per value against divergence", anchor: "middle", offset: 12 },
     data: { values: points.map((point) => ({ ...point })) },
     layer: [
-      { mark: { type: "line", strokeWidth: 2 } },
-      { mark: { type: "point", filled: true, size: 55, opacity: 1 } },
+      ...FRONTIER_LAYERS,
       // Names stand on the side of the frontier where no other points are.
       {
         transform: [{ filter: "datum.frontier" }],
@@ -195,26 +293,61 @@ function frontierChart(points: readonly FrontierPoint[]): TopLevelSpec {
         encoding: { text: { field: "kv", type: "nominal" } },
       },
     ],
-    encoding: {
-      x: {
-        field: "bitsPerValue",
-        type: "quantitative",
-        title: "bits per value",
-        scale: { zero: false, padding: 110 }, // as long as a name
+    encoding: frontierEncoding(points),
+  };
+}
+
+function tuningChart(points: readonly TuningPoint[], maxKld: number): TopLevelSpec {
+  const x = {
+    field: "bitsPerValue",
+    type: "quantitative",
+    title: "bits per value",
+    scale: { zero: false, padding: 110 }, // as long as a name
+  } as const;
+  const y = {
+    field: "kld",
+    type: "quantitative",
+    title: "mean KLD from 16 bits, in nats",
+    scale: { type: "log", nice: false, padding: 16 },
+  } as const;
+  const frontier = points.filter((point) => point.frontier);
+  return {
+    ...STYLE,
+    width: 640,
+    height: 360,
+    title: { text: "The fewest bits within a divergence", anchor: "middle", offset: 12 },
+    layer: [
+      {
+        data: { values: frontier.map((point) => ({ ...point })) },
+        mark: { type: "line", color: "#bbb", interpolate: "step-after" },
+        encoding: { x, y },
       },
-      y: {
-        field: "kld",
-        type: "quantitative",
-        title: "mean KLD from 16 bits, in nats",
-        scale: { type: "log", nice: false, padding: 16 },
+      {
+        data: { values: points.map((point) => ({ ...point })) },
+        mark: { type: "point", filled: true, opacity: 1 },
+        encoding: {
+          x,
+          y,
+          color: {
+            field: "quantizer",
+            type: "nominal",
+            title: "quantizer",
+            sort: [...new Set(points.map(({ quantizer }) => quantizer))],
+          },
+          size: { condition: { test: "datum.best", value: 160 }, value: 40 },
+        },
       },
-      color: {
-        field: "quantizer",
-        type: "nominal",
-        title: "quantizer",
-        sort: [...new Set(points.map(({ quantizer }) => quantizer))],
+      {
+        data: { values: points.filter(({ best }) => best).map((point) => ({ ...point })) },
+        mark: { type: "text", align: "right", dx: -10, dy: 10, fontSize: 11, fontWeight: "bold" },
+        encoding: { x, y, text: { field: "kv", type: "nominal" } },
       },
-    },
+      {
+        data: { values: maxKld > 0 ? [{ kld: maxKld }] : [] },
+        mark: { type: "rule", strokeDash: [4, 4], color: "#666" },
+        encoding: { y },
+      },
+    ],
   };
 }
 
@@ -256,37 +389,39 @@ function benchChart(bars: readonly BenchBar[]): TopLevelSpec {
   };
 }
 
+const SWEEP = {
+  width: 340,
+  height: 280,
+  layer: [
+    { mark: { type: "line" } },
+    { mark: { type: "point", filled: true, size: 55, opacity: 1 } },
+  ],
+  encoding: {
+    x: {
+      field: "bits",
+      type: "quantitative",
+      title: "bits per value",
+      scale: { zero: false, padding: 16 },
+    },
+    y: {
+      field: "error",
+      type: "quantitative",
+      title: "root-mean-square error",
+      scale: { type: "log", nice: false, padding: 16 },
+    },
+    order: { field: "rel", type: "quantitative" },
+    color: { field: "repack", type: "nominal", title: "repack", sort: REPACKS },
+    shape: { field: "pack", type: "nominal", title: "tokens per pack" },
+    strokeDash: { field: "pack", type: "nominal", title: "tokens per pack" },
+  },
+} as const satisfies Partial<TopLevelSpec>;
+
 function sweepChart(points: Point[]): TopLevelSpec {
   return {
     ...STYLE,
     data: { values: points as unknown as Record<string, unknown>[] },
     facet: { column: { field: "part", type: "nominal", title: null } },
-    spec: {
-      width: 340,
-      height: 280,
-      layer: [
-        { mark: { type: "line" } },
-        { mark: { type: "point", filled: true, size: 55, opacity: 1 } },
-      ],
-      encoding: {
-        x: {
-          field: "bits",
-          type: "quantitative",
-          title: "bits per value",
-          scale: { zero: false, padding: 16 },
-        },
-        y: {
-          field: "error",
-          type: "quantitative",
-          title: "root-mean-square error",
-          scale: { type: "log", nice: false, padding: 16 },
-        },
-        order: { field: "rel", type: "quantitative" },
-        color: { field: "repack", type: "nominal", title: "repack", sort: REPACKS },
-        shape: { field: "pack", type: "nominal", title: "tokens per pack" },
-        strokeDash: { field: "pack", type: "nominal", title: "tokens per pack" },
-      },
-    },
+    spec: SWEEP,
     resolve: { scale: { x: "independent", y: "independent" } },
     title: { text: "Bits per value against error", anchor: "middle", offset: 12 },
   };

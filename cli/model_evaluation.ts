@@ -1,5 +1,10 @@
 import { Device } from "../src/device/mod.ts";
-import { type CodecEvaluation, type Evaluation, LanguageModel } from "../src/llm/mod.ts";
+import {
+  type CodecEvaluation,
+  type Evaluation,
+  LanguageModel,
+  type LanguageModelOptions,
+} from "../src/llm/mod.ts";
 import { listenForInterrupt } from "./interrupt.ts";
 import { defined, type GlobalOptions } from "./options.ts";
 import { formatBits, formatError, formatPerCent, withProgress } from "./output.ts";
@@ -21,6 +26,21 @@ export interface ModelEvaluation {
   device: string;
 }
 
+/** Loads a model for what has caches of its own: the model's is as small as can be. */
+export function loadForMeasuring(
+  device: Device,
+  folder: string,
+  signal: AbortSignal,
+  options: LanguageModelOptions = {},
+): Promise<LanguageModel> {
+  const cache = { codec: "raw16", sequences: 1, tokens: 64, stepTokens: 64 };
+  return withProgress(
+    "loading",
+    (onProgress) =>
+      LanguageModel.load(device, folder, { ...cache, ...options, onProgress, signal }),
+  );
+}
+
 /** Measures what codecs cost the model in a folder on the text in a file. */
 export async function evaluateFolder(
   options: GlobalOptions & EvaluationCommandOptions,
@@ -31,12 +51,7 @@ export async function evaluateFolder(
   using device = Device.open(defined({ backend }));
   using interrupt = listenForInterrupt();
   const { signal } = interrupt;
-  // Evaluation has caches of its own; the model's is as small as can be.
-  const cache = { codec: "raw16", sequences: 1, tokens: 64, stepTokens: 64 };
-  using model = await withProgress(
-    "loading",
-    (onProgress) => LanguageModel.load(device, options.model, { ...cache, onProgress, signal }),
-  );
+  using model = await loadForMeasuring(device, options.model, signal);
   const evaluation = await withProgress(
     "measuring",
     (onProgress) => model.evaluate(text, { windows, tokens, codecs, residual, onProgress, signal }),
@@ -74,16 +89,31 @@ export function codecCells(kv: string, result: CodecEvaluation): string[] {
 }
 
 /** The 16-bit cache that codecs are compared with, as a row of a table. */
-export function raw16Cells({ reference }: Evaluation): string[] {
+export function raw16Cells({ reference }: Pick<Evaluation, "reference">): string[] {
   return ["raw16", formatBits(16), reference.perplexity.toFixed(3), "", "", ""];
 }
 
 /** "tests/fixtures/tiny on a CPU: 4 × 1,024 predictions of a file". */
 export function evaluationHeading(
   { model, text, windows, tokens }: EvaluationCommandOptions,
-  { device }: ModelEvaluation,
+  { device }: Pick<ModelEvaluation, "device">,
 ): string {
   return `${model} on ${device}: ${windows} × ${
     tokens.toLocaleString("en")
   } predictions of ${text}`;
+}
+
+/** Whether none of the others is nowhere worse and somewhere better. */
+export function isOnFrontier(one: CodecEvaluation, all: readonly CodecEvaluation[]): boolean {
+  return !all.some((other) =>
+    other.bitsPerValue <= one.bitsPerValue && other.kld <= one.kld &&
+    (other.bitsPerValue < one.bitsPerValue || other.kld < one.kld)
+  );
+}
+
+/** "packkv", or "fixed, kivi" where keys and values differ. */
+export function quantizerOf({ codec: { keys, values } }: CodecEvaluation): string {
+  return keys.quantizer === values.quantizer
+    ? keys.quantizer
+    : `${keys.quantizer}, ${values.quantizer}`;
 }

@@ -1,6 +1,7 @@
 import { type ArgumentValue, ValidationError } from "@cliffy/command";
 import { PackhorseError } from "../src/error.ts";
 import { parseCacheCodec } from "../src/kv/cache_codec.ts";
+import type { TransportPenalty } from "../src/graph/mod.ts";
 import type { KvCacheCodec } from "../src/kv/mod.ts";
 
 /** Options that every command takes. A type, not an interface: Cliffy wants an index signature. */
@@ -85,6 +86,28 @@ export function positiveNumber({ label, name, value }: ArgumentValue): number {
     throw new ValidationError(`${label} "${name}" must be a number above 0, but got "${value}".`);
   }
   return number;
+}
+
+/** Reads "learned", "margin", or a number from 0 on. */
+export function transportPenalty({ label, name, value }: ArgumentValue): TransportPenalty {
+  if (value === "learned" || value === "margin") return value;
+  const number = value.trim() === "" ? NaN : Number(value);
+  if (!(number >= 0 && number < Infinity)) {
+    throw new ValidationError(
+      `${label} "${name}" must be learned, margin, or a number from 0 on, but got "${value}".`,
+    );
+  }
+  return number;
+}
+
+/** Reads a whole number from 0 on. */
+export function wholeNumber({ label, name, value }: ArgumentValue): number {
+  if (!/^\d{1,15}$/.test(value)) {
+    throw new ValidationError(
+      `${label} "${name}" must be a whole number, 0 or more, but got "${value}".`,
+    );
+  }
+  return Number(value);
 }
 
 const POWERS: Readonly<Record<string, number>> = { "": 0, k: 1, m: 2, g: 3, t: 4 };

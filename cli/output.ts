@@ -65,25 +65,28 @@ const RULED = {
   "mid-mid": "──",
 };
 
-/** Does `work` under a progress bar on standard error, or without one where that is no terminal. */
+/**
+ * Does `work` under a progress bar on standard error, or without one where that is no terminal. A status stands behind the
+ * bar until the next.
+ */
 export async function withProgress<Result>(
   label: string,
-  work: (onProgress: (done: number, total: number) => void) => Promise<Result>,
+  work: (onProgress: (done: number, total: number, status?: string) => void) => Promise<Result>,
 ): Promise<Result> {
   if (!Deno.stderr.isTerminal()) return await work(() => {});
   const bar = new SingleBar({
-    format: `${label} {bar} {percentage} %  {eta_formatted}`,
+    format: `${label} {bar} {percentage} %  {eta_formatted}{status}`,
     barCompleteChar: "█",
     barIncompleteChar: "░",
     clearOnComplete: true,
     hideCursor: true,
     stream: process.stderr,
   });
-  bar.start(1, 0);
+  bar.start(1, 0, { status: "" });
   try {
-    return await work((done, total) => {
+    return await work((done, total, status) => {
       bar.setTotal(total);
-      bar.update(done);
+      bar.update(done, status === undefined ? {} : { status: `  ${status}` });
     });
   } finally {
     // Before anything else is printed: clearing goes back to where the bar is.

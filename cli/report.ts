@@ -5,7 +5,15 @@ import type {
   KvPartMeasurement,
   KvSequenceFileReport,
 } from "../src/kv/mod.ts";
-import { formatBits, formatBytes, formatError, formatRatio, print, printTable } from "./output.ts";
+import {
+  formatBits,
+  formatBytes,
+  formatError,
+  formatRatio,
+  type Heading,
+  print,
+  printTable,
+} from "./output.ts";
 
 /** Times that packing made something smaller; 0 for what was nothing. */
 function ratio(originalBytes: number, packedBytes: number): number {
@@ -129,10 +137,13 @@ function describePart({ quantizer, ...options }: KvCachePartCodec): string {
   return [quantizer, ...Object.values(options)].join(" ");
 }
 
-/** Prints one row per layer: sizes, bits, and errors where `errors` says so. */
-export function printLayers(report: KvFileReport, { errors }: { errors: boolean }): void {
-  printTable(
-    [
+/** A table with one row per layer: sizes, bits, and errors where `errors` says so. */
+export function layerTable(
+  report: KvFileReport,
+  { errors }: { errors: boolean },
+): { headings: Heading[]; rows: (string | number)[][] } {
+  return {
+    headings: [
       "layer",
       ">tokens",
       ">original",
@@ -142,7 +153,7 @@ export function printLayers(report: KvFileReport, { errors }: { errors: boolean 
       ">value bits",
       ...(errors ? [">key error", ">of scale", ">value error", ">of scale"] : []),
     ],
-    report.layers.map((layer) => [
+    rows: report.layers.map((layer) => [
       layer.layer,
       layer.tokens,
       formatBytes(layer.originalBytes),
@@ -152,7 +163,13 @@ export function printLayers(report: KvFileReport, { errors }: { errors: boolean 
       formatBits(layer.values.bits),
       ...(errors ? [...errorCells(layer.keys), ...errorCells(layer.values)] : []),
     ]),
-  );
+  };
+}
+
+/** Prints it. */
+export function printLayers(report: KvFileReport, options: { errors: boolean }): void {
+  const { headings, rows } = layerTable(report, options);
+  printTable(headings, rows);
 }
 
 function errorCells({ maxError, maxErrorOverScale }: KvPartMeasurement): string[] {

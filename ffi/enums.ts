@@ -24,4 +24,15 @@ export const OT_STATUSES = [
   "non-finite-cost",
   "non-finite-point",
   "invalid-mass",
+  "non-finite-distance",
+  "asymmetric-distance",
 ] as const;
+/** `ph_graph_activation` */
+export const GRAPH_ACTIVATION = {
+  relu: 0,
+  leaky_relu: 1,
+  gelu: 2,
+  tanh: 3,
+  sigmoid: 4,
+  softplus: 5,
+} as const;

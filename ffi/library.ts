@@ -2,6 +2,7 @@ import { readEnvironment } from "../src/environment.ts";
 import { PackhorseError } from "../src/error.ts";
 import { STRUCTS } from "./structs.ts";
 import { DEVICE_SYMBOLS } from "./symbols/device.ts";
+import { GRAPH_SYMBOLS } from "./symbols/graph.ts";
 import { KV_SYMBOLS } from "./symbols/kv.ts";
 import { KV_CACHE_SYMBOLS } from "./symbols/kv_cache.ts";
 import { LIBRARY_SYMBOLS } from "./symbols/library.ts";
@@ -20,6 +21,7 @@ const SYMBOLS = {
   ...KV_CACHE_SYMBOLS,
   ...LLM_SYMBOLS,
   ...OT_SYMBOLS,
+  ...GRAPH_SYMBOLS,
 };
 
 /** A loaded library. It stays loaded for the process, since a call may be in flight at any time. */

@@ -181,6 +181,23 @@ export class NativeTransportBatch {
     );
   }
 
+  /** Transports `masses` of each problem, with entropy. */
+  partial(
+    { f, g, plan, reports }: Omit<NativeSolution, "warmG">,
+    masses: Float64Array<ArrayBuffer>,
+  ): void {
+    call(
+      this.device.library.symbols.ph_ot_partial,
+      this.device.handle,
+      this.handle,
+      masses,
+      ...place(f),
+      ...place(g),
+      ...place(plan),
+      ...place(reports),
+    );
+  }
+
   /** Takes proximal points of `inner` iterations each. */
   proximal({ f, g, plan, reports }: Omit<NativeSolution, "warmG">, inner: number): void {
     call(
@@ -190,6 +207,30 @@ export class NativeTransportBatch {
       inner,
       ...place(f),
       ...place(g),
+      ...place(plan),
+      ...place(reports),
+    );
+  }
+
+  /** Solves Gromov-Wasserstein transport of the distances x and y. */
+  gromov(
+    { x, y, cost, a, b }: NativeTransportInputs,
+    { alphas, plan, reports }: {
+      readonly alphas: Float64Array<ArrayBuffer>;
+      readonly plan: NativeTensor;
+      readonly reports: NativeTensor;
+    },
+  ): void {
+    call(
+      this.device.library.symbols.ph_ot_gromov,
+      this.device.handle,
+      this.handle,
+      alphas,
+      ...place(x),
+      ...place(y),
+      ...place(cost),
+      ...place(a),
+      ...place(b),
       ...place(plan),
       ...place(reports),
     );

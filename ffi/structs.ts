@@ -219,6 +219,18 @@ export const OT_OPTIONS = new Struct("ph_ot_options", 8, {
   column_penalty: "f64",
 });
 
+export const OT_GROMOV_REPORT = new Struct("ph_ot_gromov_report", 9, {
+  status: "u32",
+  iterations: "u32",
+  place: "u64",
+  marginal_error: "f64",
+  value: "f64",
+  cost: "f64",
+  distortion: "f64",
+  gap: "f64",
+  bound: "f64",
+});
+
 /** All structs of the C ABI. */
 export const STRUCTS = [
   DEVICE_INFO,
@@ -230,4 +242,5 @@ export const STRUCTS = [
   LLM_SAMPLER,
   OT_REPORT,
   OT_OPTIONS,
+  OT_GROMOV_REPORT,
 ];

@@ -10,6 +10,7 @@ import {
 } from "@std/assert";
 import { Device } from "../src/device/mod.ts";
 import { LanguageModel } from "../src/llm/mod.ts";
+import { pageFaults } from "./browser/page_faults.ts";
 import { fail, ROOT, succeed } from "./packhorse_command.ts";
 import { TemporaryFolder } from "./temporary_folder.ts";
 
@@ -161,7 +162,7 @@ Deno.test("cli: llm perplexity is what the module measures", async () => {
   assertEquals(plain.perplexity, reference.perplexity);
   assertEquals("kld" in plain, false);
   const packed = JSON.parse(await perplexity("--kv", codecs[0]!, "--json"));
-  const { codec: _, name: kv, ...expected } = results[0]!;
+  const { codec: _, scores: __, name: kv, ...expected } = results[0]!;
   assertEquals(packed, {
     ...packed,
     ...expected,
@@ -199,7 +200,7 @@ Deno.test("cli: llm frontier compares codecs, and says which no other beats", as
   assertEquals(found.raw16Perplexity, reference.perplexity);
   assertEquals(
     found.rows.map(({ frontier: _, ...row }: { frontier: boolean }) => row),
-    results.map(({ codec: _, name: kv, ...result }) => ({ kv, ...result })),
+    results.map(({ codec: _, scores: __, name: kv, ...result }) => ({ kv, ...result })),
   );
   assertEquals(
     found.rows.map(({ frontier }: { frontier: boolean }) => frontier),
@@ -209,7 +210,10 @@ Deno.test("cli: llm frontier compares codecs, and says which no other beats", as
   for (const text of ["bits per value", "packkv:k=0.1,v=0.2", "kivi:4"]) {
     assertStringIncludes(chart, text);
   }
-  const table = await evaluate("frontier", ...kv);
+  const report = folder.file("frontier.html");
+  const table = await evaluate("frontier", ...kv, "--report", report);
+  assertStringIncludes(table, `${report} written`);
+  assertEquals(await pageFaults([{ path: report, patience: 20 }]), [[]]);
   assertMatch(table, /^kivi:4 .* ✓$/m);
   assertMatch(table, /^fixed:k=2,v=8 .* %$/m);
 });

@@ -257,17 +257,3 @@ Deno.test("cli: a chart that cannot be written is an error before anything is me
   const message = await fail(1, "kv", "sweep", folder.file("missing"), "--svg", svg);
   assertStringIncludes(message, `Cannot write ${svg}: no such folder`);
 });
-
-Deno.test("cli: demo packs a cache and restores it within the bound", async () => {
-  using folder = new TemporaryFolder();
-  const { within, errors, pack, continuations: [raw16, packkv] } = JSON.parse(
-    await succeed("demo", "--output", folder.path, "--json"),
-  );
-  assert(within);
-  assertEquals(errors.length, 2 * pack.layers.length);
-  for (const { ofBound } of errors) assert(ofBound > 0.5 && ofBound <= 1);
-  assertEquals(folder.list(), ["bits_and_error.svg", "kv.phkv", "kv.safetensors"]);
-  assertEquals([raw16.kld, raw16.top1], [0, 1]);
-  assert(packkv.cacheBytes < raw16.cacheBytes / 2 && packkv.kld > 0 && packkv.top1 > 0.5);
-  for (const { text } of [raw16, packkv]) assert(text.length > 64);
-});

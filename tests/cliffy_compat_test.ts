@@ -52,6 +52,20 @@ Deno.test("cliffy: actions see the types of options and arguments", async () => 
   assertEquals(seen, [-0.5, undefined, "in", undefined]);
 });
 
+Deno.test("cliffy: the last argument may be there several times", async () => {
+  let seen: [number, string[]] | undefined;
+  const command = () =>
+    new Command().noExit().arguments("<limit:number> <inputs...:file>")
+      .action((_, limit, first, ...others) => {
+        seen = [limit, [first, ...others]];
+      });
+  await command().parse(["7", "a", "b", "c"]);
+  assertEquals(seen, [7, ["a", "b", "c"]]);
+  await command().parse(["7", "a"]);
+  assertEquals(seen, [7, ["a"]]);
+  await assertRejects(() => command().parse(["7"]), ValidationError);
+});
+
 Deno.test("cliffy: collect gathers repeated options, others occur once", async () => {
   const { options } = await scale().parse(["in", "-o", "x", "--tag", "a", "--tag", "b"]);
   assertEquals<unknown>(options, { scaleBy: 2, output: "x", tag: ["a", "b"] });
@@ -222,7 +236,7 @@ Deno.test("cliffy: what is not implemented throws when a command is built (this 
   assertThrows(() => command.option("--a [b:string]", "A."), Error, "not implemented");
   assertThrows(() => command.option("--no-a", "A."), Error, "not implemented");
   assertThrows(() => command.option("--a <b:color>", "A."), Error, 'the type "color"');
-  assertThrows(() => command.arguments("<a...:string>"), Error, "not implemented");
+  assertThrows(() => command.arguments("[a...:string]"), Error, "not implemented");
   assertEquals(command.env, undefined);
 });
 

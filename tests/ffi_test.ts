@@ -3,6 +3,7 @@ import { assert, assertEquals, assertGreater } from "@std/assert";
 import { STATUS_CODES } from "../ffi/call.ts";
 import {
   DTYPE,
+  GRAPH_ACTIVATION,
   KV_CACHE_QUANTIZER,
   KV_GROUPING,
   KV_PART,
@@ -15,6 +16,7 @@ import {
 import { ABI_VERSION, loadLibrary } from "../ffi/library.ts";
 import { STRUCTS } from "../ffi/structs.ts";
 import { DEVICE_SYMBOLS } from "../ffi/symbols/device.ts";
+import { GRAPH_SYMBOLS } from "../ffi/symbols/graph.ts";
 import { KV_SYMBOLS } from "../ffi/symbols/kv.ts";
 import { KV_CACHE_SYMBOLS } from "../ffi/symbols/kv_cache.ts";
 import { LIBRARY_SYMBOLS } from "../ffi/symbols/library.ts";
@@ -49,6 +51,7 @@ const symbols: Record<string, Deno.ForeignFunction> = {
   ...KV_CACHE_SYMBOLS,
   ...LLM_SYMBOLS,
   ...OT_SYMBOLS,
+  ...GRAPH_SYMBOLS,
 };
 
 Deno.test("ffi: every function of the header has a symbol with its parameters, and every symbol a function", () => {
@@ -95,6 +98,7 @@ Deno.test("ffi: the values of enums are the header's", () => {
   assertEquals(enumOf("ph_ot_gradient", "PH_OT_"), OT_GRADIENT);
   const statuses = Object.keys(enumOf("ph_ot_status", "PH_OT_"));
   assertEquals(statuses.map((word) => word.replaceAll("_", "-")), [...OT_STATUSES]);
+  assertEquals(enumOf("ph_graph_activation", "PH_GRAPH_"), GRAPH_ACTIVATION);
   const codes = Object.entries(enumOf("ph_status", "PH_")).map(([word, value]) => {
     assertEquals(STATUS_CODES[value], word.replace(/^error_/, "").replaceAll("_", "-") as "ok");
     return value;

@@ -5,10 +5,11 @@ import {
   assertEquals,
   assertGreater,
   assertLess,
+  assertNotEquals,
   assertRejects,
 } from "@std/assert";
 import { Device } from "../src/device/mod.ts";
-import { KvCache, parseCacheCodec } from "../src/kv/mod.ts";
+import { KvCache, type KvSequence, parseCacheCodec } from "../src/kv/mod.ts";
 import { Checkpoint } from "../src/llm/checkpoint.ts";
 import { type GeneratedPiece, LanguageModel, type LanguageModelOptions } from "../src/llm/mod.ts";
 import { readLanguageModelConfig } from "../src/llm/model_config.ts";
@@ -55,46 +56,99 @@ test(
   },
 );
 
-for (const backend of backends()) {
-  Deno.test(`llm: ${backend}: logits are transformers', however the prompt comes`, async () => {
-    using device = Device.open({ backend });
-    const config = await readLanguageModelConfig(TINY);
-    using checkpoint = await Checkpoint.open(TINY);
-    using weights = await planWeights(device, checkpoint, config).load();
-    const dtype = backend === "cpu" ? "f16" : "bf16";
-    const queryDType = backend === "cpu" ? "f32" : dtype;
-    const { layers, queryHeads, kvHeads, headDim } = config;
-    const limits = { tokens: 512, stepTokens: 128 };
-    using cache = KvCache.create(device, {
-      ...{ layers, queryHeads, kvHeads, headDim, dtype, queryDType },
-      ...limits,
-      sequences: 3,
-      poolBytes: 2 ** 24,
-      codec: parseCacheCodec("raw16"),
+/** A test with the model's forward pass, over a raw16 cache of 512 tokens for each of 4 sequences. */
+function testForward(
+  name: string,
+  work: (cache: KvCache, runner: ModelRunner, device: Device) => void,
+): void {
+  for (const backend of backends()) {
+    Deno.test(`llm: ${backend}: ${name}`, async () => {
+      using device = Device.open({ backend });
+      const config = await readLanguageModelConfig(TINY);
+      using checkpoint = await Checkpoint.open(TINY);
+      using weights = await planWeights(device, checkpoint, config).load();
+      const dtype = backend === "cpu" ? "f16" : "bf16";
+      const queryDType = backend === "cpu" ? "f32" : dtype;
+      const { layers, queryHeads, kvHeads, headDim } = config;
+      const limits = { tokens: 512, stepTokens: 128 };
+      using cache = KvCache.create(device, {
+        ...{ layers, queryHeads, kvHeads, headDim, dtype, queryDType },
+        ...limits,
+        sequences: 4,
+        poolBytes: 2 ** 24,
+        codec: parseCacheCodec("raw16"),
+      });
+      using runner = new ModelRunner(device, config, weights, {
+        ...{ queryDType, cacheDType: dtype, logitRows: 8 },
+        ...limits,
+      });
+      work(cache, runner, device);
     });
-    using runner = new ModelRunner(device, config, weights, {
-      ...{ queryDType, cacheDType: dtype, logitRows: 8 },
-      ...limits,
-    });
-    const ids: readonly number[] = ORACLE.greedy.prompt_ids;
-    const { ids: top, values } = ORACLE.last_logits_top16;
-    for (const sizes of [[128], [100, 28], [96, ...Array(4).fill(8)]]) {
-      const sequence = cache.add();
-      let first = 0;
-      for (const rows of sizes) {
-        const step = cache.begin([{ sequence, tokens: rows }]);
-        runner.tokens(rows).upload(Int32Array.from(ids.slice(first, first + rows)));
-        runner.positions(rows).upload(Int32Array.from({ length: rows }, (_, i) => first + i));
-        runner.forward(step, { attention: rows > 8 ? "prefill" : "attend" });
-        first += rows;
-      }
-      const logits = runner.logits(sizes.at(-1)! - 1, 1).download();
-      top.forEach((id: number, i: number) =>
-        assertAlmostEquals(logits[id]!, values[i], backend === "cpu" ? 2e-3 : 0.2, `${sizes}`)
-      );
-    }
-  });
+  }
 }
+
+/** Gives a sequence tokens, which follow what it has. */
+function giveTokens(
+  cache: KvCache,
+  runner: ModelRunner,
+  sequence: KvSequence,
+  ids: readonly number[],
+): void {
+  const first = cache.length(sequence);
+  const step = cache.begin([{ sequence, tokens: ids.length }]);
+  runner.tokens(ids.length).upload(Int32Array.from(ids));
+  runner.positions(ids.length).upload(Int32Array.from(ids, (_, i) => first + i));
+  runner.forward(step, { attention: ids.length > 8 ? "prefill" : "attend" });
+}
+
+testForward("logits are transformers', however the prompt comes", (cache, runner, device) => {
+  const ids: readonly number[] = ORACLE.greedy.prompt_ids;
+  const { ids: top, values } = ORACLE.last_logits_top16;
+  for (const sizes of [[128], [100, 28], [96, ...Array(4).fill(8)]]) {
+    const sequence = cache.add();
+    let first = 0;
+    for (const rows of sizes) {
+      giveTokens(cache, runner, sequence, ids.slice(first, first + rows));
+      first += rows;
+    }
+    const logits = runner.logits(sizes.at(-1)! - 1, 1).download();
+    top.forEach((id: number, i: number) =>
+      assertAlmostEquals(logits[id]!, values[i], device.backend === "cpu" ? 2e-3 : 0.2, `${sizes}`)
+    );
+  }
+});
+
+testForward("logits of unequal sequences are those of each alone", (cache, runner, device) => {
+  const ids: readonly number[] = ORACLE.greedy.prompt_ids;
+  const prompts = [ids.slice(0, 101), ids.slice(7, 30)];
+  const next = [ids[101]!, ids[30]!];
+  const alone = prompts.map((prompt, i) => {
+    const sequence = cache.add();
+    giveTokens(cache, runner, sequence, prompt);
+    giveTokens(cache, runner, sequence, [next[i]!]);
+    return runner.logits(0, 1).download();
+  });
+  const sequences = prompts.map((prompt) => {
+    const sequence = cache.add();
+    giveTokens(cache, runner, sequence, prompt);
+    return sequence;
+  });
+  const step = cache.begin(sequences.map((sequence) => ({ sequence })));
+  runner.tokens(2).upload(Int32Array.from(next));
+  runner.positions(2).upload(Int32Array.from(prompts, ({ length }) => length));
+  runner.forward(step, { attention: "attend" });
+  const together = runner.logits(0, 2).download();
+  alone.forEach((logits, row) => {
+    logits.forEach((logit, i) =>
+      assertAlmostEquals(
+        together[row * logits.length + i]!,
+        logit,
+        device.backend === "cpu" ? 0 : 1e-2,
+        `sequence ${row}, token ${i}`,
+      )
+    );
+  });
+});
 
 test(
   "perplexity is transformers', and codecs cost what they should",
@@ -124,6 +178,27 @@ test(
     assertAlmostEquals(raw16!.bitsPerValue, 16, 0.02);
   },
 );
+
+test("scores of every prediction are what the means are of", {}, async (model) => {
+  const text = TEXT.slice(0, 1500);
+  const options = { tokens: 70, codecs: ["packkv:k=0.1,v=0.2", "kivi:4"], scores: true };
+  const { results: [first] } = await model.evaluate(text, options);
+  const { results } = await model.evaluate(text, { ...options, windows: 2 });
+  for (const { scores, perplexity, kld, top1 } of results) {
+    const { losses, divergences, agreements } = scores!;
+    const mean = (values: Float32Array) => values.reduce((sum, each) => sum + each, 0) / 140;
+    assertEquals([losses, divergences, agreements].map(({ length }) => length), [140, 140, 140]);
+    assertAlmostEquals(Math.exp(mean(losses)), perplexity, 1e-4 * perplexity);
+    assertAlmostEquals(mean(divergences), kld, 1e-5 * kld);
+    assertAlmostEquals(mean(agreements), top1, 1e-12);
+    assert(agreements.every((agrees) => agrees === 0 || agrees === 1));
+  }
+  // Windows follow each other, codecs are apart.
+  assertEquals(results[0]!.scores!.divergences.subarray(0, 70), first!.scores!.divergences);
+  assertNotEquals(results[1]!.scores, results[0]!.scores);
+  const { results: [without] } = await model.evaluate(text, { ...options, scores: false });
+  assertEquals(without!.scores, undefined);
+});
 
 test("a cache with a residual costs less than one without", {}, async (model) => {
   const options = { tokens: 300, codecs: ["packkv:k=0.1,v=0.2"] };

@@ -182,6 +182,33 @@ testWhereSupported("exact: forbidden pairs, infeasible problems, gradients", (de
   }
 });
 
+testWhereSupported("the slope of partial transport is that of the costs", (device) => {
+  const dtype = device.backend === "cpu" ? "f64" : "f32";
+  const costs = [1, 4, 3, 2, 7, 5, 3, 2, 6];
+  const solved = (cost: readonly number[]) =>
+    exactTransport(device, {
+      cost: arrayOf(dtype, cost),
+      a: arrayOf(dtype, [0.3, 0.25, 0.45]),
+      b: arrayOf(dtype, [0.31, 0.36, 0.33]),
+      rows: 3,
+      columns: 3,
+    }, { mass: 0.7 });
+  using solution = solved(costs);
+  const value = { value: arrayOf(dtype, [1]) };
+  using gradients = solution.backward(value);
+  assertEquals(Object.keys(gradients), ["cost"]);
+  const slopes = gradients.cost!.download();
+  costs.forEach((_, k) => {
+    const [low, high] = [-0.125, 0.125].map((step) => {
+      using moved = solved(costs.map((cost, i) => i === k ? cost + step : cost));
+      return moved.reports[0]!.cost;
+    }) as [number, number];
+    assertAlmostEquals(slopes[k]!, (high - low) / 0.25, 1e-6, `cost ${k}`);
+  });
+  // Potentials know masses up to a constant, which counts here.
+  refuses("unsupported", () => solution.backward(value, { to: ["a"] }), "masses");
+});
+
 testWhereSupported(
   "partial transport moves the mass asked for, at the least cost",
   (device, dtypes) => {

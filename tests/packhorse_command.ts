@@ -17,12 +17,26 @@ export function denoArguments(args: string[], permissions: string[] = PERMISSION
 /** Runs the command line as the launcher does. */
 export async function packhorse(
   args: string[],
-  { env = {}, permissions }: { env?: Record<string, string>; permissions?: string[] } = {},
+  { env = {}, permissions, input }: {
+    env?: Record<string, string>;
+    permissions?: string[];
+    /** What it reads from standard input. */
+    input?: string;
+  } = {},
 ) {
-  const { code, stdout, stderr } = await new Deno.Command(Deno.execPath(), {
+  const process = new Deno.Command(Deno.execPath(), {
     args: denoArguments(args, permissions),
     env: { NO_COLOR: "1", ...env },
-  }).output();
+    stdin: input === undefined ? "null" : "piped",
+    stdout: "piped",
+    stderr: "piped",
+  }).spawn();
+  if (input !== undefined) {
+    const writer = process.stdin.getWriter();
+    // One that ends before it has read all closes the pipe.
+    await writer.write(new TextEncoder().encode(input)).then(() => writer.close()).catch(() => {});
+  }
+  const { code, stdout, stderr } = await process.output();
   const decoder = new TextDecoder();
   return { code, stdout: decoder.decode(stdout), stderr: decoder.decode(stderr) };
 }

@@ -6,6 +6,7 @@
 #   tools/bootstrap.sh build            the native library into build/; the CUDA one too if there
 #                                       are nvcc and a GPU
 #   tools/bootstrap.sh cuda             both native libraries; needs nvcc, not a GPU
+#   tools/bootstrap.sh bundle           the browser code of reports into build/report_page/
 #   tools/bootstrap.sh native-test      the native tests of the last build
 #   tools/bootstrap.sh sanitize         native tests under address and undefined-behaviour sanitizers
 #   tools/bootstrap.sh deno ARGUMENTS   runs Deno
@@ -63,6 +64,8 @@ setup() {
   need cmake:cmake ninja:ninja-build g++:g++
   ensure_deno
   "$DENO" install --quiet --config "$root/deno.json" >&2
+  # Only the tests that open reports need it, and they say so.
+  (need chromium:chromium) || say "going on without Chromium: tests that open reports will fail"
 }
 
 # Makes nvcc known to CMake; false if there is none.
@@ -90,6 +93,13 @@ cuda() {
     ${CUDA_ARCHITECTURES:+"-DCMAKE_CUDA_ARCHITECTURES=$CUDA_ARCHITECTURES"}
 }
 
+# esbuild looks for npm packages in node_modules/, which Deno makes of what it has cached.
+bundle() {
+  ensure_deno
+  "$DENO" run --quiet --config "$root/deno.json" --node-modules-dir=auto --allow-read --allow-env \
+    --allow-run --allow-write="$root/build" "$root/tools/bundle.ts" >&2
+}
+
 native_test() { ctest --test-dir "$root/${1:-build}" --output-on-failure >&2; }
 
 sanitize() {
@@ -104,9 +114,9 @@ run_deno() {
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
   case ${1:-} in
-    setup | build | cuda | sanitize) "$1" ;;
+    setup | build | cuda | bundle | sanitize) "$1" ;;
     native-test) native_test ;;
     deno) run_deno "${@:2}" ;;
-    *) fail "cannot run \"${1:-}\": expected setup, build, cuda, native-test, sanitize or deno" ;;
+    *) fail "cannot run \"${1:-}\": expected setup, build, cuda, bundle, native-test, sanitize or deno" ;;
   esac
 fi

@@ -1,10 +1,12 @@
 /**
  * What appending to packed caches of 32 layers costs on a GPU, by the GPU's own clock: `deno run -A bench/gpu/append.ts`.
  * Prints two Markdown tables. The first is of decode steps: beginning a step, appending a token of every sequence to
- * every layer and packing the blocks that are due, over 64 steps, in which every sequence packs one block in each layer;
- * beside it the attention of the same steps, which is less than what the whole of a decode step takes. The second is of
- * filling one sequence in chunks. Before each time is taken the GPU is given work to do, so that it does not wait for
- * the calls that enqueue, and finds nothing in its L2 cache. Needs 14 GB of GPU memory.
+ * every layer and packing the blocks that are due, over rounds of 64 steps, in which every sequence packs one block in
+ * each layer; beside it the attention of the same steps, and a decode step of Llama 3.1 8B, which has such a cache: that
+ * attention, appending, and reading the weights once. What a step takes on average is the mean of the medians of both
+ * kinds of steps, each as often as it comes; the longest step shows what the host's pauses add. The second is of filling one sequence in chunks. Before each time
+ * is taken the GPU is given work to do, so that it does not wait for the calls that enqueue, and finds nothing in its L2
+ * cache. Needs 14 GB of GPU memory.
  *
  * @module
  */
@@ -12,7 +14,7 @@ import { Device } from "../../src/device/mod.ts";
 import type { KvCacheCodec } from "../../src/kv/mod.ts";
 import { type CacheCase, CacheWorkload, createTokens } from "../cache_workload.ts";
 import { median } from "../kv_workload.ts";
-import { announce, describe, printHeadings, printRow } from "./measure.ts";
+import { announce, describe, medianTime, printHeadings, printRow } from "./measure.ts";
 
 const LAYERS = 32;
 const KV_HEADS = 8;
@@ -22,12 +24,17 @@ const CONTEXT = 32_768;
 const RESIDUAL = 64;
 /** Of a block, and so the steps after which every sequence has packed one. */
 const BLOCK_TOKENS = 64;
+/** Of so many steps each, after one to warm up. */
+const ROUNDS = 3;
+/** Bytes of the weights of Llama 3.1 8B in bf16. */
+const WEIGHT_BYTES = 2 * 8.03e9;
 /** How often the second table fills a sequence, after once to warm up. */
 const PREFILL_RUNS = 5;
 /** Far more than what the steps of a fill take at once, so that each layer's input is cold. */
 const TOKENS = 65_536;
-/** Work of a millisecond or so, which is longer than it takes to enqueue what is measured. */
+/** Work of some milliseconds, which is longer than it takes to enqueue what is measured. */
 const LEAD_BYTES = 2 ** 32;
+const LEAD_READS = 2;
 
 const PACKKV: KvCacheCodec = {
   keys: { quantizer: "packkv", rel: 0.1 },
@@ -37,6 +44,7 @@ const CODECS: Readonly<Record<string, KvCacheCodec>> = {
   "packkv 0.1/0.2": PACKKV,
   "fixed 3": { keys: { quantizer: "fixed", bits: 3 }, values: { quantizer: "fixed", bits: 3 } },
   raw16: { keys: { quantizer: "raw16" }, values: { quantizer: "raw16" } },
+  "kivi 2": { keys: { quantizer: "kivi", bits: 2 }, values: { quantizer: "kivi", bits: 2 } },
 };
 
 const shapeOf = (lengths: readonly number[]): CacheCase => ({
@@ -51,21 +59,24 @@ using device = Device.open({ backend: "cuda" });
 using lead = device.createBuffer("u8", LEAD_BYTES);
 lead.fill(1);
 using tokens = await createTokens(device, { kvHeads: KV_HEADS, headDim: HEAD_DIM, count: TOKENS });
+const weights = medianTime(device, () => lead.read()) * WEIGHT_BYTES / LEAD_BYTES;
 console.log(
-  `${
-    describe(device)
-  }; decode: medians and means of ${BLOCK_TOKENS} steps, prefill: medians of ${PREFILL_RUNS} runs.\n`,
+  `${describe(device)}; decode: medians of ${ROUNDS} rounds of ${BLOCK_TOKENS} steps, ` +
+    `prefill: medians of ${PREFILL_RUNS} runs. Reading ${WEIGHT_BYTES / 1e9} GB of weights: ` +
+    `${weights.toFixed(2)} ms.\n`,
 );
 
 printHeadings(
   "sequences",
-  ">append, nothing to pack, µs",
-  ">append, blocks to pack, µs",
-  ">steps that pack",
-  ">append, mean of 64, µs",
-  ">attention, mean of 64, µs",
+  ">append of a layer, nothing to pack, µs",
+  ">append of a layer, blocks to pack, µs",
+  ">steps that pack, of 64",
+  ">append of a step, µs",
+  ">longest, µs",
+  ">attention of a step, µs",
   ">append / attention",
-  ">wanted, of a whole step",
+  ">append / decode step",
+  ">wanted",
 );
 measureDecode("1 × 32,768", [CONTEXT]);
 measureDecode("8 × 32,768, all pack in one step", Array(8).fill(CONTEXT));
@@ -78,36 +89,40 @@ console.log();
 printHeadings("codec", ">tokens of a chunk", ">ms", ">TB/s of 16-bit input", ">wanted");
 for (const [codec, parts] of Object.entries(CODECS)) measurePrefill(codec, parts);
 
-/** 64 steps after 64 to warm up. */
 function measureDecode(title: string, lengths: readonly number[]): void {
   announce(title);
+  const steps = (1 + ROUNDS) * BLOCK_TOKENS;
   using workload = new CacheWorkload(device, shapeOf(lengths), {
     tokens,
     codec: PACKKV,
     layers: LAYERS,
     residual: RESIDUAL,
-    room: 2 * BLOCK_TOKENS,
+    room: steps,
   });
-  const times = Array.from({ length: 2 * BLOCK_TOKENS }, () => ({
+  const times = Array.from({ length: steps }, () => ({
     append: busyTime(() => workload.append(workload.begin())),
     attention: busyTime(() => workload.attend()),
     packs: packs(workload),
   }));
   const measured = times.slice(BLOCK_TOKENS);
-  const packing = measured.filter(({ packs }) => packs);
-  const mean = (each: readonly number[]) => each.reduce((sum, time) => sum + time, 0) / each.length;
-  const append = mean(measured.map(({ append }) => append));
-  const attention = mean(measured.map(({ attention }) => attention));
-  const micro = (milliseconds: number) => (milliseconds * 1e3).toFixed(1);
+  const appends = measured.map(({ append }) => append);
+  const medianOf = (packing: boolean) =>
+    median(appends.filter((_, i) => measured[i]!.packs === packing));
+  const [copying, packing] = [medianOf(false), medianOf(true)];
+  const share = measured.filter(({ packs }) => packs).length / measured.length;
+  const append = share * packing + (1 - share) * copying;
+  const attention = median(measured.map(({ attention }) => attention));
   printRow(
     title,
-    micro(median(measured.filter(({ packs }) => !packs).map(({ append }) => append))),
-    micro(median(packing.map(({ append }) => append))),
-    String(packing.length),
+    micro(copying / LAYERS),
+    micro(packing / LAYERS),
+    String(share * BLOCK_TOKENS),
     micro(append),
+    micro(Math.max(...appends)),
     micro(attention),
-    `${(100 * append / attention).toFixed(1)} %`,
-    "5 %",
+    percent(append / attention),
+    percent(append / (weights + attention + append)),
+    "5 % of a step",
   );
 }
 
@@ -144,13 +159,21 @@ function measurePrefill(codec: string, parts: KvCacheCodec): void {
       chunk.toLocaleString("en"),
       milliseconds.toFixed(2),
       (CONTEXT * LAYERS * workload.tokenBytes / milliseconds / 1e9).toFixed(2),
-      chunk === 8_192 && parts === PACKKV ? "1" : "",
+      "1",
     );
   }
 }
 
 /** Milliseconds of the GPU's own time that what `work` enqueues takes, with the GPU at work when it comes. */
 function busyTime(work: () => void): number {
-  lead.read();
+  for (let i = 0; i < LEAD_READS; i++) lead.read();
   return device.time(work);
+}
+
+function micro(milliseconds: number): string {
+  return (milliseconds * 1e3).toFixed(1);
+}
+
+function percent(share: number): string {
+  return `${(100 * share).toFixed(1)} %`;
 }

@@ -12,6 +12,18 @@ export function medianTime(device: Device, work: () => void): number {
   return median(Array.from({ length: RUNS }, () => device.time(work)));
 }
 
+/**
+ * As {@linkcode medianTime}, of work that is queued behind other work, so that the host enqueues it all before the device
+ * begins: the time of short kernels, not that of their calls.
+ */
+export function medianTimeQueued(device: Device, before: () => void, work: () => void): number {
+  const both = medianTime(device, () => {
+    before();
+    work();
+  });
+  return both - medianTime(device, before);
+}
+
 /** "NVIDIA H200 (sm_90), CUDA driver 13.0, runtime 13.0" */
 export function describe({ info }: Device): string {
   const { name, instructionSet, driverVersion, runtimeVersion } = info;

@@ -1,14 +1,22 @@
 import { Device } from "../../src/device/mod.ts";
 import { PackhorseError } from "../../src/error.ts";
 import { AtomicFile, SafetensorsReader } from "../../src/io/mod.ts";
-import { packKvFile, sweepKvFile, unpackKvFile } from "../../src/kv/mod.ts";
-import { writeSweepChart } from "../chart.ts";
-import { FIXTURE_PATH } from "../fixture.ts";
+import {
+  type KvFileReport,
+  type KvSweepRow,
+  packKvFile,
+  sweepKvFile,
+  unpackKvFile,
+} from "../../src/kv/mod.ts";
+import { sweepPanel, writeSweepChart } from "../chart.ts";
+import { FIXTURE, FIXTURE_PATH } from "../fixture.ts";
+import { type ReportSection, writeHtmlReport } from "../html_report.ts";
 import { listenForInterrupt } from "../interrupt.ts";
-import { continueText, printContinuations } from "../model_demo.ts";
+import { printModelDemo, runModel } from "../model_demo.ts";
+import { modelDemoSections } from "../model_demo_report.ts";
 import { defined, type GlobalOptions } from "../options.ts";
 import { print, printJson } from "../output.ts";
-import { packReport, printLayers, printTotal } from "../report.ts";
+import { layerTable, packReport, printLayers, printTotal } from "../report.ts";
 
 const KEY_REL = 0.1;
 const VALUE_REL = 0.2;
@@ -20,6 +28,7 @@ export async function demo(options: GlobalOptions & { output: string }): Promise
   const packed = `${output}/kv.phkv`;
   const restored = `${output}/kv.safetensors`;
   const chart = `${output}/bits_and_error.svg`;
+  const page = `${output}/report.html`;
   const say = json ? () => {} : print;
   await Deno.mkdir(output, { recursive: true });
   using device = Device.open(defined({ backend }));
@@ -28,15 +37,15 @@ export async function demo(options: GlobalOptions & { output: string }): Promise
 
   say(`1. Pack a model's key/value cache on ${device.info.name}, with the scales at ${KEY_REL}`);
   say(`   (keys) and ${VALUE_REL} (values) of a token's range: errors within half of that.\n`);
-  const report = await packKvFile(device, {
+  const packing = await packKvFile(device, {
     input,
     output: packed,
     codec: { keyRel: KEY_REL, valueRel: VALUE_REL, repack: "greedy" },
     signal,
   });
   if (!json) {
-    printLayers(report, { errors: true });
-    printTotal(report);
+    printLayers(packing, { errors: true });
+    printTotal(packing);
   }
 
   say("\n2. Unpack it and compare every value with the original.\n");
@@ -61,14 +70,43 @@ export async function demo(options: GlobalOptions & { output: string }): Promise
   say(`   ${packed}\n   ${restored}\n   ${chart}`);
 
   say("\n4. Let the model go on with a text, over a 16-bit and over a packed cache.\n");
-  const continuations = await continueText(device, { signal });
+  const model = await runModel(device, { signal });
+  using report = await AtomicFile.create(page, { signal });
+  await writeHtmlReport(report, {
+    title: "Packhorse: a model over a packed cache",
+    summary: `A small model that ships with Packhorse, on ${device.info.name}.`,
+    sections: [...modelDemoSections(model), fileSection(packing, rows)],
+  });
   if (json) {
     const { backend } = device;
-    printJson({ backend, pack: packReport(report), errors, within, chart, continuations });
+    const { continuations } = model;
+    const pack = packReport(packing);
+    printJson({ backend, pack, errors, within, chart, report: page, continuations });
   } else {
-    printContinuations(continuations);
+    printModelDemo(model);
+    print(`\n   ${page}: the same with charts, for a browser`);
   }
   if (!within) throw new PackhorseError("internal", `Restored values leave the bound: ${restored}`);
+}
+
+/** What the page shows of the file. */
+function fileSection(packing: KvFileReport, rows: readonly KvSweepRow[]): ReportSection {
+  const note = "A line for each way to order tokens, with a point for each scale.";
+  return {
+    title: "A cache, packed into a file",
+    text: `${FIXTURE}, with the scales at ${KEY_REL} (keys) and ${VALUE_REL} (values) of a ` +
+      "token's range: no value is off by more than half of its scale.",
+    parts: [
+      { kind: "table", ...layerTable(packing, { errors: true }) },
+      {
+        kind: "charts",
+        charts: [
+          { title: "Keys: bits against error", note, spec: sweepPanel(rows, "Keys") },
+          { title: "Values: bits against error", note, spec: sweepPanel(rows, "Values") },
+        ],
+      },
+    ],
+  };
 }
 
 interface TensorError {

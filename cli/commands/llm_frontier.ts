@@ -1,5 +1,4 @@
 import { AtomicFile } from "../../src/io/mod.ts";
-import type { CodecEvaluation } from "../../src/llm/mod.ts";
 import {
   CODEC_HEADINGS,
   codecCells,
@@ -7,6 +6,8 @@ import {
   evaluateFolder,
   type EvaluationCommandOptions,
   evaluationHeading,
+  isOnFrontier,
+  quantizerOf,
   raw16Cells,
 } from "../model_evaluation.ts";
 import type { GlobalOptions, NamedCacheCodec } from "../options.ts";
@@ -16,6 +17,7 @@ import { print, printJson, printTable } from "../output.ts";
 export interface LlmFrontierOptions extends EvaluationCommandOptions {
   kv?: NamedCacheCodec[] | undefined;
   svg?: string | undefined;
+  report?: string | undefined;
 }
 
 /** What is compared where none are named. */
@@ -27,9 +29,10 @@ const CODECS = [
 
 /** Measures what codecs cost a model, and which of them no other beats. */
 export async function llmFrontier(options: GlobalOptions & LlmFrontierOptions): Promise<void> {
-  const { model, text, windows, tokens, residual, svg } = options;
+  const { model, text, windows, tokens, residual, svg, report } = options;
   const codecs = options.kv?.map(({ kv }) => kv) ?? CODECS;
   using chart = svg === undefined ? undefined : await AtomicFile.create(svg);
+  using page = report === undefined ? undefined : await AtomicFile.create(report);
   const measured = await evaluateFolder(options, codecs);
   const { evaluation, backend, device } = measured;
   const { reference, results } = evaluation;
@@ -37,41 +40,51 @@ export async function llmFrontier(options: GlobalOptions & LlmFrontierOptions): 
     kv: codecs[i]!,
     quantizer: quantizerOf(result),
     result,
-    frontier: !results.some((other) => beats(other, result)),
+    frontier: isOnFrontier(result, results),
   }));
-  if (chart) {
-    const points = rows.map(({ result: { kld, bitsPerValue }, ...row }) => ({
-      ...row,
-      kld,
-      bitsPerValue,
-    }));
-    await (await import("../chart.ts")).writeFrontierChart(chart, points);
+  const points = rows.map(({ result: { kld, bitsPerValue }, ...row }) => ({
+    ...row,
+    kld,
+    bitsPerValue,
+  }));
+  const headings = [...CODEC_HEADINGS, "frontier"];
+  const cells = [
+    [...raw16Cells(evaluation), ""],
+    ...rows.map(({ kv, result, frontier }) => [...codecCells(kv, result), frontier ? "✓" : ""]),
+  ];
+  if (chart) await (await import("../chart.ts")).writeFrontierChart(chart, points);
+  if (page) {
+    await (await import("../html_report.ts")).writeHtmlReport(page, {
+      title: "What codecs cost a model",
+      summary: evaluationHeading(options, measured),
+      sections: [{
+        title: "Bits per value against divergence",
+        text: LEGEND,
+        parts: [
+          {
+            kind: "charts",
+            charts: [{
+              title: "Codecs by quantizer",
+              spec: (await import("../chart.ts")).frontierPanel(points),
+            }],
+          },
+          { kind: "table", headings, rows: cells },
+        ],
+      }],
+    });
   }
   if (options.json) {
     const { predictions, perplexity } = reference;
     return printJson({
-      ...{ model, text, backend, device, windows, tokens, predictions, residual, svg },
+      ...{ model, text, backend, device, windows, tokens, predictions, residual, svg, report },
       raw16Perplexity: perplexity,
       rows: rows.map(({ kv, result, frontier }) => ({ kv, ...codecReport(result), frontier })),
     });
   }
   print(evaluationHeading(options, measured));
-  printTable([...CODEC_HEADINGS, "frontier"], [
-    [...raw16Cells(evaluation), ""],
-    ...rows.map(({ kv, result, frontier }) => [...codecCells(kv, result), frontier ? "✓" : ""]),
-  ]);
-  print("✓: no other of these takes as few bits with as little divergence");
-  if (svg !== undefined) print(`${svg} written`);
+  printTable(headings, cells);
+  print(LEGEND);
+  for (const file of [svg, report]) if (file !== undefined) print(`${file} written`);
 }
 
-/** Whether a codec is nowhere worse than another and somewhere better. */
-function beats(one: CodecEvaluation, other: CodecEvaluation): boolean {
-  return one.bitsPerValue <= other.bitsPerValue && one.kld <= other.kld &&
-    (one.bitsPerValue < other.bitsPerValue || one.kld < other.kld);
-}
-
-function quantizerOf({ codec: { keys, values } }: CodecEvaluation): string {
-  return keys.quantizer === values.quantizer
-    ? keys.quantizer
-    : `${keys.quantizer}, ${values.quantizer}`;
-}
+const LEGEND = "✓: no other of these takes as few bits with as little divergence";

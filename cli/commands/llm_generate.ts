@@ -1,10 +1,10 @@
 import { ValidationError } from "@cliffy/command";
 import { Device } from "../../src/device/mod.ts";
-import { parseCacheCodec } from "../../src/kv/cache_codec.ts";
 import { LanguageModel } from "../../src/llm/mod.ts";
 import { cacheReport } from "../cache_report.ts";
 import { listenForInterrupt } from "../interrupt.ts";
-import { defined, type GlobalOptions, type NamedCacheCodec } from "../options.ts";
+import { DEFAULT_CODEC, type GenerationCommandOptions, samplingOf } from "../model_generation.ts";
+import { defined, type GlobalOptions } from "../options.ts";
 import {
   formatBits,
   formatBytes,
@@ -17,31 +17,17 @@ import {
 import { readText } from "../text_file.ts";
 
 /** Options of `llm generate`. */
-export interface LlmGenerateOptions {
-  model: string;
+export interface LlmGenerateOptions extends GenerationCommandOptions {
   prompt?: string | undefined;
   file?: string | undefined;
-  maxTokens: number;
-  context?: number | undefined;
-  temperature: number;
-  topK: number;
-  topP: number;
-  minP: number;
-  repetitionPenalty: number;
-  seed: number;
   stop?: string[] | undefined;
-  kv?: NamedCacheCodec | undefined;
-  residual: number;
 }
-
-const PACKKV = "packkv:k=0.1,v=0.2";
-const DEFAULT_CODEC: NamedCacheCodec = { kv: PACKKV, codec: parseCacheCodec(PACKKV) };
 
 /** Continues a prompt: prints the text as it comes, or all about it as JSON. */
 export async function llmGenerate(options: GlobalOptions & LlmGenerateOptions): Promise<void> {
   const { backend, json, context, residual } = options;
   const { kv, codec } = options.kv ?? DEFAULT_CODEC;
-  const { maxTokens, temperature, topK, topP, minP, repetitionPenalty, seed, stop } = options;
+  const { maxTokens, stop } = options;
   const prompt = await promptOf(options);
   using device = Device.open(defined({ backend }));
   using interrupt = listenForInterrupt();
@@ -64,9 +50,8 @@ export async function llmGenerate(options: GlobalOptions & LlmGenerateOptions): 
   let text = "";
   let finish: string | undefined;
   const start = performance.now();
-  const sampling = { temperature, topK, topP, minP, repetitionPenalty, seed };
   try {
-    const generation = { ...sampling, maxTokens, stop, memory, signal };
+    const generation = { ...samplingOf(options), maxTokens, stop, memory, signal };
     for await (const piece of model.generate(prompt, generation)) {
       tokens.push(...piece.tokens);
       text += piece.text;

@@ -206,15 +206,19 @@ export class Command<
 
   #addArguments(text: string): void {
     for (const each of text.split(" ").filter((each) => each !== "")) {
-      const match = /^(?:<(\w+):([\w-]+)>|\[(\w+):([\w-]+)\])$/.exec(each);
+      const match = /^(?:<(\w+)(\.{3})?:([\w-]+)>|\[(\w+):([\w-]+)\])$/.exec(each);
       if (match === null) throw new Error(`Cannot take the argument "${each}": not implemented`);
-      const [, required, requiredType, optional, optionalType] = match;
+      const [, required, several = "", requiredType, optional, optionalType] = match;
       const name = (required ?? optional)!;
       const type = (requiredType ?? optionalType)!;
       const parse = parser(this.#types, { label: "Argument", name, type });
       this.#program.addArgument(
-        new Argument(required === undefined ? `[${name}]` : `<${name}>`)
-          .argParser((value) => parse(value)),
+        new Argument(required === undefined ? `[${name}]` : `<${name}${several}>`)
+          .argParser<unknown>((value, previous) =>
+            several === ""
+              ? parse(value)
+              : [...(previous as unknown[] | undefined) ?? [], parse(value)]
+          ),
       );
     }
   }
@@ -378,7 +382,8 @@ export class Command<
   async #run(): Promise<void> {
     this.#program.called = true;
     const options = this.#optionValues();
-    const args = this.#program.processedArgs ?? [];
+    // Of arguments that may come several times, there is one list, at the end.
+    const args = (this.#program.processedArgs ?? []).flat();
     this.#result = { options, args };
     await this.#action?.call(this, options, ...args);
   }

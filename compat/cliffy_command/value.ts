@@ -79,9 +79,11 @@ export type ValueNamed<Name extends string, Types> = Name extends `${infer Item}
   : Name extends keyof Types ? Types[Name]
   : never;
 
-/** Types of the arguments in `<input:file> [output:file]`. */
+/** Types of the arguments in `<input:file> [output:file]`, or in `<inputs...:file>`, of which there is one or more. */
 export type ArgumentValues<Text extends string, Types> = Text extends `${infer Head} ${infer Tail}`
   ? [...ArgumentValues<Head, Types>, ...ArgumentValues<Tail, Types>]
+  : Text extends `<${string}...:${infer Name}>`
+    ? [ValueNamed<Name, Types>, ...ValueNamed<Name, Types>[]]
   : Text extends `<${string}:${infer Name}>` ? [ValueNamed<Name, Types>]
   : Text extends `[${string}:${infer Name}]` ? [ValueNamed<Name, Types>?]
   : [];

@@ -23,7 +23,7 @@ inline ph_device& checked(ph_device* device) {
     throw Error(
         PH_ERROR_INVALID_ARGUMENT,
         "Cannot do this while work on the device is captured: only append, attend, prefill, operations of "
-        "language models, and copies and fills of buffers are possible until the capture ends");
+        "language models and graphs, and copies and fills of buffers are possible until the capture ends");
   }
   return *device;
 }

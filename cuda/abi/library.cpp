@@ -100,6 +100,17 @@ std::vector<uint32_t> layout_of(uint32_t which) {
               FIELD(ph_ot_options, scaling),
               FIELD(ph_ot_options, row_penalty),
               FIELD(ph_ot_options, column_penalty)};
+    case PH_STRUCT_OT_GROMOV_REPORT:
+      return {sizeof(ph_ot_gromov_report),
+              FIELD(ph_ot_gromov_report, status),
+              FIELD(ph_ot_gromov_report, iterations),
+              FIELD(ph_ot_gromov_report, place),
+              FIELD(ph_ot_gromov_report, marginal_error),
+              FIELD(ph_ot_gromov_report, value),
+              FIELD(ph_ot_gromov_report, cost),
+              FIELD(ph_ot_gromov_report, distortion),
+              FIELD(ph_ot_gromov_report, gap),
+              FIELD(ph_ot_gromov_report, bound)};
     default:
       return {};
   }

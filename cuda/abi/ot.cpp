@@ -3,7 +3,9 @@
 #include <vector>
 
 #include "abi/arguments.h"
+#include "ot/gromov.h"
 #include "ot/operations.h"
+#include "ot/partial.h"
 
 using ph::checked;
 using ph::checked_tensor;
@@ -110,6 +112,15 @@ void require_tolerance(double tolerance) {
   if (!(tolerance >= 0.0 && tolerance < INFINITY))
     throw Error(PH_ERROR_INVALID_ARGUMENT, "The tolerance must be finite and not negative: it is %g",
                 tolerance);
+}
+
+// Those to transport; null: all.
+void require_masses(const double* masses, uint64_t problems) {
+  for (uint64_t p = 0; masses != nullptr && p < problems; ++p) {
+    if (masses[p] > 0.0 && masses[p] < INFINITY) continue;
+    throw Error(PH_ERROR_INVALID_ARGUMENT, "The mass to transport of problem %llu must be above 0: it is %g",
+                static_cast<unsigned_long>(p), masses[p]);
+  }
 }
 
 ph::ot::Potentials potentials_of(const Tensors& tensors, const ph_buffer* f, uint64_t f_offset,
@@ -295,14 +306,26 @@ int32_t ph_ot_exact(ph_device* device, ph_ot_batch* batch, const double* masses,
     ph_ot_batch& own = ready(batch);
     const Tensors tensors(own);
     require_kept(own, "solve exactly");
-    for (uint64_t p = 0; masses != nullptr && p < tensors.problems(); ++p) {
-      if (masses[p] > 0.0 && masses[p] < INFINITY) continue;
-      throw Error(PH_ERROR_INVALID_ARGUMENT,
-                  "The mass to transport of problem %llu must be above 0: it is %g",
-                  static_cast<unsigned_long>(p), masses[p]);
-    }
+    require_masses(masses, tensors.problems());
     ph::ot::exact(opened, *own.workspace, own.problem, masses,
                   solution_of(tensors, f, f_offset, g, g_offset, plan, plan_offset, reports, reports_offset));
+  });
+}
+
+int32_t ph_ot_partial(ph_device* device, ph_ot_batch* batch, const double* masses, ph_buffer* f,
+                      uint64_t f_offset, ph_buffer* g, uint64_t g_offset, ph_buffer* plan,
+                      uint64_t plan_offset, ph_buffer* reports, uint64_t reports_offset, char* error,
+                      uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    ph_device& opened = checked(device);
+    ph_ot_batch& own = ready(batch);
+    const Tensors tensors(own);
+    require_kept(own, "transport a part of the mass");
+    if (masses == nullptr) throw Error(PH_ERROR_INVALID_ARGUMENT, "The masses to transport are null");
+    require_masses(masses, tensors.problems());
+    ph::ot::partial(
+        opened, *own.workspace, own.problem, own.iterations, masses,
+        solution_of(tensors, f, f_offset, g, g_offset, plan, plan_offset, reports, reports_offset));
   });
 }
 
@@ -323,6 +346,54 @@ int32_t ph_ot_proximal(ph_device* device, ph_ot_batch* batch, uint32_t inner, ph
     ph::ot::proximal(
         opened, *own.workspace, own.problem, own.iterations, inner,
         solution_of(tensors, f, f_offset, g, g_offset, plan, plan_offset, reports, reports_offset));
+  });
+}
+
+int32_t ph_ot_gromov(ph_device* device, ph_ot_batch* batch, const double* alphas, const ph_buffer* x,
+                     uint64_t x_offset, const ph_buffer* y, uint64_t y_offset, const ph_buffer* cost,
+                     uint64_t cost_offset, const ph_buffer* a, uint64_t a_offset, const ph_buffer* b,
+                     uint64_t b_offset, ph_buffer* plan, uint64_t plan_offset, ph_buffer* reports,
+                     uint64_t reports_offset, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    ph_device& opened = checked(device);
+    ph_ot_batch& own = present(batch);
+    if (!own.is_set)
+      throw Error(PH_ERROR_INVALID_ARGUMENT, "The batch has no options: call ph_ot_batch_set first");
+    if (own.options.dimension > 0) {
+      throw Error(PH_ERROR_INVALID_ARGUMENT,
+                  "Gromov-Wasserstein transport is of matrices: the batch is of points");
+    }
+    if (alphas == nullptr) throw Error(PH_ERROR_INVALID_ARGUMENT, "The alphas are null");
+    const Tensors tensors(own);
+    const ph::ot::Shape shape = own.shape();
+    uint64_t x_entries = 0, y_entries = 0;
+    for (uint32_t p = 0; p < shape.problems; ++p) {
+      if (!(alphas[p] >= 0.0 && alphas[p] <= 1.0)) {
+        throw Error(PH_ERROR_INVALID_ARGUMENT, "alpha of problem %u must be from 0 to 1: it is %g", p,
+                    alphas[p]);
+      }
+      if (cost == nullptr && alphas[p] < 1.0) {
+        throw Error(PH_ERROR_INVALID_ARGUMENT,
+                    "alpha of problem %u is %g, which needs costs: bind some, or set it to 1", p, alphas[p]);
+      }
+      const uint64_t n = static_cast<uint64_t>(shape.rows(p)), m = static_cast<uint64_t>(shape.columns(p));
+      x_entries += n * n;
+      y_entries += m * m;
+      if (x_entries > INT64_MAX / 16 || y_entries > INT64_MAX / 16)
+        throw Error(PH_ERROR_INVALID_ARGUMENT, "There are too many distances from problem %u on", p);
+    }
+    ph::ot::Problem problem = own.problem;
+    problem.cost = tensors.optional(cost, cost_offset, tensors.entries(), "the costs");
+    problem.a = tensors.optional(a, a_offset, tensors.rows(), "the masses a");
+    problem.b = tensors.optional(b, b_offset, tensors.columns(), "the masses b");
+    problem.row_penalty = problem.column_penalty = INFINITY;
+    ph::ot::gromov(
+        opened, *own.workspace, problem, own.iterations,
+        {tensors.needed(x, x_offset, x_entries, "the distances x"),
+         tensors.needed(y, y_offset, y_entries, "the distances y"), alphas,
+         tensors.optional(plan, plan_offset, tensors.entries(), "the plan"),
+         reinterpret_cast<ph_ot_gromov_report*>(checked_tensor(
+             reports, reports_offset, tensors.problems() * sizeof(ph_ot_gromov_report), "the reports"))});
   });
 }
 

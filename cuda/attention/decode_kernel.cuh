@@ -233,6 +233,12 @@ struct Work {
     piece.first_block += skipped;
     piece.blocks -= min(piece.blocks, skipped);
   }
+
+  // How many of `count` packed blocks from `first` on were packed in earlier steps.
+  __device__ __forceinline__ uint32_t settled_blocks(uint32_t first, uint32_t count) const {
+    const uint32_t before = piece.sequence.packed - piece.sequence.blocks;
+    return before > first ? min(count, before - first) : 0;
+  }
 };
 
 // The queries of a thread block in shared memory, in all forms that a flavour needs.
@@ -360,10 +366,21 @@ __device__ __forceinline__ void merge_pieces(const Partials& partials, uint64_t 
                                              MergeShared<kTiles>& shared) {
   constexpr uint32_t kItems = 4 * kTiles * kDim / 4 / kThreads<kDim, kTiles> + 1;  // four channels each
   constexpr uint32_t kParts = MergeShared<kTiles>::kParts, kHeld = kParts / kWarpThreads;
+  constexpr uint32_t kAhead = 16;  // of a thread's first four channels, loaded before their weights are known
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
-  float4 values[kItems] = {};
+  const auto source_of = [&](uint32_t item) {
+    const uint32_t at = threadIdx.x + item * kThreads<kDim, kTiles>;
+    return reinterpret_cast<const float4*>(partials.out + (start + 4 * at / kDim) * kDim + 4 * at % kDim);
+  };
+  float4 values[kItems] = {}, ahead[kAhead];
   for (uint32_t begin = 0; begin < pieces; begin += kParts) {
     const uint32_t count = min(kParts, pieces - begin);
+#pragma unroll
+    for (uint32_t piece = 0; piece < kAhead; ++piece) {
+      ahead[piece] = piece < count && threadIdx.x < columns.count * kDim / 4
+                         ? __ldcg(source_of(0) + (begin + piece) * stride * (kDim / 4))
+                         : float4{};
+    }
     // A warp finds the weights of a column. What is relative to the highest reference needs a look at all of them; mostly
     // they are the ones at hand.
     for (uint32_t column = warp; column < columns.count; column += kWarps<kDim, kTiles>) {
@@ -399,12 +416,18 @@ __device__ __forceinline__ void merge_pieces(const Partials& partials, uint64_t 
     for (uint32_t item = 0; item < kItems; ++item) {
       const uint32_t at = threadIdx.x + item * kThreads<kDim, kTiles>;
       if (at >= columns.count * kDim / 4) break;
-      const uint32_t column = 4 * at / kDim, channel = 4 * at % kDim;
-      const float* source = partials.out + (start + column + begin * stride) * kDim + channel;
-#pragma unroll 8
-      for (uint32_t piece = 0; piece < count; ++piece) {
-        add_weighted(values[item], shared.weights[column][piece],
-                     __ldcg(reinterpret_cast<const float4*>(source + piece * stride * kDim)));
+      const float* weights = shared.weights[4 * at / kDim];
+      uint32_t first = 0;
+      if (item == 0) {
+#pragma unroll
+        for (; first < kAhead; ++first) {
+          if (first < count) add_weighted(values[item], weights[first], ahead[first]);
+        }
+      }
+#pragma unroll 16
+      for (uint32_t piece = first; piece < count; ++piece) {
+        add_weighted(values[item], weights[piece],
+                     __ldcg(source_of(item) + (begin + piece) * stride * (kDim / 4)));
       }
     }
     __syncthreads();
@@ -454,12 +477,12 @@ struct DecodeWarp {
         ring{dynamic + warp * parameters.stages * parameters.slot_bytes, parameters.slot_bytes,
              parameters.stages, shared.barriers[warp]} {}
 
-  // Looks up where the warp's packed blocks are.
-  __device__ __forceinline__ void find_blocks() const {
+  // Looks up where the warp's packed blocks `from` to `to` are.
+  __device__ __forceinline__ void find_blocks(uint32_t from, uint32_t to) const {
     const CacheView& cache = parameters.cache;
     const uint32_t* index = kv::index_of(cache, parameters.layer, work.piece.sequence.sequence);
     const uint32_t* pages = kv::page_table_of(cache, parameters.layer, work.piece.sequence.sequence);
-    for (uint32_t at = lane; at < share.blocks; at += kWarpThreads) {
+    for (uint32_t at = from + lane; at < to; at += kWarpThreads) {
       const uint32_t block = share.first_block + at;
       if constexpr (!kRaw && !kMixed) {
         kv::RecordSpan span;
@@ -531,10 +554,15 @@ struct DecodeWarp {
     const TileLayout& layout = parameters.layout;
     QueriesOf<kDim, kTiles, kFlavour>& queries = shared.queries;
     const uint32_t blocks = share.blocks, stages = ring.stages;
-    // On its way while places are looked up.
+    // Blocks of earlier steps are on their way before the kernel that precedes this one, which may pack others, has ended.
+    const uint32_t settled = work.settled_blocks(share.first_block, blocks);
+    find_blocks(0, settled);
+    const uint32_t early = min(stages - 1, settled);
+    for (uint32_t stage = 0; stage < early; ++stage) fetch(stage, stage);
+    await_preceding();
     const LaneQuery<kDim> query(work.columns, warp < kTiles ? warp : 0);
-    find_blocks();
-    for (uint32_t stage = 0; stage + 1 < stages; ++stage) fetch(stage, stage);
+    if (settled < blocks) find_blocks(settled, blocks);
+    for (uint32_t stage = early; stage + 1 < stages; ++stage) fetch(stage, stage);
     if (warp < kTiles)
       quantize_queries<kDim, kTiles, kBfloat>(query, warp, parameters.scale * kLog2E, queries);
     if constexpr (kRaw || kMixed) share_queries(work.columns, queries.plain);
@@ -632,9 +660,8 @@ __global__ void __launch_bounds__(kThreads<kDim, kTiles>, 2)
   }
   // The step's pieces were there before the kernel that precedes this one in the stream.
   const Work work(parameters, 4 * kTiles);
-  await_preceding();
   __syncthreads();
-  if (work.columns.count == 0) return;
+  if (work.columns.count == 0) return await_preceding();
   DecodeWarp<kDim, kTiles, kBfloat, kFlavour>(parameters, work, shared, dynamic).attend();
   __syncthreads();
 

@@ -1,17 +1,18 @@
 // q . K and w . V over the packed tokens of one sequence and layer, on the GPU: one launch each.
 //
 // A thread block takes a piece of the sequence, a kv head, and up to 4 * kTiles query heads of its group, the columns of
-// tile.cuh, which share one unpacking. Its four warps share the piece's units evenly, and each works alone: packed blocks
-// first, which bulk copies bring to shared memory kProductStages ahead, then runs of 16 tokens in 16 bits.
+// tile.cuh, which share one unpacking. Its four warps share the piece's packed blocks, which bulk copies bring to shared
+// memory kProductStages ahead, and its runs of 16 tokens in 16 bits evenly, and each works alone.
 //
-// Of a block, `score` copies 256 bytes of params (the keys' scales and zeros), then the record up to where its key groups
-// end at the latest: header, bases of both parts, 256 * (the largest width) bytes per group. `weigh` copies 272 bytes of
-// params (the values' and the largest scale), header and bases of both parts, then from where the value groups begin at the
-// earliest to the record's end. `score` writes, and `weigh` reads, 4 bytes per token and query head.
+// Of a block, `score` copies 256 bytes of params (the keys' scales and zeros), then the record up to the end of its key
+// groups: header, bases of both parts, 256 bytes per group and bit. `weigh` copies 272 bytes of params (the values' and the
+// largest scale), header and bases of both parts, then the value groups. Where widths differ, a warp first reads the
+// headers of all its blocks, 8 bytes each. `score` writes, and `weigh` reads, 4 bytes per token and query head.
 //
 // The keys' scales, queries and scores are as in decode attention. Weights, of any sign, go in 16-bit fixed point, relative
 // to the tile's and column's largest product of weight and scale. Sums of warps, then of pieces, are added in their order,
-// the latter by the last thread block of a kv head: deterministic.
+// the latter by the last thread block of a kv head: deterministic on GPUs with as many multiprocessors, by which pieces are
+// cut so that they fill them once, or a few times.
 #include <algorithm>
 
 #include "attention/decode.h"
@@ -31,10 +32,12 @@ using kv::kUnitBytes;
 
 constexpr int kProductWarps = 4;
 constexpr int kProductThreads = kProductWarps * kWarpThreads;
-constexpr uint32_t kProductStages = 3;  // tiles ahead, unless shared memory is short
-constexpr uint32_t kWarpUnits = (kMostPieceUnits + kProductWarps - 1) / kProductWarps;  // of a warp, at most
+constexpr uint32_t kProductStages = 4;         // tiles ahead, unless shared memory is short
+constexpr uint32_t kWarpUnits = kWarpThreads;  // of a warp, at most: a lane looks up one
+constexpr uint32_t kMostPieceUnits = kProductWarps * kWarpUnits;
+constexpr uint32_t kMostPieces = 128;  // unless those are too large
 constexpr uint32_t kHalfParams = 256;  // of one part's scales and zeros
-static_assert(kHalfParams % kUnitBytes == 0 && kWarpUnits <= kWarpThreads);
+static_assert(kHalfParams % kUnitBytes == 0);
 
 struct ProductParameters {
   CacheView cache;
@@ -42,7 +45,7 @@ struct ProductParameters {
   SequenceTokens tokens;
   uint32_t runs, pieces;
   uint32_t slot_bytes, stages;
-  uint32_t most_units;     // of the part's groups
+  uint32_t widths;         // the part's header word where its groups have the same width in every block, or 0
   const uint8_t* queries;  // score
   const float* weights;    // weigh
   float* out;
@@ -51,11 +54,19 @@ struct ProductParameters {
   float* partials;     // weigh: [pieces][query_heads][kDim]
 };
 
-// What is copied of a block. How many bytes its groups take is known from its header only, for which nobody waits: as many
-// are copied as there may be, those of keys together with what precedes them, those of values up to the record's end.
+// What is copied of a block.
 struct PartSpans {
   Span params, bases, groups;  // of keys, `bases` includes the groups
-  uint32_t skipped;            // of values: bytes of key groups that are not copied
+  uint32_t widths;             // of the part's groups, as in the header
+
+  // Where they come to lie in a slot: params from kHalfParams on if they are the values', then what precedes the groups,
+  // then those of values.
+  static constexpr uint32_t kRecordSector = round_to_sectors(kParamsBytes + kSectorBytes - kUnitBytes);
+  __device__ __forceinline__ uint32_t params_position() const { return sector_offset(params); }
+  __device__ __forceinline__ uint32_t record_position() const { return kRecordSector + sector_offset(bases); }
+  __device__ __forceinline__ uint32_t groups_position(uint32_t before) const {
+    return kRecordSector + round_to_sectors(before + kSectorBytes - kUnitBytes) + sector_offset(groups);
+  }
 };
 
 // A warp's part of a piece.
@@ -64,13 +75,14 @@ struct WarpUnits {
 };
 
 __device__ __forceinline__ WarpUnits warp_units(const ProductParameters& parameters, uint32_t warp) {
-  const uint32_t runs = parameters.runs, units = runs + parameters.tokens.packed;
-  const uint32_t begin = piece_unit(units, blockIdx.x, parameters.pieces);
-  const uint32_t count = piece_unit(units, blockIdx.x + 1, parameters.pieces) - begin;
-  const uint32_t first = begin + count * warp / kProductWarps,
-                 last = begin + count * (warp + 1) / kProductWarps;
-  return {min(first, runs), min(last, runs) - min(first, runs), max(first, runs) - runs,
-          max(last, runs) - max(first, runs)};
+  const auto first_of = [&](uint32_t units, uint32_t of_warp) {
+    const uint32_t begin = piece_unit(units, blockIdx.x, parameters.pieces),
+                   end = piece_unit(units, blockIdx.x + 1, parameters.pieces);
+    return begin + (end - begin) * of_warp / kProductWarps;
+  };
+  const uint32_t runs = parameters.runs, blocks = parameters.tokens.packed;
+  const uint32_t run = first_of(runs, warp), block = first_of(blocks, warp);
+  return {run, first_of(runs, warp + 1) - run, block, first_of(blocks, warp + 1) - block};
 }
 
 template <uint32_t kPart>
@@ -81,54 +93,65 @@ __device__ __forceinline__ PartSpans make_part_spans(const ProductParameters& pa
   const kv::RecordSpan span = kv::record_span(cache, kv::index_of(cache, tokens.layer, tokens.sequence),
                                               block, head, kv::kParamsUnits);
   const uint32_t* pages = kv::page_table_of(cache, tokens.layer, tokens.sequence);
+  uint32_t widths = parameters.widths;
+  if (widths == 0) {
+    const uint8_t* header = kv::stream_byte(cache, pages, static_cast<uint64_t>(span.begin) * kUnitBytes);
+    widths = reinterpret_cast<const uint32_t*>(header)[kPart];
+  }
   const uint32_t groups = span.begin + parameters.layout.groups / kUnitBytes;
+  const uint32_t group_units = kv::kGroupBytes / kUnitBytes * kv::width_sum(widths);
   constexpr uint32_t kHalf = kHalfParams / kUnitBytes;
   if constexpr (kPart == PH_KV_KEYS) {
     return {make_span(pages, span.params, span.params + kHalf),
-            make_span(pages, span.begin, min(span.end, groups + parameters.most_units)),
+            make_span(pages, span.begin, groups + group_units),
             {},
-            0};
+            widths};
   } else {
-    const uint32_t first = max(groups, span.end - min(span.end, parameters.most_units));
     return {make_span(pages, span.params + kHalf, span.params + kv::kParamsUnits),
             make_span(pages, span.begin, groups),
-            first < span.end ? make_span(pages, first, span.end) : Span{}, (first - groups) * kUnitBytes};
+            group_units > 0 ? make_span(pages, span.end - group_units, span.end) : Span{}, widths};
   }
 }
 
-// Starts the copy of a block; see Ring::copy. In the slot, params are followed by the record up to its key groups, and the
-// groups of the part. Lanes 0 and 1 look after the params' one or two pieces, and so on.
+// Starts the copy of a block, or none for a null `spans`.
 template <uint32_t kPart>
 __device__ __forceinline__ void fetch_part(const Ring& ring, const ProductParameters& parameters,
                                            const PartSpans* spans, uint32_t stage) {
   if (spans == nullptr) return ring.skip();
-  constexpr int kSpans = kPart == PH_KV_KEYS ? 2 : 3;
-  const uint32_t which = threadIdx.x % kWarpThreads / 2;
-  const Span span = which == 0 ? spans->params : which == 1 ? spans->bases : spans->groups;
-  const uint32_t position = which == 0   ? kPart * kHalfParams
-                            : which == 1 ? kParamsBytes
-                                         : kParamsBytes + parameters.layout.groups;
-  const SpanPiece piece = span.piece(parameters.cache.pool, threadIdx.x % 2 == 1);
-  const uint32_t units = spans->params.units + spans->bases.units + (kSpans == 3 ? spans->groups.units : 0);
-  ring.copy<2 * kSpans>(stage, piece.source, ring.slots + stage * ring.slot_bytes + position + piece.offset,
-                        piece.bytes, units * kUnitBytes);
+  const uint8_t* pool = parameters.cache.pool;
+  if constexpr (kPart == PH_KV_KEYS) {
+    ring.copy(pool, stage, {spans->bases, spans->params},
+              {spans->record_position(), spans->params_position()});
+  } else {
+    ring.copy(pool, stage, {spans->groups, spans->bases, spans->params},
+              {spans->groups_position(parameters.layout.groups), spans->record_position(),
+               kHalfParams + spans->params_position()});
+  }
 }
 
-// Calls use(at, tile, widths, position of the part's groups) for the warp's blocks, from units.first_block on; prepare()
-// once the first are on their way.
+// Calls use(at, tile, widths, position of the part's groups in the record) for the warp's blocks, from units.first_block on. The first settled ones are on their way
+// before the kernel that precedes this one has ended; then it calls prepare().
 template <uint32_t kPart, typename Prepare, typename Use>
 __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, const WarpUnits& units,
                                           const Ring& ring, PartSpans (&spans)[kWarpUnits], Prepare prepare,
                                           Use use) {
-  const uint32_t lane = threadIdx.x % kWarpThreads;
+  const uint32_t lane = threadIdx.x % kWarpThreads, settled_blocks = parameters.tokens.settled,
+                 settled = settled_blocks > units.first_block ? settled_blocks - units.first_block : 0;
+  const auto find = [&](bool wanted) {
+    if (wanted && lane < units.blocks)
+      spans[lane] = make_part_spans<kPart>(parameters, units.first_block + lane, blockIdx.y);
+    __syncwarp();
+  };
   const auto fetch = [&](uint32_t at, uint32_t stage) {
     fetch_part<kPart>(ring, parameters, at < units.blocks ? &spans[at] : nullptr, stage);
   };
-  if (lane < units.blocks)
-    spans[lane] = make_part_spans<kPart>(parameters, units.first_block + lane, blockIdx.y);
+  find(lane < settled);
   ring.begin();
-  __syncwarp();
-  for (uint32_t stage = 0; stage < ring.stages; ++stage) fetch(stage, stage);
+  const uint32_t early = min(ring.stages, settled);
+  for (uint32_t ahead = 0; ahead < early; ++ahead) fetch(ahead, ahead);
+  await_preceding();
+  find(lane >= settled);
+  for (uint32_t ahead = early; ahead < ring.stages; ++ahead) fetch(ahead, ahead);
   prepare();
   uint32_t stage = 0, phase = 0;
 #pragma unroll 1
@@ -138,15 +161,13 @@ __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, c
     // Opaque, lest the compiler keeps every address that follows from it in a register of its own.
     uint32_t own_lane = lane;
     asm volatile("" : "+r"(own_lane));
-    const Tile tile = {slot, slot + kParamsBytes, own_lane};
+    const PartSpans& places = spans[at];
+    const Tile tile = {slot + places.params_position(), slot + places.record_position(), own_lane};
+    const uint32_t groups = kPart == PH_KV_KEYS
+                                ? parameters.layout.groups
+                                : places.groups_position(parameters.layout.groups) - places.record_position();
     // The same in every lane: a reduction tells the compiler, which then branches on scalars.
-    const auto widths_of = [&](uint32_t part) {
-      return __reduce_or_sync(kEveryLane, reinterpret_cast<const uint32_t*>(tile.record)[part]);
-    };
-    const uint32_t before = kPart == PH_KV_VALUES
-                                ? kv::kGroupBytes * kv::width_sum(widths_of(PH_KV_KEYS)) - spans[at].skipped
-                                : 0;
-    use(at, tile, widths_of(kPart), parameters.layout.groups + before);
+    use(at, tile, __reduce_or_sync(kEveryLane, places.widths), groups);
     __syncwarp();
     fetch(at + ring.stages, stage);
     if (++stage == ring.stages) stage = 0, phase ^= 1;
@@ -216,16 +237,24 @@ __device__ __forceinline__ void score_run(const ProductParameters& parameters, c
   }
 }
 
+template <int kDim, int kTiles>
+struct ScoreShared {
+  // Thread blocks of a multiprocessor, as registers allow.
+  static constexpr uint32_t kResident = kDim <= 128 && kTiles == 1 ? 4 : 3;
+  Queries<kDim, kTiles> queries;
+  alignas(16) float found[kProductWarps][4 * kTiles][kBlockTokens + 4];  // fewer conflicts of banks
+  PartSpans spans[kProductWarps][kWarpUnits];
+  uint64_t barriers[kProductWarps][kProductStages];
+};
+
 template <int kDim, int kTiles, bool kBfloat, bool kWide>
-__global__ void __launch_bounds__(kProductThreads, 3)
+__global__ void __launch_bounds__(kProductThreads, ScoreShared<kDim, kTiles>::kResident)
     ScoreKernel(const __grid_constant__ ProductParameters parameters) {
   constexpr int kColumns = 4 * kTiles, kGroups = kDim / 32;
   extern __shared__ __align__(128) uint8_t dynamic[];
-  __shared__ Queries<kDim, kTiles> queries;
-  __shared__ PartSpans spans[kProductWarps][kWarpUnits];
-  __shared__ uint64_t barriers[kProductWarps][kProductStages];
-  __shared__ __align__(16) float found[kProductWarps][kColumns][kBlockTokens];
-  await_preceding();
+  __shared__ ScoreShared<kDim, kTiles> shared;
+  Queries<kDim, kTiles>& queries = shared.queries;
+  auto& found = shared.found;
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
                  i = lane % 4;
   const uint32_t length = parameters.tokens.length;
@@ -233,10 +262,10 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   float* out = parameters.out + static_cast<uint64_t>(blockIdx.y * columns.group + columns.first) * length;
   const WarpUnits units = warp_units(parameters, warp);
   const Ring ring = {dynamic + warp * parameters.stages * parameters.slot_bytes, parameters.slot_bytes,
-                     parameters.stages, barriers[warp]};
+                     parameters.stages, shared.barriers[warp]};
   WarpState<kDim, kTiles> state;
   for_tiles<PH_KV_KEYS>(
-      parameters, units, ring, spans[warp],
+      parameters, units, ring, shared.spans[warp],
       [&] {
         if (const uint32_t n = threadIdx.x / kWarpThreads; n < kTiles)
           quantize_queries<kDim, kTiles, kBfloat>(LaneQuery<kDim>(columns, n), n, parameters.scale, queries);
@@ -246,6 +275,10 @@ __global__ void __launch_bounds__(kProductThreads, 3)
           state.query_sum[n] = queries.sum[4 * n + i];
           state.query_scale[n] = queries.scale[4 * n + i];
         }
+        // While the first blocks are on their way.
+        const RecentRows<kDim> keys(parameters, PH_KV_KEYS);
+        for (uint32_t run = units.first_run; run < units.first_run + units.runs; ++run)
+          score_run<kDim, kTiles, kBfloat>(parameters, keys, run, columns, out);
       },
       [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t) {
         float scores[kTiles][8];
@@ -256,6 +289,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
     // Through shared memory, so that lanes write tokens in a row.
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
+          if (4 * n + i >= columns.count) continue;
           float* target = &found[warp][4 * n + i][8 * g];
           const float unit = state.query_scale[n];
           const float(&x)[8] = scores[n];
@@ -272,9 +306,6 @@ __global__ void __launch_bounds__(kProductThreads, 3)
           row[lane + kWarpThreads] = found[warp][column][lane + kWarpThreads];
         }
       });
-  const RecentRows<kDim> keys(parameters, PH_KV_KEYS);
-  for (uint32_t run = units.first_run; run < units.first_run + units.runs; ++run)
-    score_run<kDim, kTiles, kBfloat>(parameters, keys, run, columns, out);
 }
 
 // ---- w . V ----
@@ -360,15 +391,19 @@ __device__ __forceinline__ void weigh_run(const ProductParameters& parameters, c
 template <int kDim>
 constexpr int kSumStride = kDim + 8;
 
+struct WeighShared {
+  static constexpr uint32_t kResident = 3;
+  PartSpans spans[kProductWarps][kWarpUnits];
+  uint64_t barriers[kProductWarps][kProductStages];
+  uint32_t is_last;
+};
+
 template <int kDim, int kTiles, bool kBfloat, bool kWide>
-__global__ void __launch_bounds__(kProductThreads, 3)
+__global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
     WeighKernel(const __grid_constant__ ProductParameters parameters) {
   constexpr int kColumns = 4 * kTiles, kGroups = kDim / 32, kStride = kSumStride<kDim>;
   extern __shared__ __align__(128) uint8_t dynamic[];
-  __shared__ PartSpans spans[kProductWarps][kWarpUnits];
-  __shared__ uint64_t barriers[kProductWarps][kProductStages];
-  __shared__ uint32_t is_last;
-  await_preceding();
+  __shared__ WeighShared shared;
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
                  i = lane % 4;
   const CacheView& cache = parameters.cache;
@@ -378,13 +413,12 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   const float* weights = parameters.weights + static_cast<uint64_t>(query_head) * length;
   const WarpUnits units = warp_units(parameters, warp);
   const Ring ring = {dynamic + warp * parameters.stages * parameters.slot_bytes, parameters.slot_bytes,
-                     parameters.stages, barriers[warp]};
+                     parameters.stages, shared.barriers[warp]};
   const auto load_weights = [&](uint32_t at, TileWeights<kTiles>& tile) {
     if (at < units.blocks)
       tile.load(weights, length, columns.count, cache.sinks + (units.first_block + at) * kBlockTokens);
   };
   TileWeights<kTiles> next;
-  load_weights(0, next);
 
   WarpState<kDim, kTiles> state;
 #pragma unroll
@@ -394,7 +428,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
     for (int o = 0; o < kDim / 8; ++o) state.out[n][o] = 0.0f;
   }
   for_tiles<PH_KV_VALUES>(
-      parameters, units, ring, spans[warp], [] {},
+      parameters, units, ring, shared.spans[warp], [&] { load_weights(0, next); },
       [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t groups) {
         const TileWeights<kTiles> own = next;
         load_weights(at + 1, next);
@@ -469,9 +503,9 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   // The last thread block of the head merges the pieces: each warp a quarter of them, then as above.
   uint32_t* finished = parameters.finished + blockIdx.y * gridDim.z + blockIdx.z;
   __syncthreads();
-  if (threadIdx.x == 0) is_last = is_last_arrival(finished, parameters.pieces);
+  if (threadIdx.x == 0) shared.is_last = is_last_arrival(finished, parameters.pieces);
   __syncthreads();
-  if (!is_last) return;
+  if (!shared.is_last) return;
   const uint32_t first = parameters.pieces * warp / kProductWarps,
                  last = parameters.pieces * (warp + 1) / kProductWarps;
   for (uint32_t at = lane; at < columns.count * kDim / 4; at += kWarpThreads) {
@@ -497,21 +531,41 @@ uint32_t group_bytes(const kv::TileShape& shape, uint32_t part) {
 
 // Shared memory of a block, at least `least`.
 uint32_t slot_bytes(const kv::TileShape& shape, uint32_t part, uint32_t least) {
-  const uint32_t bytes =
-      std::max(kParamsBytes + kv::bases_position(shape, kv::kParts) + group_bytes(shape, part), least);
-  return (bytes + 127) / 128 * 128;
+  const uint32_t bytes = PartSpans::kRecordSector + kv::bases_position(shape, kv::kParts) +
+                         group_bytes(shape, part) + 3 * kSectorBytes;
+  return (std::max(bytes, least) + 127) / 128 * 128;
 }
 
-uint32_t stages_of(const ph_device& device, uint32_t slot) {
-  constexpr uint32_t kFixedBytes = 20480;  // static shared memory of the kernels, at most
-  const uint32_t limit = static_cast<uint32_t>(device.shared_bytes) - kFixedBytes;
-  for (uint32_t stages = kProductStages; stages > 0; --stages) {
-    if (kProductWarps * stages * slot <= limit) return stages;
+// Shared memory of a thread block beside what the kernel has itself, how many tiles ahead it holds, and how many thread
+// blocks of a multiprocessor. They take all there is, even if they need less: were there room for more of them, those of the
+// next kernel, which begin early, would gather where it is.
+struct Residency {
+  uint32_t bytes, stages, blocks;
+};
+
+// `own_bytes` of shared memory are the kernel's own.
+Residency residency_of(const ph_device& device, uint32_t slot, uint32_t own_bytes, uint32_t most_blocks) {
+  constexpr uint32_t kReservedBytes = 1024, kAlignmentBytes = 512;  // of every thread block
+  const uint32_t limit = static_cast<uint32_t>(device.shared_bytes), tile = kProductWarps * slot;
+  for (uint32_t blocks = most_blocks; blocks > 0; --blocks) {
+    const uint32_t of_block = (limit + kReservedBytes) / blocks - kReservedBytes - kAlignmentBytes;
+    if (of_block < own_bytes + tile) continue;
+    const uint32_t bytes = (of_block - own_bytes) / 128 * 128;
+    return {bytes, std::min(kProductStages, bytes / tile), blocks};
   }
   throw Error(PH_ERROR_UNSUPPORTED,
               "Cannot multiply packed records of up to %u bytes on this GPU: that takes %u bytes of shared "
               "memory, and a thread block has %u",
-              slot, kProductWarps * slot, limit);
+              slot, tile, limit - own_bytes);
+}
+
+uint32_t least_pieces(uint32_t units) { return (units + kMostPieceUnits - 1) / kMostPieceUnits; }
+
+// Into how many pieces so many packed blocks, or runs if they are more, are cut, where `rows` thread blocks take each and the GPU holds `resident` at a time:
+// as few as fill it once, or a few times. A thread block's way to its first bytes takes as long as several units.
+uint32_t product_pieces(uint32_t units, uint32_t rows, uint32_t resident) {
+  const uint32_t least = std::max(least_pieces(units), 1u), times = (least * rows + resident - 1) / resident;
+  return std::max(least, std::min({times * resident / rows, units, kMostPieces}));
 }
 
 // Calls launch(head_dim, tiles, bfloat, wide) with the template arguments of a kernel.
@@ -539,29 +593,32 @@ ProductParameters parameters_of(const CacheView& cache, const kv::TileShape& sha
                        kv::bases_position(shape, kv::kParts),
                        {shape.parts[0].base_bits == 4, shape.parts[1].base_bits == 4}};
   parameters.tokens = tokens;
-  parameters.most_units = group_bytes(shape, part) / kUnitBytes;
+  parameters.widths = shape.parts[part].width * (0x11111111u >> 4 * (8 - kv::tile_groups(shape)));
   parameters.runs = tokens.runs(cache);
-  parameters.pieces = product_pieces(parameters.runs + tokens.packed);
   return parameters;
 }
 
-template <typename Kernel>
+template <typename Shared, typename Kernel>
 void launch(ph_device& device, ProductParameters& parameters, Kernel kernel, uint32_t slot,
             uint32_t columns) {
   const CacheView& cache = parameters.cache;
+  const Residency residency = residency_of(device, slot, sizeof(Shared), Shared::kResident);
   parameters.slot_bytes = slot;
-  parameters.stages = stages_of(device, slot);
+  parameters.stages = residency.stages;
+  const uint32_t group = cache.query_heads / cache.heads, column_groups = (group + columns - 1) / columns;
+  parameters.pieces =
+      product_pieces(std::max(parameters.runs, parameters.tokens.packed), cache.heads * column_groups,
+                     static_cast<uint32_t>(device.processors) * residency.blocks);
   allow_shared(device, kernel, SharedMemory::kPrefer);
-  const uint32_t group = cache.query_heads / cache.heads;
-  const dim3 grid(parameters.pieces, cache.heads, (group + columns - 1) / columns);
-  launch_overlapping(device, kernel, grid, kProductThreads, kProductWarps * parameters.stages * slot,
-                     parameters);
+  const dim3 grid(parameters.pieces, cache.heads, column_groups);
+  launch_overlapping(device, kernel, grid, kProductThreads, residency.bytes, parameters);
 }
 
 }  // namespace
 
 uint64_t products_workspace_bytes(const CacheView& cache) {
-  const uint64_t pieces = product_pieces(static_cast<uint32_t>(most_product_units(cache)));
+  const uint64_t pieces =
+      std::max(least_pieces(static_cast<uint32_t>(most_product_units(cache))), kMostPieces);
   return decode_counter_bytes(cache) + pieces * cache.query_heads * cache.head_dim * sizeof(float);
 }
 
@@ -572,10 +629,10 @@ void score(ph_device& device, const CacheView& cache, const kv::TileShape& shape
   parameters.out = out;
   parameters.scale = scale;
   with_options(cache, shape, [&](auto dim, auto tiles, auto bfloat, auto wide) {
-    launch(device, parameters,
-           ScoreKernel<decltype(dim)::value, decltype(tiles)::value, decltype(bfloat)::value,
-                       decltype(wide)::value>,
-           slot_bytes(shape, PH_KV_KEYS, 0), 4 * decltype(tiles)::value);
+    constexpr int kDim = decltype(dim)::value, kTiles = decltype(tiles)::value;
+    launch<ScoreShared<kDim, kTiles>>(
+        device, parameters, ScoreKernel<kDim, kTiles, decltype(bfloat)::value, decltype(wide)::value>,
+        slot_bytes(shape, PH_KV_KEYS, 0), 4 * kTiles);
   });
 }
 
@@ -589,9 +646,10 @@ void weigh(ph_device& device, const CacheView& cache, const kv::TileShape& shape
   with_options(cache, shape, [&](auto dim, auto tiles, auto bfloat, auto wide) {
     constexpr int kDim = decltype(dim)::value, kColumns = 4 * decltype(tiles)::value;
     // A warp's sums fit its slots, even if there is one only.
-    launch(device, parameters,
-           WeighKernel<kDim, decltype(tiles)::value, decltype(bfloat)::value, decltype(wide)::value>,
-           slot_bytes(shape, PH_KV_VALUES, kColumns * kSumStride<kDim> * sizeof(float)), kColumns);
+    launch<WeighShared>(
+        device, parameters,
+        WeighKernel<kDim, decltype(tiles)::value, decltype(bfloat)::value, decltype(wide)::value>,
+        slot_bytes(shape, PH_KV_VALUES, kColumns * kSumStride<kDim> * sizeof(float)), kColumns);
   });
 }
 

@@ -2,23 +2,21 @@
 // w . V. Packed blocks are unpacked in registers.
 //
 // Both cut the sequence's tokens into units: runs of 16 tokens in 16 bits, sinks first, then the packed blocks. Pieces of
-// units are what thread blocks, or cores, work on. They follow from the sequence alone, and sums of pieces are added in
-// their order, so that results are the same bits every time.
+// units are what thread blocks, or cores, work on. How many there are follows from the sequence, the cache's shape and the
+// machine, and sums of pieces are added in their order, so that results are the same bits every time.
 #pragma once
-
-#include <algorithm>
 
 #include "kv/cache.h"
 
 namespace ph::attention {
 
-constexpr uint32_t kMostPieceUnits = 32;
 constexpr uint32_t kMostGroup = 16;  // query heads of a kv head, as the cache allows
 
 // The tokens of a sequence in one layer.
 struct SequenceTokens {
   uint32_t layer, sequence;
   uint32_t length, packed;  // tokens; packed blocks
+  uint32_t settled;         // of the packed blocks, how many were there before the kernel enqueued last
 
   // Of the sinks there may be fewer than the cache has room for.
   PH_HOST_DEVICE uint32_t sinks(const kv::CacheView& cache) const {
@@ -42,12 +40,6 @@ struct SequenceTokens {
     return (recent(cache) + kv::kRunTokens - 1) / kv::kRunTokens;
   }
 };
-
-// Into how many pieces so many units are cut: of 16 units up to 64 pieces, then of up to 32.
-inline uint32_t product_pieces(uint32_t units) {
-  const uint32_t small = std::min((units + 15) / 16, 64u);
-  return std::max({1u, small, (units + kMostPieceUnits - 1) / kMostPieceUnits});
-}
 
 // The first unit of a piece.
 PH_HOST_DEVICE uint32_t piece_unit(uint32_t units, uint32_t piece, uint32_t pieces) {

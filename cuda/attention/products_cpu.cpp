@@ -1,5 +1,6 @@
 // The products of products.h on the CPU: pieces and heads are spread over the cores; products_block_cpu.cpp does the work
 // on each.
+#include <algorithm>
 #include <cstring>
 
 #include "attention/products_block_cpu.h"
@@ -35,6 +36,11 @@ const ProductKernels& product_kernels() {
   }
 #endif
   return baseline::kProductKernels;
+}
+
+// Into how many pieces so many units are cut: of 16 units up to 64 pieces, then of up to 32.
+uint32_t product_pieces(uint32_t units) {
+  return std::max({1u, std::min((units + 15) / 16, 64u), (units + 31) / 32});
 }
 
 // Calls use(piece, head, first unit, last unit) on all cores.

@@ -9,6 +9,12 @@ namespace ph::attention {
 
 constexpr uint32_t kStages = 2;  // tiles ahead, unless shared memory is short
 
+// Bulk copies are fastest where source and target are as far from the begin of a sector.
+constexpr uint32_t kSectorBytes = 32;
+PH_HOST_DEVICE constexpr uint32_t round_to_sectors(uint32_t bytes) {
+  return (bytes + kSectorBytes - 1) / kSectorBytes * kSectorBytes;
+}
+
 // What lies in one page of a run of bytes.
 struct SpanPiece {
   const uint8_t* source;
@@ -31,16 +37,15 @@ struct Span {
   }
 };
 
+// How far into a sector a span begins.
+__device__ __forceinline__ uint32_t sector_offset(const Span& span) {
+  return span.unit * kv::kUnitBytes % kSectorBytes;
+}
+
 __device__ __forceinline__ Span make_span(const uint32_t* page_table, uint32_t begin, uint32_t end) {
   return {static_cast<uint16_t>(begin % kv::kPageUnits),
           static_cast<uint16_t>(end - begin),
           {page_table[begin / kv::kPageUnits], page_table[(end - 1) / kv::kPageUnits]}};
-}
-
-// Bulk copies are fastest where source and target are as far from the begin of a sector.
-constexpr uint32_t kSectorBytes = 32;
-constexpr uint32_t round_to_sectors(uint32_t bytes) {
-  return (bytes + kSectorBytes - 1) / kSectorBytes * kSectorBytes;
 }
 
 // Where a tile's params and record are.
@@ -48,11 +53,9 @@ struct TileSpans {
   Span params, record;
 
   // Where they come to lie in a slot: as far from a sector's begin as in the pool.
-  __device__ __forceinline__ uint32_t params_position() const {
-    return params.unit * kv::kUnitBytes % kSectorBytes;
-  }
+  __device__ __forceinline__ uint32_t params_position() const { return sector_offset(params); }
   __device__ __forceinline__ uint32_t record_position() const {
-    return kRecordSector + record.unit * kv::kUnitBytes % kSectorBytes;
+    return kRecordSector + sector_offset(record);
   }
   // The sector, of a slot, in which the record begins.
   static constexpr uint32_t kRecordSector =
@@ -114,32 +117,6 @@ struct Ring {
     __syncwarp();
   }
 
-  // Starts the copies of a tile into a slot, `total` bytes in all: each of the first kCopies lanes looks after one, of its
-  // own `bytes`, a multiple of 16 or 0. All lanes call it or `skip`, once per tile in turn.
-  template <int kCopies>
-  __device__ __forceinline__ void copy(uint32_t stage, const uint8_t* source, uint8_t* target, uint32_t bytes,
-                                       uint32_t total) const {
-    const uint32_t lane = threadIdx.x % kWarpThreads;
-#if __CUDA_ARCH__ >= 900
-    const uint32_t barrier = shared_address(barriers + stage);
-    if (lane == 0) {
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(total)
-                   : "memory");
-    }
-    __syncwarp();
-    if (lane < kCopies && bytes > 0) bulk_copy(shared_address(target), source, bytes, barrier);
-#else
-    for (int piece = 0; piece < kCopies; ++piece) {
-      const uint32_t piece_bytes = __shfl_sync(kEveryLane, bytes, piece);
-      const uint64_t from = __shfl_sync(kEveryLane, reinterpret_cast<uint64_t>(source), piece);
-      const uint64_t to = __shfl_sync(kEveryLane, reinterpret_cast<uint64_t>(target), piece);
-      for (uint32_t at = lane * 16; at < piece_bytes; at += kWarpThreads * 16)
-        kv::copy_async(reinterpret_cast<uint4*>(to + at), reinterpret_cast<const uint8_t*>(from) + at);
-    }
-#endif
-    skip();
-  }
-
   // Where there is no tile any more.
   __device__ __forceinline__ void skip() const {
 #if __CUDA_ARCH__ < 900
@@ -147,46 +124,59 @@ struct Ring {
 #endif
   }
 
-  // Starts a tile's copy into a slot, or none for a null `spans`.
-  __device__ __forceinline__ void fetch(const uint8_t* pool, const TileSpans* spans, uint32_t stage) const {
-    if (spans == nullptr) return skip();
-    const Span record = spans->record, params = spans->params;
+  // Starts the copies of a tile's spans to where they belong in a slot. All lanes call it or `skip`, once per tile in turn.
+  template <int kSpans>
+  __device__ __forceinline__ void copy(const uint8_t* pool, uint32_t stage, const Span (&spans)[kSpans],
+                                       const uint32_t (&positions)[kSpans]) const {
     uint8_t* slot = slots + stage * slot_bytes;
-    uint8_t *record_slot = slot + spans->record_position(), *params_slot = slot + spans->params_position();
 #if __CUDA_ARCH__ >= 900
+    // By one lane: a copy takes its operands from uniform registers, and lanes would take turns in a loop.
     const uint32_t barrier = shared_address(barriers + stage);
-    const auto copy = [&](const Span& span, uint8_t* target, bool second) {
-      const SpanPiece piece = span.piece(pool, second);
+    const auto copy_piece = [&](int which, bool second) {
+      const SpanPiece piece = spans[which].piece(pool, second);
       if (piece.bytes > 0)
-        bulk_copy(shared_address(target) + piece.offset, piece.source, piece.bytes, barrier);
+        bulk_copy(shared_address(slot) + positions[which] + piece.offset, piece.source, piece.bytes, barrier);
     };
+    uint32_t units = 0;
+    bool straddles = false;
+#pragma unroll
+    for (int which = 0; which < kSpans; ++which) {
+      units += spans[which].units;
+      straddles |= spans[which].straddles();
+    }
     if (threadIdx.x % kWarpThreads == 0) {
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                   "r"((record.units + params.units) * kv::kUnitBytes)
+                   "r"(units * kv::kUnitBytes)
                    : "memory");
-      copy(record, record_slot, false);
-      copy(params, params_slot, false);
+#pragma unroll
+      for (int which = 0; which < kSpans; ++which) copy_piece(which, false);
     }
     // A vote, so that this is a branch, and rare.
-    if (__any_sync(kEveryLane, record.straddles() || params.straddles())) {
+    if (__any_sync(kEveryLane, straddles)) {
       if (threadIdx.x % kWarpThreads == 0) {
-        copy(record, record_slot, true);
-        copy(params, params_slot, true);
+#pragma unroll
+        for (int which = 0; which < kSpans; ++which) copy_piece(which, true);
       }
       __syncwarp();
     }
 #else
-    const auto copy = [&](const Span& span, uint8_t* target) {
+#pragma unroll
+    for (int which = 0; which < kSpans; ++which) {
+      const Span& span = spans[which];
       for (uint32_t at = threadIdx.x % kWarpThreads; at < span.units; at += kWarpThreads) {
         const SpanPiece piece = span.piece(pool, span.unit + at >= kv::kPageUnits);
-        kv::copy_async(reinterpret_cast<uint4*>(target + at * kv::kUnitBytes),
+        kv::copy_async(reinterpret_cast<uint4*>(slot + positions[which] + at * kv::kUnitBytes),
                        piece.source + at * kv::kUnitBytes - piece.offset);
       }
-    };
-    copy(record, record_slot);
-    copy(params, params_slot);
+    }
     skip();
 #endif
+  }
+
+  // Starts a tile's copy into a slot, or none for a null `spans`.
+  __device__ __forceinline__ void fetch(const uint8_t* pool, const TileSpans* spans, uint32_t stage) const {
+    if (spans == nullptr) return skip();
+    copy(pool, stage, {spans->record, spans->params}, {spans->record_position(), spans->params_position()});
   }
 
   // After a slot was used as ordinary shared memory, and before the next fetch into it.

@@ -29,6 +29,7 @@ struct CloseDevice {
     for (const cudaEvent_t event : device->staging.departed)
       if (event != nullptr) cudaEventDestroy(event);
     if (device->staging.memory != nullptr) cudaFreeHost(device->staging.memory);
+    if (device->partials != nullptr) cudaFree(device->partials);
     if (device->timer_begin != nullptr) cudaEventDestroy(device->timer_begin);
     if (device->timer_end != nullptr) cudaEventDestroy(device->timer_end);
     if (device->owns_stream) cudaStreamDestroy(device->stream);
@@ -64,6 +65,7 @@ OwnedDevice find_device(uint32_t ordinal) {
   PH_CUDA_TRY(cudaMallocHost(&staging.memory, Staging::kSlots * Staging::kSlotBytes));
   for (cudaEvent_t& event : staging.departed)
     PH_CUDA_TRY(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  PH_CUDA_TRY(cudaMalloc(&device->partials, kPartials * sizeof(float)));
   return device;
 }
 
@@ -203,11 +205,6 @@ void require_memory(const ph_device& device, uint64_t address, uint64_t bytes) {
   }
 }
 
-void upload(ph_device& device, uint8_t* target, const void* source, uint64_t bytes) {
-  PH_CUDA_TRY(cudaMemcpyAsync(target, source, bytes, cudaMemcpyHostToDevice, device.stream));
-  synchronize(device);
-}
-
 void download(ph_device& device, void* target, const uint8_t* source, uint64_t bytes) {
   PH_CUDA_TRY(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDeviceToHost, device.stream));
   synchronize(device);
@@ -227,6 +224,14 @@ void enqueue_upload(ph_device& device, uint8_t* target, const void* source, uint
     PH_CUDA_TRY(cudaEventRecord(departed, device.stream));
     done += count;
   }
+}
+
+void upload(ph_device& device, uint8_t* target, const void* source, uint64_t bytes) {
+  // Half of what is staged: the stream keeps its work while a batch follows another.
+  constexpr uint64_t kMostStaged = Staging::kSlots / 2 * Staging::kSlotBytes;
+  if (bytes <= kMostStaged) return enqueue_upload(device, target, source, bytes);
+  PH_CUDA_TRY(cudaMemcpyAsync(target, source, bytes, cudaMemcpyHostToDevice, device.stream));
+  synchronize(device);
 }
 
 void copy(ph_device& device, uint8_t* target, const uint8_t* source, uint64_t bytes) {

@@ -27,6 +27,10 @@ struct Staging {
 
 class Blas;
 
+// Floats that a device has for sums which several thread blocks share: what one kernel leaves there, the next reads, in
+// stream order. Made when the device is opened, as nothing may be allocated while work is captured.
+constexpr uint64_t kPartials = 1 << 20;
+
 }  // namespace ph
 
 struct ph_device {
@@ -38,6 +42,7 @@ struct ph_device {
   int major = 0;         // compute capability
   int shared_bytes = 0;  // most shared memory of a thread block
   ph::Staging staging;
+  float* partials = nullptr;           // [kPartials]
   std::atomic<bool> capturing{false};  // read by any thread
   std::vector<void*> released;         // memory to be freed once nothing is captured
   std::shared_ptr<ph::Blas> blas;      // once it is needed

@@ -63,7 +63,8 @@ enum ph_struct {
   PH_STRUCT_KV_CACHE_STATISTICS = 5,
   PH_STRUCT_LLM_SAMPLER = 6,
   PH_STRUCT_OT_REPORT = 7,
-  PH_STRUCT_OT_OPTIONS = 8
+  PH_STRUCT_OT_OPTIONS = 8,
+  PH_STRUCT_OT_GROMOV_REPORT = 9
 };
 PH_API uint32_t ph_layout(uint32_t which, uint32_t* words, uint32_t capacity);
 
@@ -493,7 +494,7 @@ PH_API int32_t ph_kv_cache_get_statistics(ph_device* device, ph_kv_cache* cache,
  *                               no:  capture_begin; append and attend, or prefill; graph = capture_end; replay(graph)
  *
  * Between capture_begin and capture_end nothing runs. append, attend and prefill of this cache, ph_buffer_copy,
- * ph_buffer_fill, the functions of section "llm" that only enqueue, and whatever the caller enqueues on the stream become
+ * ph_buffer_fill, the functions of sections "llm" and "graph" that only enqueue, and whatever the caller enqueues on the stream become
  * part of the graph; buffers may be wrapped or destroyed (the memory is freed when the capture ends), a cache destroyed
  * (its capture is abandoned). Every other call on the device is PH_ERROR_INVALID_ARGUMENT and does no harm. A graph holds
  * the addresses and the scale of the calls it captured: their memory must stay as long as the graph is replayed.
@@ -710,7 +711,10 @@ enum ph_ot_status {
   PH_OT_NON_FINITE_POINT = 4, /* in the points x, then y: place counts on */
   /* A mass is negative or not finite; place: the row, or n + column. Or place is n + m: totals differ by more than 1e-4 of
    * the larger, or are 0. (Smaller differences: b is scaled to a's total.) */
-  PH_OT_INVALID_MASS = 5
+  PH_OT_INVALID_MASS = 5,
+  /* Of ph_ot_gromov, in the distances x, then y: place counts on. */
+  PH_OT_NON_FINITE_DISTANCE = 6,
+  PH_OT_ASYMMETRIC_DISTANCE = 7 /* from its mirror image, by more than 1e-5 of the largest distance */
 };
 
 typedef struct ph_ot_report {
@@ -778,6 +782,17 @@ PH_API int32_t ph_ot_exact(ph_device* device, ph_ot_batch* batch, const double* 
                            uint64_t f_offset, ph_buffer* g, uint64_t g_offset, ph_buffer* plan,
                            uint64_t plan_offset, ph_buffer* reports, uint64_t reports_offset, char* error,
                            uint32_t error_bytes);
+/* Transports a part of the mass, with entropy: T = argmin <T, C> - epsilon * H(T) so that T1 <= a, T'1 <= b, which may have any
+ * totals, and the total of T is masses[p], host memory [problems], above 0 and at most the lesser of their totals. By
+ * maximising the dual over f <= 0 and the price lambda of the total, then over g <= 0 and lambda; T = exp((f + g + lambda - C) / epsilon), and f +
+ * lambda is what f is written as. marginal_error: sum |T1 - a| over the rows whose f is below 0, which are used up, and what
+ * is too much of the others; likewise columns. Penalties, relaxation and scaling do not count. PH_OT_INFEASIBLE where all costs
+ * between masses are infinite. PH_ERROR_UNSUPPORTED on CUDA and where streaming. The envelope is exact for the value with respect
+ * to costs and points; there are no implicit gradients, nor any of masses. */
+PH_API int32_t ph_ot_partial(ph_device* device, ph_ot_batch* batch, const double* masses, ph_buffer* f,
+                             uint64_t f_offset, ph_buffer* g, uint64_t g_offset, ph_buffer* plan,
+                             uint64_t plan_offset, ph_buffer* reports, uint64_t reports_offset, char* error,
+                             uint32_t error_bytes);
 /* Approaches the exact solution by proximal points (IPOT, arXiv 1802.04307): T_k = argmin <T, C> + epsilon KL(T | T_(k-1)),
  * each by `inner` of Sinkhorn's iterations, at least 1; the batch's iterations are the most k. Converged where the marginal
  * error is at most the tolerance, and <T, C> is certainly within tolerance * (total mass) * (largest finite |cost|) of the
@@ -787,6 +802,39 @@ PH_API int32_t ph_ot_proximal(ph_device* device, ph_ot_batch* batch, uint32_t in
                               uint64_t f_offset, ph_buffer* g, uint64_t g_offset, ph_buffer* plan,
                               uint64_t plan_offset, ph_buffer* reports, uint64_t reports_offset, char* error,
                               uint32_t error_bytes);
+
+/* How a problem of ph_ot_gromov ended: converged, at the iteration limit with a gap above what the tolerance allows, or
+ * without an answer, which leaves a plan of 0 and NaN here. */
+typedef struct ph_ot_gromov_report {
+  uint32_t status; /* ph_ot_status */
+  uint32_t iterations;
+  uint64_t place;
+  double marginal_error; /* sum |T1 - a| + sum |T'1 - b|: rounding */
+  double value;          /* (1 - alpha) * cost + alpha * distortion */
+  double cost;           /* <T, C>; 0 where there is no C */
+  double distortion;     /* sum (X_ik - Y_jl)^2 T_ij T_kl */
+  double gap;            /* the most that <gradient, T - S> is for any plan S: 0 where T is stationary */
+  double bound;          /* the value is certainly not below: where equal, T is a global minimum */
+} ph_ot_gromov_report;
+
+/* Fused Gromov-Wasserstein transport of squared loss, between the symmetric matrices x [n, n] and y [m, m] of each problem
+ * (distances or any similarities within each side; those of one problem after another are a tensor):
+ *
+ *   T = argmin (1 - alpha) <T, C> + alpha sum (X_ik - Y_jl)^2 T_ij T_kl so that T1 = a, T'1 = b
+ *
+ * which is not convex: a local minimum is found, by conditional gradients with exact line search, exact transport for their
+ * directions (arXiv 1805.09114), from the plan of Memoli's third lower bound, and then, unless that bound is reached, from
+ * a b'; the better is kept. Stops where the gap is at most tolerance * A * ((1 - alpha) max |C| + alpha * A * max(|X|, |Y|)^2),
+ * A the total of a. Iterations and tolerances are the batch's, which is of costs; what else is set or bound does not count.
+ * alphas: host memory [problems], in [0, 1]. cost: NULL, for alphas of 1, or [entries], +infinity where nothing may go. a, b:
+ * NULL, or as ph_ot_batch_bind's. plan: NULL or [entries]. reports: ph_ot_gromov_report [problems]. PH_ERROR_UNSUPPORTED on
+ * CUDA. */
+PH_API int32_t ph_ot_gromov(ph_device* device, ph_ot_batch* batch, const double* alphas, const ph_buffer* x,
+                            uint64_t x_offset, const ph_buffer* y, uint64_t y_offset, const ph_buffer* cost,
+                            uint64_t cost_offset, const ph_buffer* a, uint64_t a_offset, const ph_buffer* b,
+                            uint64_t b_offset, ph_buffer* plan, uint64_t plan_offset, ph_buffer* reports,
+                            uint64_t reports_offset, char* error, uint32_t error_bytes);
+
 /* The plans of potentials, with the epsilons of the reports. float32 potentials know a plan to |f| / epsilon * 6e-8. */
 PH_API int32_t ph_ot_plan(ph_device* device, ph_ot_batch* batch, const ph_buffer* f, uint64_t f_offset,
                           const ph_buffer* g, uint64_t g_offset, const ph_buffer* reports,
@@ -829,6 +877,208 @@ PH_API int32_t ph_ot_backward(ph_device* device, ph_ot_batch* batch, uint32_t mo
                               uint64_t grad_x_offset, ph_buffer* grad_y, uint64_t grad_y_offset,
                               ph_buffer* grad_a, uint64_t grad_a_offset, ph_buffer* grad_b,
                               uint64_t grad_b_offset, char* error, uint32_t error_bytes);
+
+/* ---- graph: what learning on graphs computes, forward and backward --------------------------------- */
+/*
+ * Calls only enqueue, allocate nothing, and may be captured. Matrices are float32, dense, row-major; indices are i32. Sizes
+ * may be 0 unless it is said: nothing is written then, and empty sums are 0. An output must not overlap an input unless it
+ * says so. Where `accumulate` is 1, results are added to what the output holds. Buffers that may be left out are NULL.
+ * Results are the same bits every time; sums are in an order that the sizes alone decide.
+ *
+ * Offsets [rows + 1] cut a list of entries into one run for each row: row i has [offsets[i], offsets[i + 1]). An index that is
+ * no row of what it points into gives NaN; offsets beyond the entries are cut, and those that fall give any values.
+ *
+ * Backward functions write the gradient of a loss with respect to their inputs, given dy, the one with respect to the output.
+ */
+
+/* out[rows, columns] = op(a)[rows, inner] . op(b)[inner, columns] + bias[columns]; op(m) is m, or its transposed one where
+ * transpose_m is 1, which lies in memory as [inner, rows] or [columns, inner]. */
+PH_API int32_t ph_graph_multiply(ph_device* device, const ph_buffer* a, uint64_t a_offset,
+                                 uint32_t transpose_a, const ph_buffer* b, uint64_t b_offset,
+                                 uint32_t transpose_b, const ph_buffer* bias, uint64_t bias_offset,
+                                 ph_buffer* out, uint64_t out_offset, uint32_t rows, uint32_t inner,
+                                 uint32_t columns, uint32_t accumulate, char* error, uint32_t error_bytes);
+
+/* A sparse matrix times a dense one; also gathers rows, and sums segments or takes their mean:
+ * out[i, c] = row_scale[i] * (self * column_scale[i] * x[i, c] + sum of weights[e(p), head(c)] * column_scale[j(p)] * x[j(p), c]
+ * over the entries p of row i), with j(p) = columns[p], or p without columns, and e(p) = edges[p], or p without edges.
+ * x [x_rows, width]; offsets [rows + 1], or NULL: row i has the entry i alone, and there are `rows` entries; columns, edges
+ * [entries]; weights [weight_rows, heads], or NULL: 1; head(c) = c / (width / heads); row_scale [rows], column_scale [x_rows],
+ * or NULL: 1; out [rows, width]. width is a multiple of heads, at least 1; rows = x_rows unless self is 0. */
+PH_API int32_t ph_graph_aggregate(ph_device* device, const ph_buffer* x, uint64_t x_offset,
+                                  const ph_buffer* offsets, uint64_t offsets_offset, const ph_buffer* columns,
+                                  uint64_t columns_offset, const ph_buffer* edges, uint64_t edges_offset,
+                                  const ph_buffer* weights, uint64_t weights_offset,
+                                  const ph_buffer* row_scale, uint64_t row_scale_offset,
+                                  const ph_buffer* column_scale, uint64_t column_scale_offset, ph_buffer* out,
+                                  uint64_t out_offset, uint32_t rows, uint32_t x_rows, uint32_t entries,
+                                  uint32_t weight_rows, uint32_t heads, uint32_t width, float self,
+                                  uint32_t accumulate, char* error, uint32_t error_bytes);
+/* The gradient of weights without edges: out[p, h] = row_scale[i] * column_scale[j(p)] * the sum of y[i, c] * x[j(p), c] over
+ * the channels c of head h, for the entries p of each row i. y [rows, width] is dy; out [entries, heads]; otherwise as
+ * ph_graph_aggregate, with offsets. */
+PH_API int32_t ph_graph_edge_dot(ph_device* device, const ph_buffer* y, uint64_t y_offset, const ph_buffer* x,
+                                 uint64_t x_offset, const ph_buffer* offsets, uint64_t offsets_offset,
+                                 const ph_buffer* columns, uint64_t columns_offset,
+                                 const ph_buffer* row_scale, uint64_t row_scale_offset,
+                                 const ph_buffer* column_scale, uint64_t column_scale_offset, ph_buffer* out,
+                                 uint64_t out_offset, uint32_t rows, uint32_t x_rows, uint32_t entries,
+                                 uint32_t heads, uint32_t width, uint32_t accumulate, char* error,
+                                 uint32_t error_bytes);
+
+/* out[i, c] = the largest x[p, c] of the entries p of row i, places[i, c] the first p that has it; 0 and -1 without entries.
+ * x [x_rows, width]; offsets [rows + 1], of x_rows entries; out, places [rows, width]. A NaN is larger than all. */
+PH_API int32_t ph_graph_segment_max(ph_device* device, const ph_buffer* x, uint64_t x_offset,
+                                    const ph_buffer* offsets, uint64_t offsets_offset, ph_buffer* out,
+                                    uint64_t out_offset, ph_buffer* places, uint64_t places_offset,
+                                    uint32_t rows, uint32_t x_rows, uint32_t width, char* error,
+                                    uint32_t error_bytes);
+/* dx[places[i, c], c] = dy[i, c], and 0 elsewhere; dx [x_rows, width], dy [rows, width]. */
+PH_API int32_t ph_graph_segment_max_backward(ph_device* device, const ph_buffer* dy, uint64_t dy_offset,
+                                             const ph_buffer* places, uint64_t places_offset, ph_buffer* dx,
+                                             uint64_t dx_offset, uint32_t rows, uint32_t x_rows,
+                                             uint32_t width, uint32_t accumulate, char* error,
+                                             uint32_t error_bytes);
+
+/* out[p, c] = exp(x[p, c]) / the sum of exp(x[q, c]) over the entries q of p's row; x, out [x_rows, width]; offsets
+ * [rows + 1] must cover all x_rows entries. */
+PH_API int32_t ph_graph_segment_softmax(ph_device* device, const ph_buffer* x, uint64_t x_offset,
+                                        const ph_buffer* offsets, uint64_t offsets_offset, ph_buffer* out,
+                                        uint64_t out_offset, uint32_t rows, uint32_t x_rows, uint32_t width,
+                                        char* error, uint32_t error_bytes);
+/* dx from y, the output, and dy. */
+PH_API int32_t ph_graph_segment_softmax_backward(ph_device* device, const ph_buffer* y, uint64_t y_offset,
+                                                 const ph_buffer* dy, uint64_t dy_offset,
+                                                 const ph_buffer* offsets, uint64_t offsets_offset,
+                                                 ph_buffer* dx, uint64_t dx_offset, uint32_t rows,
+                                                 uint32_t x_rows, uint32_t width, uint32_t accumulate,
+                                                 char* error, uint32_t error_bytes);
+
+/* out[i, h] = the sum of x[i, h, c] * a[h, c] over c; x [rows, heads, width], a [heads, width], out [rows, heads]. */
+PH_API int32_t ph_graph_head_dot(ph_device* device, const ph_buffer* x, uint64_t x_offset, const ph_buffer* a,
+                                 uint64_t a_offset, ph_buffer* out, uint64_t out_offset, uint32_t rows,
+                                 uint32_t heads, uint32_t width, char* error, uint32_t error_bytes);
+/* dx[i, h, c] = dy[i, h] * a[h, c]; da[h, c] = the sum of dy[i, h] * x[i, h, c] over i. Either may be NULL. */
+PH_API int32_t ph_graph_head_dot_backward(ph_device* device, const ph_buffer* x, uint64_t x_offset,
+                                          const ph_buffer* a, uint64_t a_offset, const ph_buffer* dy,
+                                          uint64_t dy_offset, ph_buffer* dx, uint64_t dx_offset,
+                                          uint32_t accumulate_dx, ph_buffer* da, uint64_t da_offset,
+                                          uint32_t accumulate_da, uint32_t rows, uint32_t heads,
+                                          uint32_t width, char* error, uint32_t error_bytes);
+
+enum ph_graph_activation {
+  PH_GRAPH_RELU = 0,       /* max(x, 0) */
+  PH_GRAPH_LEAKY_RELU = 1, /* x, or slope * x below 0 */
+  PH_GRAPH_GELU = 2,       /* x * (1 + erf(x / sqrt(2))) / 2 */
+  PH_GRAPH_TANH = 3,
+  PH_GRAPH_SIGMOID = 4, /* 1 / (1 + exp(-x)) */
+  PH_GRAPH_SOFTPLUS = 5 /* log(1 + exp(x)) */
+};
+/* out[i] = the activation of x[i], i < count; out may be x. `activation` is a ph_graph_activation. */
+PH_API int32_t ph_graph_activate(ph_device* device, uint32_t activation, float slope, const ph_buffer* x,
+                                 uint64_t x_offset, ph_buffer* out, uint64_t out_offset, uint64_t count,
+                                 char* error, uint32_t error_bytes);
+/* dx[i] = dy[i] * the derivative at x[i]; dx may be dy. */
+PH_API int32_t ph_graph_activate_backward(ph_device* device, uint32_t activation, float slope,
+                                          const ph_buffer* x, uint64_t x_offset, const ph_buffer* dy,
+                                          uint64_t dy_offset, ph_buffer* dx, uint64_t dx_offset,
+                                          uint64_t count, uint32_t accumulate, char* error,
+                                          uint32_t error_bytes);
+
+/* out[i] = alpha * x[i] + beta * y[i], i < count; without y, alpha * x[i]. out may be x or y. */
+PH_API int32_t ph_graph_combine(ph_device* device, float alpha, const ph_buffer* x, uint64_t x_offset,
+                                float beta, const ph_buffer* y, uint64_t y_offset, ph_buffer* out,
+                                uint64_t out_offset, uint64_t count, char* error, uint32_t error_bytes);
+
+/* out[i] = x[i] * y[i], i < count. */
+PH_API int32_t ph_graph_product(ph_device* device, const ph_buffer* x, uint64_t x_offset, const ph_buffer* y,
+                                uint64_t y_offset, ph_buffer* out, uint64_t out_offset, uint64_t count,
+                                uint32_t accumulate, char* error, uint32_t error_bytes);
+
+/* out[i, c] = x[i, c] for c < columns; rows of x start x_stride elements apart, those of out out_stride. Offsets must be
+ * multiples of 4 bytes. */
+PH_API int32_t ph_graph_copy_columns(ph_device* device, const ph_buffer* x, uint64_t x_offset,
+                                     uint32_t x_stride, ph_buffer* out, uint64_t out_offset,
+                                     uint32_t out_stride, uint32_t rows, uint32_t columns,
+                                     uint32_t accumulate, char* error, uint32_t error_bytes);
+
+/* out[c] = the sum of x[i, c] over i; x [rows, width]. */
+PH_API int32_t ph_graph_column_sum(ph_device* device, const ph_buffer* x, uint64_t x_offset, ph_buffer* out,
+                                   uint64_t out_offset, uint32_t rows, uint32_t width, uint32_t accumulate,
+                                   char* error, uint32_t error_bytes);
+
+/* out[i, c] = (x[i, c] - mean[c]) / sqrt(variance[c] + epsilon) * weight[c] + bias[c] (Ioffe and Szegedy, 2015). While
+ * training, mean and variance are those of x's columns, over rows, and running = (1 - momentum) * running + momentum * theirs,
+ * the variance there over rows - 1; else they are the running ones. saved [2, width] holds mean and 1 / sqrt(variance +
+ * epsilon) for backward. */
+PH_API int32_t ph_graph_batch_norm(ph_device* device, const ph_buffer* x, uint64_t x_offset,
+                                   const ph_buffer* weight, uint64_t weight_offset, const ph_buffer* bias,
+                                   uint64_t bias_offset, ph_buffer* running_mean,
+                                   uint64_t running_mean_offset, ph_buffer* running_variance,
+                                   uint64_t running_variance_offset, ph_buffer* saved, uint64_t saved_offset,
+                                   ph_buffer* out, uint64_t out_offset, uint32_t rows, uint32_t width,
+                                   float epsilon, float momentum, uint32_t training, char* error,
+                                   uint32_t error_bytes);
+/* After training: dx, and what is added to dweight and dbias; each may be NULL. accumulate is dx's. */
+PH_API int32_t ph_graph_batch_norm_backward(
+    ph_device* device, const ph_buffer* x, uint64_t x_offset, const ph_buffer* weight, uint64_t weight_offset,
+    const ph_buffer* saved, uint64_t saved_offset, const ph_buffer* dy, uint64_t dy_offset, ph_buffer* dx,
+    uint64_t dx_offset, ph_buffer* dweight, uint64_t dweight_offset, ph_buffer* dbias, uint64_t dbias_offset,
+    uint32_t rows, uint32_t width, uint32_t accumulate, char* error, uint32_t error_bytes);
+/* The same over each row (Ba et al., 2016); saved [2, rows]. */
+PH_API int32_t ph_graph_layer_norm(ph_device* device, const ph_buffer* x, uint64_t x_offset,
+                                   const ph_buffer* weight, uint64_t weight_offset, const ph_buffer* bias,
+                                   uint64_t bias_offset, ph_buffer* saved, uint64_t saved_offset,
+                                   ph_buffer* out, uint64_t out_offset, uint32_t rows, uint32_t width,
+                                   float epsilon, char* error, uint32_t error_bytes);
+PH_API int32_t ph_graph_layer_norm_backward(
+    ph_device* device, const ph_buffer* x, uint64_t x_offset, const ph_buffer* weight, uint64_t weight_offset,
+    const ph_buffer* saved, uint64_t saved_offset, const ph_buffer* dy, uint64_t dy_offset, ph_buffer* dx,
+    uint64_t dx_offset, ph_buffer* dweight, uint64_t dweight_offset, ph_buffer* dbias, uint64_t dbias_offset,
+    uint32_t rows, uint32_t width, uint32_t accumulate, char* error, uint32_t error_bytes);
+
+/* out[i] = 0 with a probability, 0 to below 1, else x[i] / (1 - probability), i < count, at most 2^34. Element i goes if word
+ * i % 4 of Philox4x32-10 for the counter (i / 4, 0, 0, 0) and the key `seed` is below probability * 2^32. It is its own
+ * backward function. out may be x. */
+PH_API int32_t ph_graph_dropout(ph_device* device, const ph_buffer* x, uint64_t x_offset, ph_buffer* out,
+                                uint64_t out_offset, uint64_t count, float probability, uint64_t seed,
+                                uint32_t accumulate, char* error, uint32_t error_bytes);
+
+/* loss[0] = scale * the sum of log(sum of exp(logits[row])) - logits[row, labels[row]] over the rows whose label is not
+ * negative, in nats; NaN for a label that is no class. probabilities [rows, classes] are the softmax, for backward;
+ * row_losses f32 [rows], 0 for rows without label, and predictions i32 [rows], the first largest logit, may be NULL. classes
+ * is at least 1. */
+PH_API int32_t ph_graph_cross_entropy(ph_device* device, const ph_buffer* logits, uint64_t logits_offset,
+                                      const ph_buffer* labels, uint64_t labels_offset,
+                                      ph_buffer* probabilities, uint64_t probabilities_offset,
+                                      ph_buffer* loss, uint64_t loss_offset, ph_buffer* row_losses,
+                                      uint64_t row_losses_offset, ph_buffer* predictions,
+                                      uint64_t predictions_offset, uint32_t rows, uint32_t classes,
+                                      float scale, char* error, uint32_t error_bytes);
+/* dx [rows, classes], for dy [1]. */
+PH_API int32_t ph_graph_cross_entropy_backward(ph_device* device, const ph_buffer* probabilities,
+                                               uint64_t probabilities_offset, const ph_buffer* labels,
+                                               uint64_t labels_offset, const ph_buffer* dy,
+                                               uint64_t dy_offset, ph_buffer* dx, uint64_t dx_offset,
+                                               uint32_t rows, uint32_t classes, float scale,
+                                               uint32_t accumulate, char* error, uint32_t error_bytes);
+
+/* out[0] = the sum of x[i] * x[i], i < count. */
+PH_API int32_t ph_graph_squared_norm(ph_device* device, const ph_buffer* x, uint64_t x_offset, ph_buffer* out,
+                                     uint64_t out_offset, uint64_t count, char* error, uint32_t error_bytes);
+
+/* A step of Adam (Kingma and Ba, 2015), or of AdamW (Loshchilov and Hutter, 2019) where `decoupled` is 1: with g the
+ * gradient, times most_norm / sqrt(squared_norm[0]) where that is above most_norm (squared_norm may be NULL: never), plus
+ * weight_decay * parameter for Adam; first = beta1 * first + (1 - beta1) * g; second = beta2 * second + (1 - beta2) * g * g;
+ * parameter -= learning_rate * (first / correction1) / (sqrt(second / correction2) + epsilon), after parameter -= learning_rate
+ * * weight_decay * parameter for AdamW. correctionN is 1 - betaN^step. All f32 [count]. */
+PH_API int32_t ph_graph_adam(ph_device* device, ph_buffer* parameters, uint64_t parameters_offset,
+                             const ph_buffer* gradients, uint64_t gradients_offset, ph_buffer* first,
+                             uint64_t first_offset, ph_buffer* second, uint64_t second_offset,
+                             const ph_buffer* squared_norm, uint64_t squared_norm_offset, uint64_t count,
+                             float learning_rate, float beta1, float beta2, float epsilon, float weight_decay,
+                             float correction1, float correction2, float most_norm, uint32_t decoupled,
+                             char* error, uint32_t error_bytes);
 
 #ifdef __cplusplus
 }

@@ -64,6 +64,12 @@ PH_HOST_DEVICE uint32_t recent_slot(const CacheView& cache, uint64_t token) {
 constexpr uint32_t kParamsUnits = kParamsBytes / kUnitBytes;
 static_assert(kParamsBytes % kUnitBytes == 0);
 
+// Units that a block takes at most.
+PH_HOST_DEVICE uint64_t largest_block_units(const TileShape& shape) {
+  return (params_bytes(shape) + static_cast<uint64_t>(shape.heads) * largest_record_bytes(shape)) /
+         kUnitBytes;
+}
+
 struct RecordSpan {
   uint32_t params, begin, end;  // units in the stream
 };
@@ -123,7 +129,7 @@ struct StepView {
 };
 
 constexpr uint32_t kRunTokens = 16;       // of a run; it takes about as long as a packed block
-constexpr uint32_t kMostPieceWork = 160;  // of a piece of attention: runs and packed blocks
+constexpr uint32_t kMostPieceWork = 144;  // of a piece of attention: runs and packed blocks
 constexpr uint32_t kMostQueries = 8;      // tokens of a sequence in one attention call
 
 }  // namespace ph::kv

@@ -10,7 +10,7 @@ struct StepTensors {
   const uint8_t* parts[kParts];  // keys, values
 };
 
-// Scratch memory of append, for steps of up to `blocks` packed blocks.
+// Scratch memory of append, for steps of up to `blocks` packed blocks. A GPU's must be 0 before the first append.
 uint64_t append_workspace_bytes(const CacheView& cache, uint64_t blocks);
 
 // Packs the step's blocks (their tokens lie among the recent ones or in the step's own), each record after the one

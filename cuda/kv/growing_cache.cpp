@@ -145,11 +145,6 @@ uint64_t divide_up(uint64_t value, uint64_t divisor) { return (value + divisor -
 
 }  // namespace
 
-uint64_t largest_block_units(const TileShape& shape) {
-  return (params_bytes(shape) + static_cast<uint64_t>(shape.heads) * largest_record_bytes(shape)) /
-         kUnitBytes;
-}
-
 namespace {
 
 CacheView make_view(const ph_kv_cache_config& config, const std::vector<TileShape>& shapes) {
@@ -185,7 +180,7 @@ uint64_t index_words(const CacheView& view) {
 // Into how many pieces attention over so many runs and packed blocks is cut; each has its share of both. It depends on
 // the sequence alone. A sequence of more than kLongWork is likely one of few: it is cut into smaller pieces, that keep all
 // processors busy. Lengths a little above a power of two, of batches that fill the processors evenly, give no piece more.
-constexpr uint64_t kLongWork = 1152, kLongPieceWork = 64;
+constexpr uint64_t kLongWork = 1152, kLongPieceWork = 62;
 
 uint64_t piece_count(uint64_t work) {
   if (work > kLongWork) return (work + kLongPieceWork / 2) / kLongPieceWork;
@@ -219,6 +214,10 @@ bool writes_last_page(const Stream& stream) {
   return !stream.pages.empty() && stream.bound % kPageUnits != 0;
 }
 
+// Of words of the page tables that are sent at a time: each time costs a copy and a kernel, and a step of many tokens takes
+// thousands of pages.
+constexpr uint64_t kLeastWordBytes = 64 * 1024;
+
 // The one place where it is decided how much a cache allocates.
 CacheSizes make_sizes(const ph_kv_cache_config& config, const CacheView& view) {
   const uint64_t blocks = most_step_blocks(config), pieces = most_step_pieces(config, view);
@@ -233,7 +232,7 @@ CacheSizes make_sizes(const ph_kv_cache_config& config, const CacheView& view) {
   sizes.workspace = append_workspace_bytes(view, blocks);
   sizes.attention =
       std::max(attention::decode_workspace_bytes(view, pieces), attention::products_workspace_bytes(view));
-  sizes.words = product({config.layers, config.sequences, sizeof(WordAt)});
+  sizes.words = std::max(product({config.layers, config.sequences, sizeof(WordAt)}), kLeastWordBytes);
   sizes.non_finite = sizeof(uint64_t);
   return sizes;
 }
@@ -316,6 +315,7 @@ ph_kv_cache::ph_kv_cache(ph_device& device, const ph_kv_cache_config& config, co
   view_.index = reinterpret_cast<uint32_t*>(index_.data());
   view_.page_tables = reinterpret_cast<uint32_t*>(page_tables_.data());
   fill(device, non_finite_.data(), 0xff, sizeof(uint64_t));
+  fill(device, workspace_.data(), 0, workspace_.bytes());
   fill(device, attention_.data(), 0, attention_.bytes());
 }
 
@@ -389,7 +389,7 @@ uint32_t ph_kv_cache::add() {
     starts[layer] = {stream_of(view_, layer, slot) * index_words(view_), kStreamStart, 0};
   enqueue_upload(device_, words_.data(), starts.data(), starts.size() * sizeof(WordAt));
   scatter_words(device_, view_.index, reinterpret_cast<const WordAt*>(words_.data()), config_.layers);
-  sequences_[slot] = Sequence{true, 0, 0, std::move(streams)};
+  sequences_[slot] = Sequence{true, 0, 0, 0, std::move(streams)};
   return slot;
 }
 
@@ -510,7 +510,7 @@ uint32_t ph_kv_cache::fork(uint32_t sequence) {
                 "Cannot fork sequence %u: that takes %u pages of the pool, and %u are free", sequence, copies,
                 pages_.available());
   }
-  Sequence child{true, parent.tokens, parent.packed, std::vector<Stream>(config_.layers)};
+  Sequence child{true, parent.tokens, parent.packed, 0, std::vector<Stream>(config_.layers)};
   sequences_[slot] = std::move(child);
   const uint64_t used = (static_cast<uint64_t>(parent.packed) * view_.heads + 1) * sizeof(uint32_t);
   for (uint32_t layer = 0; layer < config_.layers; ++layer) {
@@ -584,6 +584,7 @@ void ph_kv_cache::truncate(uint32_t sequence, uint64_t tokens) {
     send_grants();
   }
   cut.tokens = tokens;
+  cut.settled = 0;
   planned_ = false;
 }
 
@@ -690,6 +691,7 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
     }
     sequence.tokens += entry.tokens;
     sequence.packed = entry.packed;
+    sequence.settled = entry.first_block;
     sequence.step = steps_ + 1;
   }
   ++steps_;
@@ -802,7 +804,7 @@ attention::SequenceTokens ph_kv_cache::all_tokens(uint32_t layer, uint32_t seque
         "left the others",
         what, sequence, config_.sinks, layer, static_cast<unsigned_long>(first_held(stream)));
   }
-  return {layer, sequence, static_cast<uint32_t>(from.tokens), from.packed};
+  return {layer, sequence, static_cast<uint32_t>(from.tokens), from.packed, from.settled};
 }
 
 void ph_kv_cache::score(uint32_t layer, uint32_t sequence, const uint8_t* queries, float* out, float scale) {

@@ -43,15 +43,13 @@ struct Stream {
 struct Sequence {
   bool alive = false;
   uint64_t tokens = 0;
-  uint32_t packed = 0;  // blocks
+  uint32_t packed = 0;   // blocks
+  uint32_t settled = 0;  // of those, how many the last step found, if nothing was changed since
   std::vector<Stream> streams;
   // While it is imported it is not alive yet, but takes its slot and its pages: the layers that are still to come.
   std::vector<bool> awaited = {};
   uint64_t step = 0;  // the last one that named it
 };
-
-// Units that a block takes at most.
-uint64_t largest_block_units(const TileShape& shape);
 
 // One layer of a sequence in host memory.
 template <typename Byte, typename Offset>

@@ -177,8 +177,8 @@ uint32_t ph_kv_cache::begin_import(uint64_t tokens, uint32_t blocks, const uint6
         static_cast<unsigned_long>(needed), pages_.available(),
         static_cast<unsigned_long>(config_.pool_bytes / kPageBytes));
   }
-  sequences_[slot] = Sequence{false, tokens, blocks, std::vector<Stream>(config_.layers),
-                              std::vector<bool>(config_.layers, true)};
+  sequences_[slot] = Sequence{
+      false, tokens, blocks, 0, std::vector<Stream>(config_.layers), std::vector<bool>(config_.layers, true)};
   grants_.clear();
   for (uint32_t layer = 0; layer < config_.layers; ++layer) {
     Stream& stream = sequences_[slot].streams[layer];

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "common/float16.h"
+#include "common/philox.h"
 #include "packhorse.h"
 
 namespace ph::llm {
@@ -61,22 +62,10 @@ PH_HOST_DEVICE uint32_t least_of_min_p(const ph_llm_sampler& sampler) {
   return sampler.min_p < 1.0f ? float_bits(sampler.min_p) : kCertain;
 }
 
-// The 64 random bits of a step: words 1 and 0 of Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
-// 3", 2011).
+// The 64 random bits of a step: words 1 and 0 of Philox4x32-10.
 PH_HOST_DEVICE uint64_t random_bits(uint64_t seed, uint32_t step) {
-  uint32_t counter[4] = {step, 0, 0, 0};
-  uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t first = static_cast<uint64_t>(0xd2511f53u) * counter[0],
-                   second = static_cast<uint64_t>(0xcd9e8d57u) * counter[2];
-    counter[0] = static_cast<uint32_t>(second >> 32) ^ counter[1] ^ key[0];
-    counter[1] = static_cast<uint32_t>(second);
-    counter[2] = static_cast<uint32_t>(first >> 32) ^ counter[3] ^ key[1];
-    counter[3] = static_cast<uint32_t>(first);
-    key[0] += 0x9e3779b9u;
-    key[1] += 0xbb67ae85u;
-  }
-  return static_cast<uint64_t>(counter[1]) << 32 | counter[0];
+  const RandomWords random = philox(step, seed);
+  return static_cast<uint64_t>(random.words[1]) << 32 | random.words[0];
 }
 
 // random / 2^64 * total, rounded down.

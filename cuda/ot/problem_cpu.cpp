@@ -125,8 +125,8 @@ void Task::costs(double* cost) const {
 namespace {
 
 // Reads masses of one side, or makes them uniform. Returns the place of the first that is none, or `count`.
-uint32_t read_masses(const void* masses, uint32_t dtype, int64_t first, uint32_t count, double uniform,
-                     double* out, uint64_t padded) {
+uint32_t read_side(const void* masses, uint32_t dtype, int64_t first, uint32_t count, double uniform,
+                   double* out, uint64_t padded) {
   if (masses == nullptr) std::fill(out, out + count, uniform);
   else kernels().read(masses, dtype, first, count, out);
   std::fill(out + count, out + padded, 0.0);
@@ -213,22 +213,53 @@ Extremes extremes_of(const Task& task, const double* cost, Arena& arena) {
 
 }  // namespace
 
-bool read_task(CpuWorkspace& workspace, const Problem& problem, uint32_t index, Purpose purpose, Arena& arena,
-               bool parallel, double* cost, Task& task, ph_ot_report& report) {
+bool read_masses(CpuWorkspace& workspace, const Problem& problem, uint32_t index, Arena& arena, Task& task,
+                 ph_ot_report& report) {
   const Shape shape = workspace.shape();
   const WorkspaceOptions& options = workspace.options;
-  const int64_t row = shape.host_row_offsets[index], column = shape.host_column_offsets[index];
   task = {};
   task.rows = static_cast<uint32_t>(shape.rows(index));
   task.columns = static_cast<uint32_t>(shape.columns(index));
   task.stride = round_up(task.columns, kStep);
-  task.parallel = parallel;
   task.dtype = options.dtype;
   task.row_penalty = problem.row_penalty;
   task.column_penalty = problem.column_penalty;
   task.tolerance = problem.tolerances == nullptr ? problem.tolerance : problem.tolerances[index];
   task.matrix = problem.cost;
   task.first = shape.host_plan_offsets[index];
+  const auto refuse = [&](uint64_t place) {
+    report.status = PH_OT_INVALID_MASS;
+    report.place = place;
+    return false;
+  };
+  double *a = arena.doubles(task.rows), *b = arena.doubles(task.stride);
+  const uint32_t bad_row = read_side(problem.a, options.dtype, shape.host_row_offsets[index], task.rows,
+                                     1.0 / task.rows, a, task.rows);
+  const uint32_t bad_column = read_side(problem.b, options.dtype, shape.host_column_offsets[index],
+                                        task.columns, 1.0 / task.columns, b, task.stride);
+  if (bad_row < task.rows) return refuse(bad_row);
+  if (bad_column < task.columns) return refuse(task.rows + bad_column);
+  double a_total = 0.0, b_total = 0.0;
+  for (uint32_t i = 0; i < task.rows; ++i) a_total += a[i];
+  for (uint32_t j = 0; j < task.columns; ++j) b_total += b[j];
+  const bool differ = std::fabs(a_total - b_total) > 1e-4 * std::max(a_total, b_total);
+  if (!(a_total > 0.0 && b_total > 0.0 && a_total < INFINITY && b_total < INFINITY) ||
+      (task.balanced() && differ))
+    return refuse(static_cast<uint64_t>(task.rows) + task.columns);
+  if (task.balanced()) {
+    for (uint32_t j = 0; j < task.columns; ++j) b[j] *= a_total / b_total;
+  }
+  task.a = a;
+  task.b = b;
+  task.total = a_total;
+  return true;
+}
+
+bool read_task(CpuWorkspace& workspace, const Problem& problem, uint32_t index, Purpose purpose, Arena& arena,
+               bool parallel, double* cost, Task& task, ph_ot_report& report) {
+  const Shape shape = workspace.shape();
+  const WorkspaceOptions& options = workspace.options;
+  const int64_t row = shape.host_row_offsets[index], column = shape.host_column_offsets[index];
   const bool solve = purpose == Purpose::kSolve;
   const double none = std::numeric_limits<double>::quiet_NaN();
   if (solve) report = {PH_OT_CONVERGED, 0, 0, none, none, none, 0.0};
@@ -237,28 +268,9 @@ bool read_task(CpuWorkspace& workspace, const Problem& problem, uint32_t index, 
     report.place = place;
     return false;
   };
-  if (!solve && report.status >= PH_OT_INFEASIBLE) return false;
-
-  double *a = arena.doubles(task.rows), *b = arena.doubles(task.stride);
-  const uint32_t bad_row =
-      read_masses(problem.a, options.dtype, row, task.rows, 1.0 / task.rows, a, task.rows);
-  const uint32_t bad_column =
-      read_masses(problem.b, options.dtype, column, task.columns, 1.0 / task.columns, b, task.stride);
-  if (bad_row < task.rows) return refuse(PH_OT_INVALID_MASS, bad_row);
-  if (bad_column < task.columns) return refuse(PH_OT_INVALID_MASS, task.rows + bad_column);
-  double a_total = 0.0, b_total = 0.0;
-  for (uint32_t i = 0; i < task.rows; ++i) a_total += a[i];
-  for (uint32_t j = 0; j < task.columns; ++j) b_total += b[j];
-  const bool differ = std::fabs(a_total - b_total) > 1e-4 * std::max(a_total, b_total);
-  if (!(a_total > 0.0 && b_total > 0.0 && a_total < INFINITY && b_total < INFINITY) ||
-      (task.balanced() && differ))
-    return refuse(PH_OT_INVALID_MASS, static_cast<uint64_t>(task.rows) + task.columns);
-  if (task.balanced()) {
-    for (uint32_t j = 0; j < task.columns; ++j) b[j] *= a_total / b_total;
-  }
-  task.a = a;
-  task.b = b;
-  task.total = a_total;
+  const bool failed = !solve && report.status >= PH_OT_INFEASIBLE;
+  if (!read_masses(workspace, problem, index, arena, task, report) || failed) return false;
+  task.parallel = parallel;
 
   if (problem.cost == nullptr) {
     const uint64_t d = options.dimension;

@@ -119,6 +119,9 @@ enum class Purpose {
   kReuse   // of a problem that was solved
 };
 
+// Reads the sizes and masses of a problem, as read_task does, and nothing else.
+bool read_masses(CpuWorkspace& workspace, const Problem& problem, uint32_t index, Arena& arena, Task& task,
+                 ph_ot_report& report);
 // Reads a problem. False if something is wrong with it: `report` says what, if the purpose is to solve it.
 // `cost`: null, or where all costs go.
 bool read_task(CpuWorkspace& workspace, const Problem& problem, uint32_t index, Purpose purpose, Arena& arena,

@@ -1,7 +1,9 @@
-// What CUDA does not do yet of ot/operations.h: typed errors instead of a fallback. Whoever writes an operation takes it out
+// What CUDA does not do yet of optimal transport: typed errors instead of a fallback. Whoever writes an operation takes it out
 // here.
 #include "common/error.h"
+#include "ot/gromov.h"
 #include "ot/operations.h"
+#include "ot/partial.h"
 
 namespace ph::ot {
 
@@ -18,6 +20,12 @@ void exact(ph_device&, Workspace&, const Problem&, const double*, const Solution
 }
 void proximal(ph_device&, Workspace&, const Problem&, const Iterations&, uint32_t, const Solution&) {
   refuse("solve transport problems by proximal points");
+}
+void partial(ph_device&, Workspace&, const Problem&, const Iterations&, const double*, const Solution&) {
+  refuse("transport a part of the mass");
+}
+void gromov(ph_device&, Workspace&, const Problem&, const Iterations&, const Gromov&) {
+  refuse("solve Gromov-Wasserstein transport");
 }
 
 }  // namespace ph::ot

@@ -94,6 +94,24 @@ export const OT_SYMBOLS = {
     ],
     result: "i32",
   },
+  ph_ot_partial: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // ph_ot_batch* batch
+      "buffer", // const double* masses
+      "pointer", // ph_buffer* f
+      "u64", // uint64_t f_offset
+      "pointer", // ph_buffer* g
+      "u64", // uint64_t g_offset
+      "pointer", // ph_buffer* plan
+      "u64", // uint64_t plan_offset
+      "pointer", // ph_buffer* reports
+      "u64", // uint64_t reports_offset
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
   ph_ot_proximal: {
     parameters: [
       "pointer", // ph_device* device
@@ -103,6 +121,30 @@ export const OT_SYMBOLS = {
       "u64", // uint64_t f_offset
       "pointer", // ph_buffer* g
       "u64", // uint64_t g_offset
+      "pointer", // ph_buffer* plan
+      "u64", // uint64_t plan_offset
+      "pointer", // ph_buffer* reports
+      "u64", // uint64_t reports_offset
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
+  ph_ot_gromov: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // ph_ot_batch* batch
+      "buffer", // const double* alphas
+      "pointer", // const ph_buffer* x
+      "u64", // uint64_t x_offset
+      "pointer", // const ph_buffer* y
+      "u64", // uint64_t y_offset
+      "pointer", // const ph_buffer* cost
+      "u64", // uint64_t cost_offset
+      "pointer", // const ph_buffer* a
+      "u64", // uint64_t a_offset
+      "pointer", // const ph_buffer* b
+      "u64", // uint64_t b_offset
       "pointer", // ph_buffer* plan
       "u64", // uint64_t plan_offset
       "pointer", // ph_buffer* reports

@@ -6,8 +6,9 @@
  * @module
  */
 export { AtomicFile, type AtomicFileOptions } from "./atomic_file.ts";
-export { type NpyArray, readNpy } from "./npy.ts";
+export { type NpyArray, type NpyNumbers, readNpy } from "./npy.ts";
 export { writeNpy, type WriteNpyOptions } from "./npy_writer.ts";
+export { readNpz } from "./npz.ts";
 export {
   BLOCK_TOKENS,
   type PhkvDescription,

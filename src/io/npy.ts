@@ -53,9 +53,72 @@ const DTYPE_OF_DESCR: ReadonlyMap<string, DType> = new Map([
  */
 export async function readNpy(path: string): Promise<NpyArray> {
   using file = await InputFile.open(path);
-  const fail: Fail = (reason, code = "corrupt") => {
+  const fail = failure(path);
+  const { descr, shape, data } = await readArray(file, fail, (descr, shape) => {
+    const dtype = DTYPE_OF_DESCR.get(descr) ?? unsupportedType(`'${descr}'`, fail);
+    return byteLengthOf(dtype, shape);
+  });
+  return { dtype: DTYPE_OF_DESCR.get(descr)!, shape, data };
+}
+
+/** Any numbers of a .npy file, each as a float64. */
+export interface NpyNumbers {
+  /** Sizes, outermost first; `[]` is a scalar. */
+  readonly shape: readonly number[];
+  /** The elements in row-major order. */
+  readonly values: Float64Array<ArrayBuffer>;
+}
+
+/** Where the bytes of a .npy file are. */
+export interface NpySource {
+  readonly size: number;
+  read(position: number, length: number): Promise<Uint8Array<ArrayBuffer>>;
+}
+
+const READ_NUMBER: ReadonlyMap<string, readonly [number, (view: DataView, at: number) => number]> =
+  new Map([
+    ["<f2", [2, (view: DataView, at: number) => view.getFloat16(at, true)]],
+    ["<f4", [4, (view: DataView, at: number) => view.getFloat32(at, true)]],
+    ["<f8", [8, (view: DataView, at: number) => view.getFloat64(at, true)]],
+    ["<i2", [2, (view: DataView, at: number) => view.getInt16(at, true)]],
+    ["<i4", [4, (view: DataView, at: number) => view.getInt32(at, true)]],
+    ["<i8", [8, (view: DataView, at: number) => Number(view.getBigInt64(at, true))]],
+    ["<u2", [2, (view: DataView, at: number) => view.getUint16(at, true)]],
+    ["<u4", [4, (view: DataView, at: number) => view.getUint32(at, true)]],
+    ["<u8", [8, (view: DataView, at: number) => Number(view.getBigUint64(at, true))]],
+    ["|i1", [1, (view: DataView, at: number) => view.getInt8(at)]],
+    ["|u1", [1, (view: DataView, at: number) => view.getUint8(at)]],
+    ["|b1", [1, (view: DataView, at: number) => view.getUint8(at)]],
+  ]);
+
+/** Reads numbers of any type as float64; `path` is for messages. Throws as {@linkcode readNpy}. */
+export async function readNpyNumbers(source: NpySource, path: string): Promise<NpyNumbers> {
+  const fail = failure(path);
+  const { descr, shape, data } = await readArray(source, fail, (descr, shape) => {
+    const [bytes] = READ_NUMBER.get(descr) ??
+      fail(`its element type is '${descr}', which is no little-endian number`, "unsupported");
+    const count = byteLengthOf("u8", shape);
+    return count === undefined ? undefined : bytes * count;
+  });
+  const [bytes, read] = READ_NUMBER.get(descr)!;
+  const view = new DataView(data.buffer, data.byteOffset, data.byteLength);
+  const values = new Float64Array(data.byteLength / bytes);
+  for (let i = 0; i < values.length; i++) values[i] = read(view, i * bytes);
+  return { shape, values };
+}
+
+function failure(path: string): Fail {
+  return (reason, code = "corrupt") => {
     throw new PackhorseError(code, `Cannot read ${path}: ${reason}`);
   };
+}
+
+/** Reads an array of any element type of which `byteLength` says what it takes. */
+async function readArray(
+  file: NpySource,
+  fail: Fail,
+  byteLength: (descr: string, shape: readonly number[]) => number | undefined,
+): Promise<{ descr: string; shape: number[]; data: Uint8Array<ArrayBuffer> }> {
   const start = await file.read(0, Math.min(file.size, 12));
   if (!MAGIC.every((byte, i) => byte === start[i])) {
     return fail("it is not a .npy file (numpy.save writes one; an .npz must be unzipped)");
@@ -82,19 +145,19 @@ export async function readNpy(path: string): Promise<NpyArray> {
   }
   const header = new TextDecoder(major === 3 ? "utf-8" : "latin1")
     .decode(await file.read(headerStart, headerBytes));
-  const { dtype, shape } = parseHeader(header, fail);
+  const { descr, shape } = parseHeader(header, fail);
 
   const sizes = `its shape [${shape.join(", ")}]`;
-  const expected = byteLengthOf(dtype, shape) ?? fail(`${sizes} is too large`);
+  const expected = byteLength(descr, shape) ?? fail(`${sizes} is too large`);
   const actual = file.size - dataStart;
   const flaw = `${sizes} takes ${expected} bytes, ${actual} follow its header`;
   if (actual < expected) return fail(flaw, "truncated");
   if (actual > expected) return fail(flaw);
-  return { dtype, shape, data: await file.read(dataStart, expected) };
+  return { descr, shape, data: await file.read(dataStart, expected) };
 }
 
 /** Parses a Python dict of exactly 'descr', 'fortran_order' and 'shape', in any order. */
-function parseHeader(header: string, fail: Fail): { dtype: DType; shape: number[] } {
+function parseHeader(header: string, fail: Fail): { descr: string; shape: number[] } {
   let position = 0;
   const take = (pattern: RegExp): string | undefined => {
     const sticky = new RegExp(`[ \\n]*(${pattern.source})`, "y");
@@ -134,14 +197,13 @@ function parseHeader(header: string, fail: Fail): { dtype: DType; shape: number[
   const [descr, order, shape] = ["descr", "fortran_order", "shape"].map((key) =>
     values.get(key) ?? fail(`its header lacks ${key}`)
   ) as [string, string, string];
-  const dtype = DTYPE_OF_DESCR.get(descr) ?? unsupportedType(`'${descr}'`, fail);
   if (order === "True") {
     return fail(
       "it is in column-major (Fortran) order; save np.ascontiguousarray(x) instead",
       "unsupported",
     );
   }
-  return { dtype, shape: (shape.match(/\d+/g) ?? []).map(Number) };
+  return { descr, shape: (shape.match(/\d+/g) ?? []).map(Number) };
 }
 
 function unsupportedType(descr: string, fail: Fail): never {

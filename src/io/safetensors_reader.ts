@@ -57,7 +57,7 @@ export class SafetensorsReader implements Disposable {
   readonly path: string;
   /** The tensors that can be read, in the order of their data. */
   readonly tensors: ReadonlyMap<string, TensorInfo>;
-  /** Tensors of types that Packhorse does not have, with the file's word for it, such as "F64". */
+  /** Tensors of types that Packhorse does not have, with the file's word for it, such as "I64". */
   readonly unsupported: ReadonlyMap<string, string>;
   /** The header's `__metadata__`; of an index its `metadata`, where a value that is no string is given as JSON. */
   readonly metadata: Readonly<Record<string, string>>;

@@ -1,5 +1,4 @@
 import type { Device } from "../device/device.ts";
-import type { DeviceBuffer } from "../device/device_buffer.ts";
 import { PackhorseError } from "../error.ts";
 import { KvCache, type KvSequence } from "./cache.ts";
 import type { KvCacheCodec, KvCacheDType } from "./cache_options.ts";
@@ -8,7 +7,7 @@ import { BLOCK_TOKENS } from "./codec.ts";
 import type { KvCacheFileOptions } from "./file_options.ts";
 import { ProgressCount } from "./progress.ts";
 import { KvSampler } from "./sample.ts";
-import type { KvPair } from "./tensor.ts";
+import { SampledTokens } from "./sampled_tokens.ts";
 import { withWholePool } from "./whole_pool.ts";
 
 /** Options of {@linkcode benchKvCache}. */
@@ -105,19 +104,11 @@ export async function benchKvCache(
   const sampler = await KvSampler.open(options, { dtype });
   using cache = KvCache.create(device, config);
   using stack = new DisposableStack();
-  const upload = (bits: Uint16Array<ArrayBuffer>) => {
-    const buffer = stack.use(device.createBuffer(dtype, bits.length));
-    buffer.upload(bits);
-    return buffer;
-  };
-  const inputs = Array.from({ length: Math.min(layers, sampler.layers) }, (_, layer) => {
-    const size = { tokens: Math.max(tokens, batch), heads: kvHeads, headDim };
-    const { keys, values } = sampler.sample(layer, size);
-    return { keys: upload(keys), values: upload(values) };
-  });
-  const queries = upload(
-    sampler.sample(0, { tokens: batch, heads: shape.queryHeads, headDim }).keys,
-  );
+  const size = { layers, tokens: Math.max(tokens, batch), kvHeads, headDim, dtype };
+  const inputs = stack.use(new SampledTokens(device, sampler, size));
+  const queries = stack.use(device.createBuffer(dtype, batch * shape.queryHeads * headDim));
+  const { keys } = sampler.sample(0, { tokens: batch, heads: shape.queryHeads, headDim });
+  queries.upload(keys);
   const out = stack.use(device.createBuffer(dtype, queries.length));
   const run = { cache, inputs, progress };
 
@@ -151,8 +142,8 @@ export async function benchKvCache(
 
 interface Run {
   readonly cache: KvCache;
-  /** `[tokens, kvHeads, headDim]` for the layers in turn, the same for every sequence. */
-  readonly inputs: readonly KvPair<DeviceBuffer<KvCacheDType>>[];
+  /** The same for every sequence. */
+  readonly inputs: SampledTokens;
   readonly progress: ProgressCount;
 }
 
@@ -168,7 +159,7 @@ async function prefill(
     for (let first = 0; first < tokens; first += STEP_TOKENS) {
       const count = Math.min(STEP_TOKENS, tokens - first);
       milliseconds += device.time(() => {
-        appendAll(run, cache.begin([{ sequence, tokens: count }]), first);
+        run.inputs.append(cache.begin([{ sequence, tokens: count }]), first);
       });
       await advance(run);
     }
@@ -188,7 +179,7 @@ async function appendSingly(
   for (let i = 0; i < SINGLE_STEPS; i++) {
     const time = cache.device.time(() => {
       step = cache.begin(parts);
-      appendAll(run, step, 0);
+      run.inputs.append(step, 0);
     });
     if (i >= SINGLE_STEPS - BLOCK_TOKENS) milliseconds += time;
     await advance(run);
@@ -197,19 +188,6 @@ async function appendSingly(
     step: step!,
     appendSeconds: milliseconds / 1000 / BLOCK_TOKENS / cache.config.layers,
   };
-}
-
-/** Appends the step's tokens, the input from token `first` on, to every layer. */
-function appendAll({ cache: { config }, inputs }: Run, step: KvCacheStep, first: number): void {
-  const token = config.kvHeads * config.headDim;
-  const views = inputs.map(({ keys, values }) => ({
-    keys: keys.view(first * token, step.tokens * token),
-    values: values.view(first * token, step.tokens * token),
-  }));
-  for (let layer = 0; layer < config.layers; layer++) {
-    const { keys, values } = views[layer % views.length]!;
-    step.append(layer, keys, values);
-  }
 }
 
 /** Lets a signal and the progress bar have their turn. */

@@ -1,16 +1,16 @@
 import type { DeviceBuffer } from "../device/device_buffer.ts";
 import { PackhorseError } from "../error.ts";
-import { KvCache } from "../kv/cache.ts";
+import type { KvCache } from "../kv/cache.ts";
 import { parseCacheCodec } from "../kv/cache_codec.ts";
-import type { KvCacheCodec, KvCacheOptions } from "../kv/cache_options.ts";
+import type { KvCacheCodec } from "../kv/cache_options.ts";
 import { BLOCK_TOKENS } from "../kv/codec.ts";
 import { encodePrompt, type Prompt } from "./generate.ts";
 import type { ModelParts } from "./language_model.ts";
 import { bytesOfTokens, INDEX_BYTES } from "./cache_bytes.ts";
-import { poolBytesFor } from "./pool_bytes.ts";
 import { RestoreCache } from "./restore_cache.ts";
 import { type ForwardOptions, ModelRunner } from "./runner.ts";
 import { crossEntropy, divergence } from "./score_logits.ts";
+import { createWindowCache, RAW16 } from "./window_cache.ts";
 
 /** Options of {@linkcode LanguageModel.evaluate}. */
 export interface EvaluationOptions {
@@ -27,6 +27,8 @@ export interface EvaluationOptions {
   readonly residual?: number | undefined;
   /** How many of a window's first tokens stay in 16 bits. Default: 0. */
   readonly sinks?: number | undefined;
+  /** Whether results have the scores of every prediction, not only their means. Default: false. */
+  readonly scores?: boolean | undefined;
   /** Called with the windows that are done, over all codecs, and how many there are. */
   readonly onProgress?: ((done: number, total: number) => void) | undefined;
   /** Stops the work. */
@@ -39,6 +41,16 @@ export interface ReferenceEvaluation {
   readonly predictions: number;
   /** The exponential of the mean negative logarithm of the tokens' probabilities. */
   readonly perplexity: number;
+}
+
+/** Scores of every prediction with a codec, one window after the other: of shape `[windows * tokens]`. */
+export interface PredictionScores {
+  /** Negative logarithms of the probabilities of the tokens that came, in nats. */
+  readonly losses: Float32Array;
+  /** Kullback-Leibler divergences from the predictions with the 16-bit cache, in nats. */
+  readonly divergences: Float32Array;
+  /** 1 where the likeliest token is that of the 16-bit cache, else 0. */
+  readonly agreements: Float32Array;
 }
 
 /** What a codec costs, against a 16-bit cache. */
@@ -57,6 +69,8 @@ export interface CodecEvaluation {
   readonly top1: number;
   /** Bits per key or value of a window, every byte counted: records, where they end, and tokens in 16 bits. */
   readonly bitsPerValue: number;
+  /** What the means are of, if {@linkcode EvaluationOptions.scores} asks for it. */
+  readonly scores: PredictionScores | undefined;
 }
 
 /** What {@linkcode LanguageModel.evaluate} finds. */
@@ -72,8 +86,6 @@ export interface Evaluation {
   /** One for each of the codecs. */
   readonly results: readonly CodecEvaluation[];
 }
-
-const RAW16: KvCacheCodec = { keys: { quantizer: "raw16" }, values: { quantizer: "raw16" } };
 
 /** Logits that are in memory at once, twice. */
 const LOGITS_AT_ONCE = 2 ** 25;
@@ -117,6 +129,7 @@ export async function evaluateModel(
   });
   let referenceLoss = 0;
   const sums = named.map(() => ({ loss: 0, divergence: 0, agreements: 0 }));
+  const kept = options.scores ? named.map(() => emptyScores(windows * tokens)) : undefined;
   let done = 0;
   const advance = async () => {
     onProgress?.(++done, windows * (1 + named.length));
@@ -131,10 +144,14 @@ export async function evaluateModel(
     for (const [i, candidate] of candidates.entries()) {
       const sum = sums[i]!;
       await candidate.run(signal);
-      const scores = scorer.score();
-      sum.loss += scores.loss;
-      sum.divergence += scores.divergence;
-      sum.agreements += scores.agreements;
+      const { losses, divergences, agreements } = scorer.score();
+      sum.loss += total(losses);
+      sum.divergence += total(divergences);
+      sum.agreements += total(agreements);
+      const all = kept?.[i];
+      all?.losses.set(losses, first);
+      all?.divergences.set(divergences, first);
+      all?.agreements.set(agreements, first);
       await advance();
     }
   }
@@ -156,6 +173,7 @@ export async function evaluateModel(
         kld: divergence / predictions,
         top1: agreements / predictions,
         bitsPerValue: candidates[i]!.bitsPerValue,
+        scores: kept?.[i],
       };
     }),
   };
@@ -223,7 +241,7 @@ class Scorer implements Disposable {
       const logits = this.runner.logits(first, rows);
       this.#crossEntropy(logits, first, rows);
     });
-    return sum(this.#losses.download());
+    return total(this.#losses.download());
   }
 
   /** Runs the window at once, on keys and values in 16 bits, or what `restore` makes of them. */
@@ -241,7 +259,7 @@ class Scorer implements Disposable {
   }
 
   /** Scores what the runner made of the window last, against the reference. */
-  score(): { loss: number; divergence: number; agreements: number } {
+  score(): PredictionScores {
     const { vocabulary, hidden } = this.#parts.config;
     this.#eachChunk((first, rows) => {
       const logits = this.runner.logits(first, rows);
@@ -256,9 +274,9 @@ class Scorer implements Disposable {
     });
     const pairs = this.#divergences.download(new Float32Array(2 * this.#tokens));
     return {
-      loss: sum(this.#losses.download()),
-      divergence: sum(pairs.filter((_, i) => i % 2 === 0)),
-      agreements: sum(pairs.filter((_, i) => i % 2 === 1)),
+      losses: this.#losses.download(new Float32Array(this.#tokens)),
+      divergences: pairs.filter((_, i) => i % 2 === 0),
+      agreements: pairs.filter((_, i) => i % 2 === 1),
     };
   }
 
@@ -403,26 +421,15 @@ class CachedCandidate implements Candidate {
   }
 }
 
-/** A cache for one window. */
-function createWindowCache(
-  { device, config, cache }: ModelParts,
-  codec: KvCacheCodec,
-  limits: Pick<KvCacheOptions, "tokens" | "stepTokens" | "residual" | "sinks">,
-): KvCache {
-  const { layers, queryHeads, kvHeads, headDim, windows: window } = config;
-  const { dtype, queryDType } = cache.config;
-  const { tokens, stepTokens, residual, sinks = 0 } = limits;
-  const options = {
-    ...{ layers, queryHeads, kvHeads, headDim, dtype, queryDType, window, codec },
-    ...{ sequences: 1, tokens, stepTokens, residual, sinks },
-  };
-  return KvCache.create(device, { ...options, poolBytes: poolBytesFor(device, options) });
+function emptyScores(predictions: number): PredictionScores {
+  const scores = () => new Float32Array(predictions);
+  return { losses: scores(), divergences: scores(), agreements: scores() };
 }
 
-function sum(values: Iterable<number>): number {
-  let total = 0;
-  for (const value of values) total += value;
-  return total;
+function total(values: Iterable<number>): number {
+  let sum = 0;
+  for (const value of values) sum += value;
+  return sum;
 }
 
 function within(name: string, value: number, least: number, most: number): void {

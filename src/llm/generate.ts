@@ -2,7 +2,7 @@ import { PackhorseError } from "../error.ts";
 import type { KvSequence } from "../kv/cache.ts";
 import type { ModelParts } from "./language_model.ts";
 import type { PromptMemory } from "./prompt_memory.ts";
-import { Sampler, type SamplingOptions } from "./sampler.ts";
+import { Sampler, type SamplerRow, type SamplingOptions } from "./sampler.ts";
 import { StopStrings } from "./stop_strings.ts";
 import type { Tokenizer, TokenStream } from "./tokenizer.ts";
 
@@ -52,10 +52,13 @@ export interface Completion {
 
 const DEFAULT_TOKENS = 256;
 
-/** A prompt that is being continued. */
-interface Continuation {
-  readonly prompt: number;
+/** A sequence whose latest token is to be computed, and the next chosen. */
+export interface DecodeRow extends SamplerRow {
   readonly sequence: KvSequence;
+}
+
+/** A prompt that is being continued. */
+interface Continuation extends DecodeRow {
   /** Of the prompt and the continuation. */
   readonly tokens: number[];
   readonly text: TokenStream | undefined;
@@ -170,11 +173,11 @@ function hasRoom({ cache }: ModelParts, active: ReadonlySet<Continuation>): bool
 }
 
 /** Starts a sequence with a prompt, and chooses the token after it. */
-async function prefill(
+export async function prefill(
   { cache, runner, device, turns }: ModelParts,
   { prompt, tokens }: { readonly prompt: number; readonly tokens: readonly number[] },
   sampler: Sampler,
-  { memory, signal }: Pick<GenerationOptions, "memory" | "signal">,
+  { memory, signal }: Pick<GenerationOptions, "memory" | "signal"> = {},
 ): Promise<{ sequence: KvSequence; token: number }> {
   const known = memory?.fork(tokens);
   const sequence = known?.sequence ?? cache.add();
@@ -207,9 +210,9 @@ async function prefill(
 }
 
 /** Gives every sequence its latest token, and chooses the next ones. */
-function decode(
+export function decode(
   { cache, runner, graphs, device, turns }: ModelParts,
-  batch: readonly Continuation[],
+  batch: readonly DecodeRow[],
   sampler: Sampler,
 ): Promise<readonly number[]> {
   const rows = batch.length;

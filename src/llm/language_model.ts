@@ -1,5 +1,6 @@
 import type { Device } from "../device/device.ts";
 import { PackhorseError } from "../error.ts";
+import { readConfigFile } from "../io/json_fields.ts";
 import { KvCache, type KvCacheStatistics } from "../kv/cache.ts";
 import { parseCacheCodec } from "../kv/cache_codec.ts";
 import {
@@ -8,8 +9,11 @@ import {
   type KvQueryDType,
   resolveCacheOptions,
 } from "../kv/cache_options.ts";
+import { benchModel, type ModelBench, type ModelBenchOptions } from "./bench_model.ts";
 import { Checkpoint, type WeightDType } from "./checkpoint.ts";
+import { Conversation, type ConversationOptions } from "./conversation.ts";
 import { DecodeGraphs } from "./decode_graphs.ts";
+import { dumpCache, type DumpOptions, type DumpReport } from "./dump.ts";
 import { evaluateModel, type Evaluation, type EvaluationOptions } from "./evaluate.ts";
 import {
   type Completion,
@@ -18,13 +22,18 @@ import {
   type GenerationOptions,
   type Prompt,
 } from "./generate.ts";
-import { type LanguageModelConfig, readLanguageModelConfig } from "./model_config.ts";
+import {
+  type LanguageModelConfig,
+  parseLanguageModelConfig,
+  readLanguageModelConfig,
+} from "./model_config.ts";
 import { prepareLinear } from "./operations.ts";
 import { poolBytesFor } from "./pool_bytes.ts";
 import { PromptMemory } from "./prompt_memory.ts";
 import { ModelRunner } from "./runner.ts";
 import { Tokenizer } from "./tokenizer.ts";
 import { Turns } from "./turns.ts";
+import { tuneCodec, type Tuning, type TuningOptions } from "./tune.ts";
 import { type ModelWeights, planRandomWeights, planWeights } from "./weights.ts";
 
 /** Options of {@linkcode LanguageModel.load}. */
@@ -62,12 +71,13 @@ export interface LanguageModelOptions {
   /** Type of cached keys and values. Default: that of the weights, or f16 if they are f32. */
   readonly cacheDType?: KvCacheDType | undefined;
   /**
-   * Whether weights are random numbers instead of those of a checkpoint, so that the folder needs only a `config.json`: to
-   * measure speed, which does not depend on them. Default: false.
+   * Whether weights are random numbers instead of those of a checkpoint: to measure speed, which does not depend on them.
+   * The folder needs only a `config.json`, which may be named in its place, and there is no tokenizer unless one is given.
+   * Default: false.
    */
   readonly randomWeights?: boolean | undefined;
-  /** Whether to load a tokenizer; without one, prompts and results are tokens. Default: true. */
-  readonly tokenizer?: boolean | undefined;
+  /** The tokenizer, or whether to load the folder's; without one, prompts and results are tokens. Default: true. */
+  readonly tokenizer?: Tokenizer | boolean | undefined;
   /** Called with the bytes of weights that are loaded, and how many there are. */
   readonly onProgress?: ((done: number, total: number) => void) | undefined;
   /** Stops loading. */
@@ -149,8 +159,11 @@ export class LanguageModel implements Disposable {
     folder: string,
     options: LanguageModelOptions = {},
   ): Promise<LanguageModel> {
-    const config = await readLanguageModelConfig(folder);
-    const tokenizer = options.tokenizer === false ? undefined : await Tokenizer.load(folder);
+    const { randomWeights = false, tokenizer: asked = !randomWeights } = options;
+    const config = randomWeights && folder.endsWith(".json")
+      ? parseLanguageModelConfig(await readConfigFile(folder), folder)
+      : await readLanguageModelConfig(folder);
+    const tokenizer = asked === true ? await Tokenizer.load(folder) : asked || undefined;
     if (tokenizer !== undefined && tokenizer.vocabulary > config.vocabulary) {
       const message = `Cannot load the model in ${folder}: its tokenizer has ` +
         `${tokenizer.vocabulary} tokens, but config.json has a vocab_size of ${config.vocabulary}`;
@@ -158,7 +171,7 @@ export class LanguageModel implements Disposable {
     }
     using stack = new DisposableStack();
     using files = new DisposableStack();
-    const planned = options.randomWeights === true
+    const planned = randomWeights
       ? planRandomWeights(device, config, options.dtype)
       : planWeights(device, files.use(await Checkpoint.open(folder)), config, options.dtype);
     // Before the weights, which take long, for it may be refused.
@@ -258,6 +271,15 @@ export class LanguageModel implements Disposable {
   }
 
   /**
+   * Begins a conversation through the model's chat template: see {@linkcode Conversation}.
+   *
+   * Throws `unsupported` for a model without a chat template, or loaded without a tokenizer.
+   */
+  createConversation(options: ConversationOptions = {}): Conversation {
+    return new Conversation(this, options);
+  }
+
+  /**
    * Measures what codecs cost on a text: perplexity, and how far predictions are from those with a 16-bit cache.
    *
    * The first `windows` windows of `tokens` predictions are scored, each on its own: window `i` predicts tokens
@@ -297,6 +319,90 @@ export class LanguageModel implements Disposable {
     return await evaluateModel(this.#parts, text, options);
   }
 
+  /**
+   * Searches the codec with the fewest bits per value whose divergence from a 16-bit cache, as {@linkcode evaluate}
+   * measures it, is at most `maxKld` nats: scales of `packkv`, bits of `fixed` and `kivi`, for keys and values apart, and
+   * `raw16`, which always holds. What holds on this text may not on another: take one like what the model will see.
+   *
+   * Throws `invalid-argument` also for a `maxKld` below 0; else as {@linkcode evaluate}.
+   *
+   * @example
+   * ```ts
+   * import { Device, LanguageModel } from "@packhorse/packhorse";
+   * import { assert, assertEquals } from "@std/assert";
+   *
+   * using device = Device.open();
+   * using model = await LanguageModel.load(device, "tests/fixtures/tiny", { tokens: 64 });
+   * const text = await Deno.readTextFile("tests/fixtures/tiny/heldout.txt");
+   * const { best, measured } = await model.tune(text.slice(0, 2000), 0.1, { tokens: 256 });
+   * assert(best.kld <= 0.1 && best.bitsPerValue < 6);
+   * assertEquals(measured.at(-1)!.name, "raw16");
+   * ```
+   */
+  async tune(text: Prompt, maxKld: number, options: TuningOptions = {}): Promise<Tuning> {
+    return await tuneCodec(this.#parts, { text, maxKld }, options);
+  }
+
+  /**
+   * Writes the keys (after rotary embedding) and values that a text leaves to a `.safetensors` file: of each layer
+   * `layers.<n>.key` and `layers.<n>.value`, `[kvHeads, tokens, headDim]` of the cache's type, computed without packing any.
+   * {@linkcode packKvFile}, {@linkcode measureKvCacheWidths} and others read such files.
+   *
+   * Throws `invalid-argument` for options outside their range and a text that is too short, `unsupported` for a text
+   * without a tokenizer, `non-finite` for what the cache's type cannot hold, `io`, `out-of-memory`, `disposed`, the
+   * signal's reason; then no file is left.
+   *
+   * @example
+   * ```ts
+   * import { Device, LanguageModel, measureKvCacheWidths, parseCacheCodec } from "@packhorse/packhorse";
+   * import { assert, assertEquals } from "@std/assert";
+   *
+   * using device = Device.open();
+   * using model = await LanguageModel.load(device, "tests/fixtures/tiny", { tokens: 64 });
+   * const text = await Deno.readTextFile("tests/fixtures/tiny/heldout.txt");
+   * const input = `${await Deno.makeTempDir()}/kv.safetensors`;
+   * const report = await model.dump(text.slice(0, 4000), input, { tokens: 512 });
+   * assertEquals([report.tokens, report.layers.length], [512, model.config.layers]);
+   * const widths = await measureKvCacheWidths(device, { input, codec: parseCacheCodec("packkv") });
+   * assert(widths.keys < 4);
+   * ```
+   */
+  async dump(text: Prompt, output: string, options: DumpOptions = {}): Promise<DumpReport> {
+    return await dumpCache(this.#parts, { text, output }, options);
+  }
+
+  /**
+   * Measures how fast the model runs over a cache of its own, of any codec and size: prompts, and decode steps of a batch
+   * whose sequences all have `context` tokens. The cache is freed again.
+   *
+   * Throws `invalid-argument` for options outside their range, `out-of-memory` if the cache does not fit the device, or
+   * packed tokens take more bits than assumed, `disposed`, the signal's reason; as {@linkcode measureKvCacheWidths} for
+   * the file that the cache is filled from.
+   *
+   * @example
+   * ```ts
+   * import { Device, LanguageModel } from "@packhorse/packhorse";
+   * import { assert } from "@std/assert";
+   *
+   * using device = Device.open();
+   * using model = await LanguageModel.load(device, "tests/fixtures/tiny/config.json", {
+   *   randomWeights: true,
+   *   tokens: 64,
+   * });
+   * const size = { context: 1024, batch: 2, tokens: 8 };
+   * const computed = await model.bench({ ...size, codec: "fixed:4" });
+   * assert(computed.prefillTokens === 2 * computed.filledTokens && computed.bitsPerValue < 8);
+   *
+   * // As if prompts of a real model had filled it, in a pool that is just large enough.
+   * const fill = { input: "tests/fixtures/tiny/kv.safetensors" };
+   * const filled = await model.bench({ ...size, codec: "packkv", fill });
+   * assert(filled.isSynthetic && filled.decodeTokensPerSecond > 0);
+   * ```
+   */
+  async bench(options: ModelBenchOptions = {}): Promise<ModelBench> {
+    return await benchModel(this.#parts, options);
+  }
+
   /** Frees its memory, once the work enqueued so far is done. Does nothing the second time. */
   [Symbol.dispose](): void {
     this.#stack.dispose();
@@ -330,6 +436,7 @@ function createCache(
   const cache = { ...shape, ...limits, sequences, tokens, codec, window: windows };
   // Here its own messages name what is wrong.
   resolveCacheOptions({ ...cache, poolBytes: cacheBytes ?? LEAST_POOL_BYTES });
-  const poolBytes = cacheBytes ?? poolBytesFor(device, cache, Math.ceil(cacheTokens / sequences));
+  const poolBytes = cacheBytes ??
+    poolBytesFor(device, cache, { context: Math.ceil(cacheTokens / sequences) });
   return KvCache.create(device, { ...cache, poolBytes });
 }

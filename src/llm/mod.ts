@@ -3,11 +3,20 @@
  *
  * @module
  */
+export type { ModelBench, ModelBenchOptions } from "./bench_model.ts";
 export type { WeightDType } from "./checkpoint.ts";
+export {
+  Conversation,
+  type ConversationOptions,
+  type ConversationPrompt,
+  type ReplyOptions,
+} from "./conversation.ts";
+export type { DumpOptions, DumpReport } from "./dump.ts";
 export type {
   CodecEvaluation,
   Evaluation,
   EvaluationOptions,
+  PredictionScores,
   ReferenceEvaluation,
 } from "./evaluate.ts";
 export type {
@@ -34,3 +43,4 @@ export {
   Tokenizer,
   TokenStream,
 } from "./tokenizer.ts";
+export type { Tuning, TuningOptions } from "./tune.ts";

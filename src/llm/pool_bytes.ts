@@ -5,18 +5,26 @@ import { planKvCache } from "../kv/plan_cache.ts";
 /** {@linkcode KvCacheOptions} that are not about the pool. */
 export type PoollessOptions = Omit<KvCacheOptions, "poolBytes">;
 
-/**
- * Bytes for the packed tokens of a cache whose sequences all have `context` tokens, even if these need as many bits as the
- * codec can take.
- */
+/** What {@linkcode poolBytesFor} assumes. */
+export interface PoolBytesOptions {
+  /** Tokens of each sequence. Default: the most that the cache takes. */
+  readonly context?: number | undefined;
+  /** Bits that a packed value of `packkv` takes, with its share of scales and tables. Default: the most that it can take. */
+  readonly bitsPerValue?: number | undefined;
+}
+
+/** Bytes for the packed tokens of a cache whose sequences all have so many tokens. */
 export function poolBytesFor(
   device: Device,
   options: PoollessOptions,
-  context = options.tokens,
+  { context = options.tokens, bitsPerValue }: PoolBytesOptions = {},
 ): number {
   const { codec, residual, sinks, stepTokens, sequences: batch } = options;
   const { layers, queryHeads, kvHeads, headDim, dtype } = options;
   const codecs = isList(codec) ? codec : [codec];
+  const packed = bitsPerValue === undefined
+    ? { widths: { keys: 8, values: 8 } } // the most that packkv can take
+    : { bitsPerValue };
   return Math.max(...codecs.map((each) =>
     planKvCache({
       ...{ residual, sinks, stepTokens, batch, context },
@@ -24,7 +32,7 @@ export function poolBytesFor(
       memoryBytes: 2 ** 50,
       weightBytes: 0,
       codec: each,
-      widths: { keys: 8, values: 8 }, // the most that packkv can take
+      ...packed,
       backend: device.backend,
     }).options.poolBytes
   ));

@@ -40,13 +40,18 @@ export class PromptMemory implements Disposable {
     return this.#tokens;
   }
 
-  /** A sequence with the tokens that a prompt begins with too, but for its last; undefined if there are none. */
-  fork(prompt: readonly number[]): { sequence: KvSequence; tokens: number } | undefined {
-    if (this.#sequence === undefined) return undefined;
+  /** How many tokens a prompt need not compute: those that both begin with, but for the prompt's last. */
+  overlap(prompt: readonly number[]): number {
     let shared = 0;
     const most = Math.min(prompt.length - 1, this.#tokens.length);
     while (shared < most && prompt[shared] === this.#tokens[shared]) shared++;
-    if (shared === 0) return undefined;
+    return shared;
+  }
+
+  /** A sequence with the tokens of {@linkcode overlap}; undefined if there are none. */
+  fork(prompt: readonly number[]): { sequence: KvSequence; tokens: number } | undefined {
+    const shared = this.overlap(prompt);
+    if (this.#sequence === undefined || shared === 0) return undefined;
     const sequence = this.#cache.fork(this.#sequence);
     try {
       if (shared < this.#cache.length(sequence)) this.#cache.truncate(sequence, shared);

@@ -3,6 +3,19 @@ import { refuse, type TransportProblem } from "./problem.ts";
 import type { TransportSolution } from "./solution.ts";
 import { solve } from "./solve.ts";
 
+/** Masses to transport, of each problem; for this folder. */
+export function massesOf(
+  mass: number | readonly number[],
+  problems: number,
+): Float64Array<ArrayBuffer> {
+  const masses = typeof mass === "number" ? Array<number>(problems).fill(mass) : mass;
+  if (masses.length === problems) return Float64Array.from(masses);
+  return refuse(
+    `Cannot transport: mass must be a number, or one for each of ${problems} problems, ` +
+      `got ${masses.length}`,
+  );
+}
+
 /** How {@linkcode exactTransport} solves. */
 export interface ExactOptions {
   /**
@@ -20,7 +33,8 @@ export interface ExactOptions {
  *
  * `f` and `g` of the solution are dual potentials: `f + g <= C`, with equality where mass goes. Its reports are `converged`,
  * or `infeasible` if the masses cannot go where costs are finite; `iterations` are augmenting paths, `value` is the cost, and
- * `epsilon` is 0. It has gradients of the cost in the modes `envelope` (the default here) and `detached`.
+ * `epsilon` is 0. It has gradients of the cost in the modes `envelope` (the default here) and `detached`; of a part of the mass, with respect
+ * to costs and points only.
  *
  * Throws as {@linkcode sinkhorn}; `unsupported` on CUDA.
  *
@@ -52,15 +66,9 @@ export function exactTransport(
   return solve(device, problem, {
     options: { check, epsilon: 1 },
     regularised: false,
+    partial: mass !== undefined,
     run: (batch, solution, { problems }) => {
-      const masses = typeof mass === "number" ? Array<number>(problems).fill(mass) : mass;
-      if (masses && masses.length !== problems) {
-        refuse(
-          `Cannot transport: mass must be a number, or one for each of ${problems} problems, ` +
-            `got ${masses.length}`,
-        );
-      }
-      batch.exact(solution, masses && Float64Array.from(masses));
+      batch.exact(solution, mass === undefined ? undefined : massesOf(mass, problems));
     },
   });
 }

@@ -6,6 +6,14 @@
  */
 export { type DivergenceOptions, SinkhornDivergence, sinkhornDivergence } from "./divergence.ts";
 export { type ExactOptions, exactTransport } from "./exact.ts";
+export {
+  type GromovOptions,
+  type GromovProblem,
+  type GromovReport,
+  GromovSolution,
+  gromovTransport,
+} from "./gromov.ts";
+export { type PartialOptions, partialSinkhorn } from "./partial.ts";
 export type {
   LinearProblem,
   Masses,

@@ -67,7 +67,7 @@ export function refuse(message: string): never {
 }
 
 /** The type of an array that transport takes. */
-function dtypeOf(array: TransportArray, name: string): TransportDType {
+export function dtypeOf(array: TransportArray, name: string): TransportDType {
   if (array instanceof Float32Array) return "f32";
   if (array instanceof Float64Array) return "f64";
   if (array instanceof DeviceBuffer && (array.dtype === "f32" || array.dtype === "f64")) {
@@ -139,8 +139,8 @@ export class Tensors implements Disposable {
   }
 
   /** A new buffer for the reports of some problems. */
-  createReports(problems: number): DeviceBuffer<"u8"> {
-    const buffer = this.#device.createBuffer("u8", problems * OT_REPORT.byteLength);
+  createReports(problems: number, byteLength = OT_REPORT.byteLength): DeviceBuffer<"u8"> {
+    const buffer = this.#device.createBuffer("u8", problems * byteLength);
     this.#owned.push(buffer);
     return buffer;
   }

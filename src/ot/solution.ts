@@ -65,7 +65,7 @@ export interface SolutionGradients {
 export interface BackwardOptions {
   /** Default: `implicit`; of exact solutions and proximal points, which have no other, `envelope`. */
   readonly mode?: GradientMode | undefined;
-  /** With respect to what. Default: points, or costs where there are none; and masses. */
+  /** With respect to what. Default: points, or costs where there are none; and masses, unless a part is transported. */
   readonly to?: readonly ("cost" | "x" | "y" | "a" | "b")[] | undefined;
 }
 
@@ -106,6 +106,7 @@ interface Parts {
   readonly reports: DeviceBuffer<"u8">;
   readonly warmG: DeviceBuffer<TransportDType> | undefined;
   readonly regularised: boolean;
+  readonly partial: boolean;
 }
 
 /** Makes a solution; for this folder. */
@@ -245,7 +246,7 @@ export class TransportSolution implements Disposable {
    * for gradients of the plan or the costs where the problems are streamed; `unsupported` for what the backend cannot do.
    */
   backward(of: SolutionGradients, options: BackwardOptions = {}): ProblemGradients {
-    const { regularised } = this.#parts;
+    const { regularised, partial } = this.#parts;
     const { mode = regularised ? "implicit" : "envelope" } = options;
     if (!Object.hasOwn(OT_GRADIENT, mode)) {
       refuse(
@@ -255,12 +256,24 @@ export class TransportSolution implements Disposable {
     if (!regularised && (mode === "implicit" || mode === "unrolled")) {
       throw new PackhorseError(
         "unsupported",
-        `Cannot take ${mode} gradients of a plan without entropy, which does not change smoothly ` +
-          `with the costs: take the mode envelope, or solve with sinkhorn()`,
+        `Cannot take ${mode} gradients of a plan without entropy or of a part of the mass, which does ` +
+          `not change smoothly with the costs: take the mode envelope, or solve with sinkhorn()`,
       );
     }
     const { shape, bound, tensors, batch, warmG } = this.#parts;
-    const { to = [...(bound.x ? ["x", "y"] as const : ["cost"] as const), "a", "b"] } = options;
+    const all = [
+      ...(bound.x ? ["x", "y"] as const : ["cost"] as const),
+      ...(partial ? [] : ["a", "b"] as const),
+    ];
+    const { to = all } = options;
+    if (partial && to.some((name) => name === "a" || name === "b")) {
+      // f and g hold the price of the whole mass, too, which cannot be told from those of its parts.
+      throw new PackhorseError(
+        "unsupported",
+        `Cannot take gradients of partial transport with respect to masses: take those of ` +
+          `${bound.x ? "x and y" : "cost"}`,
+      );
+    }
     const lengths = {
       cost: shape.entries,
       x: shape.rowCount * shape.dimension,
@@ -345,8 +358,8 @@ export class TransportSolution implements Disposable {
   }
 }
 
-/** The error of a problem that is ill-formed at `place`. */
-function flawOf(
+/** The error of a problem that is ill-formed at `place`; for this folder. */
+export function flawOf(
   status: typeof OT_STATUSES[number] | undefined,
   problem: number,
   place: number,

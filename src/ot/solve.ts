@@ -31,10 +31,12 @@ export interface CommonOptions {
 export function solve(
   device: Device,
   problem: TransportProblem,
-  { options, regularised, run }: {
+  { options, regularised, partial = false, run }: {
     options: CommonOptions;
     /** Whether the plan depends on the costs smoothly, by an entropy. */
     regularised: boolean;
+    /** Whether only a part of the masses is transported. */
+    partial?: boolean;
     run: (batch: NativeTransportBatch, solution: NativeSolution, shape: BatchShape) => void;
   },
 ): TransportSolution {
@@ -65,7 +67,20 @@ export function solve(
         reports: tensors.place(reports),
       }, shape);
       const solution = createSolution({
-        ...{ device, shape, tensors, batch, bound, f, g, plan, reports, warmG, regularised },
+        ...{
+          device,
+          shape,
+          tensors,
+          batch,
+          bound,
+          f,
+          g,
+          plan,
+          reports,
+          warmG,
+          regularised,
+          partial,
+        },
       });
       if (check) void solution.reports;
       return solution;
@@ -79,7 +94,8 @@ export function solve(
   }
 }
 
-function nativeOptions(
+/** The options as the native library takes them, checked. */
+export function nativeOptions(
   problem: TransportProblem,
   { problems }: BatchShape,
   options: CommonOptions,

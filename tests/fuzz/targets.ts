@@ -7,7 +7,7 @@ import {
   SafetensorsReader,
   SafetensorsWriter,
 } from "../../src/io/mod.ts";
-import type { Device } from "../../src/device/mod.ts";
+import { Device } from "../../src/device/mod.ts";
 import {
   inspectKvFile,
   KvCache,
@@ -23,6 +23,8 @@ import {
   withPhkvHeader,
   withPhkvJson,
 } from "../forge_phkv.ts";
+import { GraphClassifier, GraphDataset, readGraphDataset, train } from "../../src/graph/mod.ts";
+import { npyFile, npzFile } from "../graph_files.ts";
 import { TemporaryFolder } from "../temporary_folder.ts";
 import { mutateBytes, mutateJson, mutateNumber } from "./mutate.ts";
 import type { Random } from "./random.ts";
@@ -89,7 +91,64 @@ export async function makeTargets(folder: TemporaryFolder, device: Device): Prom
       mutate: (random, seed) => encode(mutateJson(random, decode(seed))),
       read: readConfig,
     },
+    {
+      fileName: "fuzz.graphs.json",
+      seeds: [encode(JSON.stringify(GRAPHS))],
+      mutate: (random, seed) => encode(mutateJson(random, decode(seed))),
+      read: readGraphs,
+    },
+    {
+      fileName: "fuzz.npz",
+      seeds: [npzFile({
+        "edges.npy": npyFile([0, 1, 1, 0], [2, 2], "<i8"),
+        "graph_indicator.npy": npyFile([0, 0, 1], [3], "<i8"),
+        "graph_labels.npy": npyFile([4, 7], [2], "<i8"),
+        "node_attributes.npy": npyFile([0.5, 1, 2], [3, 1], "<f8"),
+      })],
+      mutate: (random, seed) =>
+        mutateBytes(random, seed, encode("PK\x01\x02\x03\x04\x05\x06\0\x08")),
+      read: readGraphs,
+    },
+    {
+      fileName: "fuzz.model.safetensors",
+      seeds: [await modelSeed()],
+      mutate: (random, seed) => withSafetensorsJson(seed, (json) => mutateJson(random, json)),
+      read: async (path) => {
+        using model = await GraphClassifier.load(device, path);
+        assert(model.parameterCount > 0);
+      },
+    },
   ];
+}
+
+const GRAPHS = {
+  labels: [4, 7],
+  views: [{
+    name: "v",
+    graphs: [
+      { nodeAttributes: [[0.5], [1]], edges: [[0, 1], [1, 0]], edgeLabels: [[1], [2]] },
+      { nodeAttributes: [[2]], edges: [], edgeLabels: [] },
+    ],
+  }],
+};
+
+async function readGraphs(path: string): Promise<void> {
+  const { views, labels } = await readGraphDataset([path]);
+  for (const { nodeOffsets, edgeOffsets, sources, targets } of views) {
+    assertEquals(nodeOffsets.length, labels.length + 1);
+    assertEquals([sources.length, targets.length], [edgeOffsets.at(-1), edgeOffsets.at(-1)]);
+  }
+}
+
+async function modelSeed(): Promise<Uint8Array> {
+  using folder = new TemporaryFolder();
+  using device = Device.open({ backend: "cpu" });
+  const path = folder.file("model.safetensors");
+  const dataset = GraphDataset.fromGraphs(GRAPHS.views, GRAPHS);
+  const settings = { epochs: 1, model: { width: 4, layers: 1 } };
+  using result = await train(device, dataset, { ...settings, checkpoint: path });
+  await result.model.save(path);
+  return await Deno.readFile(path);
 }
 
 async function readConfig(path: string): Promise<void> {

@@ -179,11 +179,84 @@ void run_batch(uint32_t round) {
     OK(ph_ot_exact(device, batch, half.data(), f.handle, 0, g.handle, 0, plan.handle, 0, reports.handle, 0,
                    error, sizeof error));
     CHECK(report[0].cost <= 0.5 * whole + 1e-9 * std::fabs(whole));
+    OK(ph_ot_partial(device, batch, half.data(), f.handle, 0, g.handle, 0, plan.handle, 0, reports.handle, 0,
+                     error, sizeof error));
+    CHECK(report[0].status <= PH_OT_ITERATION_LIMIT);
+    double moved = 0.0;
+    for (uint64_t k = 0; k < static_cast<uint64_t>(n[0]) * m[0]; ++k) moved += plan.at(k);
+    CHECK(std::fabs(moved - 0.5) < 1e-4);
     options.iterations = 50;
     OK(ph_ot_batch_set(device, batch, &options, nullptr, nullptr, nullptr, error, sizeof error));
     OK(ph_ot_proximal(device, batch, 2, f.handle, 0, g.handle, 0, plan.handle, 0, reports.handle, 0, error,
                       sizeof error));
     CHECK(report[0].status <= PH_OT_ITERATION_LIMIT);
+  }
+  OK(ph_ot_batch_destroy(device, batch, error, sizeof error));
+}
+
+// Matrices against themselves and others, features or none: masses arrive, values are as the plan says.
+void run_gromov(uint32_t round) {
+  const uint32_t problems = up_to(5), dtype = round % 2 == 0 ? PH_F64 : PH_F32;
+  const bool fused = round % 3 != 0;
+  std::vector<uint32_t> n(problems), m(problems);
+  uint64_t x_entries = 0, y_entries = 0, entries = 0;
+  for (uint32_t p = 0; p < problems; ++p) {
+    n[p] = up_to(20);
+    m[p] = up_to(20);
+    x_entries += n[p] * n[p];
+    y_entries += m[p] * m[p];
+    entries += n[p] * m[p];
+  }
+  int32_t status;
+  ph_ot_batch* batch =
+      ph_ot_batch_create(device, problems, n.data(), m.data(), dtype, 0, 0, 0, &status, error, sizeof error);
+  CHECK(batch != nullptr);
+  ph_ot_options options = {};
+  options.iterations = 100;
+  options.epsilon = options.relaxation = 1.0;
+  options.tolerance = 1e-6;
+  options.row_penalty = options.column_penalty = INFINITY;
+  OK(ph_ot_batch_set(device, batch, &options, nullptr, nullptr, nullptr, error, sizeof error));
+  Tensor x(x_entries, dtype), y(y_entries, dtype), cost(entries, dtype), plan(entries, dtype),
+      reports(problems * sizeof(ph_ot_gromov_report), PH_U8);
+  for (Tensor* each : {&x, &y, &cost}) each->fill();
+  const auto make_symmetric = [&](Tensor& matrices, const std::vector<uint32_t>& sizes) {
+    uint64_t first = 0;
+    for (const uint32_t size : sizes) {
+      for (uint32_t i = 0; i < size; ++i)
+        for (uint32_t j = 0; j < i; ++j)
+          matrices.set(first + i * size + j, matrices.at(first + j * size + i));
+      first += size * size;
+    }
+  };
+  make_symmetric(x, n);
+  make_symmetric(y, m);
+  std::vector<double> alphas(problems, 1.0);
+  for (uint32_t p = 0; p < problems && fused; ++p) alphas[p] = p / 4.0;
+  OK(ph_ot_gromov(device, batch, alphas.data(), x.handle, 0, y.handle, 0, fused ? cost.handle : nullptr, 0,
+                  nullptr, 0, nullptr, 0, plan.handle, 0, reports.handle, 0, error, sizeof error));
+  const ph_ot_gromov_report* report = reinterpret_cast<const ph_ot_gromov_report*>(reports.memory.get());
+  uint64_t first_x = 0, first_y = 0, first = 0;
+  for (uint32_t p = 0; p < problems; ++p) {
+    CHECK(report[p].status <= PH_OT_ITERATION_LIMIT);
+    CHECK(report[p].marginal_error < 1e-12);
+    CHECK(report[p].bound <= report[p].value);
+    double linear = 0.0, distortion = 0.0;
+    for (uint32_t i = 0; i < n[p] * m[p]; ++i) {
+      const double mass = plan.at(first + i);
+      CHECK(mass >= 0.0);
+      if (fused) linear += mass * cost.at(first + i);
+      for (uint32_t k = 0; k < n[p] * m[p] && mass > 0.0; ++k) {
+        const double difference =
+            x.at(first_x + i / m[p] * n[p] + k / m[p]) - y.at(first_y + i % m[p] * m[p] + k % m[p]);
+        distortion += mass * plan.at(first + k) * difference * difference;
+      }
+    }
+    CHECK(std::fabs(report[p].distortion - distortion) < 1e-4);
+    CHECK(std::fabs(report[p].value - (1.0 - alphas[p]) * linear - alphas[p] * distortion) < 1e-4);
+    first_x += n[p] * n[p];
+    first_y += m[p] * m[p];
+    first += n[p] * m[p];
   }
   OK(ph_ot_batch_destroy(device, batch, error, sizeof error));
 }
@@ -201,6 +274,7 @@ int main(int argc, char** argv) {
     return 1;
   }
   for (uint32_t round = 0; round < 24; ++round) run_batch(round);
+  for (uint32_t round = 0; round < 12; ++round) run_gromov(round);
   OK(ph_device_close(device, error, sizeof error));
   return 0;
 }

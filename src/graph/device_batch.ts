@@ -1,0 +1,206 @@
+import type { NativeTensor } from "../../ffi/kv.ts";
+import type { GraphBatch, ViewBatch } from "./batch.ts";
+import type { Segments, SparsePattern } from "./operations.ts";
+import { type Indices, type Tape, Tensor } from "./tape.ts";
+
+/** One view of a batch on the device. */
+export interface DeviceView {
+  readonly nodes: number;
+  readonly edges: number;
+  /** `[nodes, width]`. */
+  readonly features: Tensor;
+  /** `[edges, width]`, if edges have features. */
+  readonly edgeFeatures: Tensor | undefined;
+  /** `[nodes, nodes]`: the nodes that edges into a node come from. */
+  readonly neighbours: SparsePattern;
+  /** `[edges, nodes]`: the node that each edge comes from. */
+  readonly sources: SparsePattern;
+  /** `[edges, nodes]`: the node that each edge leads to. */
+  readonly targets: SparsePattern;
+  /** `[nodes, edges]`: the edges into each node. */
+  readonly incoming: SparsePattern;
+  /** The same as runs of edges. */
+  readonly incomingSegments: Segments;
+  /** `[objects, nodes]`: the nodes of each object. */
+  readonly members: SparsePattern;
+  /** The same as runs of nodes. */
+  readonly memberSegments: Segments;
+  /** One over the edges into each node, 0 without any: `[nodes]`. */
+  readonly inverseDegree: NativeTensor;
+  /** One over the root of a node's edges into it and one more: `[nodes]`. */
+  readonly inverseRootDegree: NativeTensor;
+  /** One over the nodes of each object, 0 without any: `[objects]`. */
+  readonly inverseSize: NativeTensor;
+}
+
+/** A batch on the device, until the next step of its tape. */
+export interface DeviceBatch {
+  /** The same on the host, without the edges from nodes to themselves that were added for the device. */
+  readonly host: GraphBatch;
+  readonly objects: number;
+  /** `[objects]`. */
+  readonly labels: Indices;
+  /** Objects that have a label. */
+  readonly labelled: number;
+  readonly views: readonly DeviceView[];
+}
+
+/** Copies a batch to the device. */
+export function uploadBatch(
+  tape: Tape,
+  batch: GraphBatch,
+  { selfLoops = false }: { readonly selfLoops?: boolean } = {},
+): DeviceBatch {
+  const objects = batch.objects.length;
+  const views = selfLoops ? batch.views.map(withSelfLoops) : batch.views;
+  const arrays = views.map((view) => [
+    view.nodeFeatures,
+    view.edgeFeatures,
+    view.nodeOffsets,
+    view.objectOfNode,
+    view.edgeOffsets,
+    view.sources,
+    view.targets,
+    view.outOffsets,
+    view.outEdges,
+    view.outTargets,
+    inverses(view.edgeOffsets, (degree) => degree === 0 ? 0 : 1 / degree),
+    inverses(view.edgeOffsets, (degree) => 1 / Math.sqrt(degree + 1)),
+    inverses(view.nodeOffsets, (size) => size === 0 ? 0 : 1 / size),
+  ]);
+  const places = tape.upload([batch.labels, ...arrays.flat()]);
+  const perView = arrays[0]?.length ?? 0;
+  return {
+    host: batch,
+    objects,
+    labels: places[0]!,
+    labelled: batch.labels.reduce((count, label) => count + Number(label >= 0), 0),
+    views: views.map((view, i) =>
+      deviceView(view, objects, places.slice(1 + i * perView, 1 + (i + 1) * perView))
+    ),
+  };
+}
+
+function inverses(offsets: Int32Array, of: (count: number) => number): Float32Array {
+  return Float32Array.from(
+    { length: offsets.length - 1 },
+    (_, i) => of(offsets[i + 1]! - offsets[i]!),
+  );
+}
+
+function deviceView(
+  { nodes, edges, nodeWidth, edgeWidth }: ViewBatch,
+  objects: number,
+  places: readonly Indices[],
+): DeviceView {
+  const [
+    features,
+    ofEdges,
+    nodeOffsets,
+    objectOfNode,
+    edgeOffsets,
+    sources,
+    targets,
+    outOffsets,
+    outEdges,
+    outTargets,
+    inverseDegree,
+    inverseRootDegree,
+    inverseSize,
+  ] = places as [
+    Indices,
+    Indices,
+    Indices,
+    Indices,
+    Indices,
+    Indices,
+    Indices,
+    Indices,
+    Indices,
+    Indices,
+    Indices,
+    Indices,
+    Indices,
+  ];
+  return {
+    nodes,
+    edges,
+    features: new Tensor(features, { rows: nodes, columns: nodeWidth }),
+    edgeFeatures: edgeWidth === 0
+      ? undefined
+      : new Tensor(ofEdges, { rows: edges, columns: edgeWidth }),
+    neighbours: {
+      ...{ rows: nodes, xRows: nodes, entries: edges },
+      forward: { offsets: edgeOffsets, columns: sources },
+      backward: { offsets: outOffsets, columns: outTargets, edges: outEdges },
+    },
+    sources: {
+      ...{ rows: edges, xRows: nodes, entries: edges },
+      forward: { columns: sources },
+      backward: { offsets: outOffsets, columns: outEdges },
+    },
+    targets: {
+      ...{ rows: edges, xRows: nodes, entries: edges },
+      forward: { columns: targets },
+      backward: { offsets: edgeOffsets },
+    },
+    incoming: {
+      ...{ rows: nodes, xRows: edges, entries: edges },
+      forward: { offsets: edgeOffsets },
+      backward: { columns: targets },
+    },
+    incomingSegments: { rows: nodes, offsets: edgeOffsets },
+    members: {
+      ...{ rows: objects, xRows: nodes, entries: nodes },
+      forward: { offsets: nodeOffsets },
+      backward: { columns: objectOfNode },
+    },
+    memberSegments: { rows: objects, offsets: nodeOffsets },
+    inverseDegree,
+    inverseRootDegree,
+    inverseSize,
+  };
+}
+
+/**
+ * The view with one edge from each node to itself, in front of the others into it and in place of those that there were.
+ * Its features are the mean of those of the other edges into the node.
+ */
+function withSelfLoops(view: ViewBatch): ViewBatch {
+  const { nodes, edgeWidth: width } = view;
+  const [sources, targets]: [number[], number[]] = [[], []];
+  const edgeOffsets = new Int32Array(nodes + 1);
+  const features: number[] = [];
+  for (let node = 0; node < nodes; node++) {
+    const others: number[] = [];
+    for (let edge = view.edgeOffsets[node]!; edge < view.edgeOffsets[node + 1]!; edge++) {
+      if (view.sources[edge] !== node) others.push(edge);
+    }
+    sources.push(node, ...others.map((edge) => view.sources[edge]!));
+    for (let i = 0; i <= others.length; i++) targets.push(node);
+    edgeOffsets[node + 1] = sources.length;
+    const rows = others.map((edge) => view.edgeFeatures.subarray(edge * width, (edge + 1) * width));
+    for (let column = 0; column < width; column++) {
+      const sum = rows.reduce((total, row) => total + row[column]!, 0);
+      features.push(sum / Math.max(rows.length, 1));
+    }
+    for (const row of rows) features.push(...row);
+  }
+  const outOffsets = new Int32Array(nodes + 1);
+  for (const source of sources) outOffsets[source + 1]!++;
+  for (let node = 0; node < nodes; node++) outOffsets[node + 1]! += outOffsets[node]!;
+  const next = outOffsets.slice();
+  const outEdges = new Int32Array(sources.length);
+  sources.forEach((source, edge) => outEdges[next[source]!++] = edge);
+  return {
+    ...view,
+    edges: sources.length,
+    edgeFeatures: Float32Array.from(features),
+    edgeOffsets,
+    sources: Int32Array.from(sources),
+    targets: Int32Array.from(targets),
+    outOffsets,
+    outEdges,
+    outTargets: outEdges.map((edge) => targets[edge]!),
+  };
+}
