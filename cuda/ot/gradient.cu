@@ -1,6 +1,7 @@
 // Plans from potentials, their products, and gradients.
 #include "common/error.h"
 #include "ot/gradient_cuda.h"
+#include "ot/stream_cuda.h"
 
 namespace ph::ot {
 
@@ -13,10 +14,25 @@ PlanSource source_of(const Potentials& potentials) {
   return {in(potentials.f), in(potentials.g), in(potentials.plan), potentials.reports};
 }
 
-void run_plans(const CudaWorkspace& workspace, const PlanCall& call) {
+void run_plans(const CudaWorkspace& workspace, const Problem& problem, const PlanCall& call) {
   for_buckets(workspace, call, [&](auto layout, const Bucket& bucket, const PlanCall& each) {
     launch_plan<decltype(layout)>(workspace.device, bucket, each);
   });
+  for (const LargeProblem& large : workspace.large) {
+    StreamCall one = stream_call(workspace, problem, large);
+    // Only read.
+    one.rows.out = const_cast<float*>(call.source.f + large.row_offset);
+    one.columns.out = const_cast<float*>(call.source.g + large.column_offset);
+    one.solved = call.source.reports;
+    one.plan = call.plan == nullptr ? nullptr : call.plan + large.plan_offset;
+    const int64_t from = call.transposed ? large.row_offset : large.column_offset,
+                  to = call.transposed ? large.column_offset : large.row_offset;
+    one.matrix = call.matrix == nullptr ? nullptr : call.matrix + from * call.width;
+    one.product = call.out == nullptr ? nullptr : call.out + to * call.width;
+    one.width = call.width;
+    one.normalised = call.normalised;
+    stream_plan(workspace, one, call.transposed);
+  }
 }
 
 }  // namespace
@@ -29,7 +45,7 @@ void write_plan(ph_device&, Workspace& base, const Problem& problem, const Poten
   call.source = source_of(potentials);
   call.source.plan = nullptr;
   call.plan = out(plan);
-  run_plans(workspace, call);
+  run_plans(workspace, problem, call);
 }
 
 void plan_product(ph_device&, Workspace& base, const Problem& problem, const Potentials& potentials,
@@ -43,7 +59,7 @@ void plan_product(ph_device&, Workspace& base, const Problem& problem, const Pot
   call.width = product.width;
   call.transposed = product.transposed;
   call.normalised = product.normalised;
-  run_plans(workspace, call);
+  run_plans(workspace, problem, call);
 }
 
 void backward(ph_device&, Workspace& base, const Problem& problem, const Potentials& potentials,
@@ -53,6 +69,13 @@ void backward(ph_device&, Workspace& base, const Problem& problem, const Potenti
     throw Error(PH_ERROR_UNSUPPORTED,
                 "Cannot differentiate the iterations themselves on CUDA: take the implicit gradient, or a "
                 "CPU device");
+  }
+  if (!workspace.large.empty()) {
+    throw Error(PH_ERROR_UNSUPPORTED,
+                "Cannot differentiate problem %u of %u x %u on CUDA, which does not lie on chip: up to 64 "
+                "columns it may have "
+                "2048 rows, up to 128 1024, up to 512 512; or open a CPU device",
+                workspace.large[0].problem, workspace.large[0].rows, workspace.large[0].columns);
   }
   BackwardCall call = {};
   call.batch = batch_of(workspace, problem);

@@ -71,4 +71,52 @@ __device__ __forceinline__ const T* in_cluster(const T* own, uint32_t rank) {
 #endif
 }
 
+// All thread blocks of a cooperative launch meet; `arrivals` counts on from 0, a block's `meetings` too. What a block wrote
+// before is seen by all that read it from the second cache (__ldcg).
+__device__ __forceinline__ void grid_barrier(uint32_t* arrivals, uint32_t& meetings) {
+  ++meetings;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(arrivals, 1);
+    const uint32_t all = meetings * gridDim.x;
+    uint32_t seen;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrivals) : "memory");
+    } while (static_cast<int32_t>(seen - all) < 0);
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+// 16 bytes from global to shared memory, in the background; zeros where not `present`.
+__device__ __forceinline__ void copy_ahead(void* to, const void* from, bool present) {
+  const uint32_t target = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(from), "r"(present ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all groups of copies but the last kPending.
+template <int kPending>
+__device__ __forceinline__ void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements, whose rows start where the lanes 8 i .. 8 i + 7 say for the i-th.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+// sums [16, 8] += a [16, 16] b [16, 8] of float16, in float32.
+__device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
+      "%1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 }  // namespace ph::ot

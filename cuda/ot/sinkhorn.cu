@@ -1,5 +1,6 @@
 // Sinkhorn's iterations.
 #include "ot/sinkhorn_cuda.h"
+#include "ot/stream_cuda.h"
 
 namespace ph::ot {
 
@@ -20,6 +21,19 @@ void sinkhorn(ph_device&, Workspace& base, const Problem& problem, const Iterati
   for_buckets(workspace, call, [&](auto layout, const Bucket& bucket, const SinkhornCall& each) {
     launch_sinkhorn<decltype(layout)>(workspace.device, bucket, each);
   });
+  for (const LargeProblem& large : workspace.large) {
+    StreamCall one = stream_call(workspace, problem, large);
+    one.limits = call.limits;
+    one.limit = call.limit;
+    one.warm_g = call.warm_g == nullptr ? nullptr : call.warm_g + large.column_offset;
+    one.relaxation = call.relaxation;
+    one.scaling = call.scaling;
+    one.rows.out = call.f == nullptr ? nullptr : call.f + large.row_offset;
+    one.columns.out = call.g == nullptr ? nullptr : call.g + large.column_offset;
+    one.plan = call.plan == nullptr ? nullptr : call.plan + large.plan_offset;
+    one.reports = call.reports;
+    stream_sinkhorn(workspace, one);
+  }
 }
 
 }  // namespace ph::ot

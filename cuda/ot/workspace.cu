@@ -1,10 +1,9 @@
 // Sorts the problems of a batch into launches.
 #include <algorithm>
-#include <numeric>
 #include <tuple>
 
 #include "common/error.h"
-#include "ot/workspace_cuda.h"
+#include "ot/stream_cuda.h"
 
 namespace ph::ot {
 
@@ -50,20 +49,29 @@ CudaWorkspace::CudaWorkspace(ph_device& device_, const Shape& shape, const Works
                 options.dtype);
   }
   std::vector<Place> places(problems);
+  uint64_t scratch_bytes = 0;
   for (uint32_t p = 0; p < problems; ++p) {
     places[p] = place_of(device, shape.rows(p), shape.columns(p));
-    if (places[p].layout == kTooLarge || options.streaming)
-      throw Error(PH_ERROR_UNSUPPORTED, "Cannot solve a transport problem of %lld x %lld on CUDA yet",
+    if (options.streaming) places[p].layout = kTooLarge;
+    if (places[p].layout != kTooLarge) continue;
+    if (std::max(shape.rows(p), shape.columns(p)) > INT32_MAX / 2) {
+      throw Error(PH_ERROR_UNSUPPORTED, "Cannot solve a transport problem of %lld x %lld on CUDA",
                   static_cast<long long>(shape.rows(p)), static_cast<long long>(shape.columns(p)));
+    }
+    large.push_back({p, static_cast<uint32_t>(shape.rows(p)), static_cast<uint32_t>(shape.columns(p)),
+                     shape.host_row_offsets[p], shape.host_column_offsets[p], shape.host_plan_offsets[p]});
+    scratch_bytes = std::max(scratch_bytes, stream_scratch_bytes(device, large.back().rows,
+                                                                 large.back().columns, options.dimension));
   }
-  std::vector<uint32_t> sorted(problems);
-  std::iota(sorted.begin(), sorted.end(), 0u);
+  std::vector<uint32_t> sorted;
+  for (uint32_t p = 0; p < problems; ++p)
+    if (places[p].layout != kTooLarge) sorted.push_back(p);
   const auto key = [&](uint32_t p) {
     return std::make_tuple(places[p].ranks, places[p].warps, places[p].layout,
                            shape.rows(p) * shape.columns(p));
   };
   std::stable_sort(sorted.begin(), sorted.end(), [&](uint32_t p, uint32_t q) { return key(p) > key(q); });
-  for (uint32_t i = 0; i < problems; ++i) {
+  for (uint32_t i = 0; i < sorted.size(); ++i) {
     const Place& place = places[sorted[i]];
     if (buckets.empty() || buckets.back().layout != place.layout || buckets.back().warps != place.warps ||
         buckets.back().ranks != place.ranks)
@@ -81,11 +89,13 @@ CudaWorkspace::CudaWorkspace(ph_device& device_, const Shape& shape, const Works
     next += offsets;
   }
   order = reinterpret_cast<const uint32_t*>(next);
-  upload(device, next, sorted.data(), problems * sizeof(uint32_t));
+  if (!sorted.empty()) upload(device, next, sorted.data(), sorted.size() * sizeof(uint32_t));
+  if (scratch_bytes > 0) scratch = allocate(device, scratch_bytes);
 }
 
 CudaWorkspace::~CudaWorkspace() {
-  if (memory_ != nullptr) release(device, memory_);
+  for (uint8_t* memory : {memory_, scratch})
+    if (memory != nullptr) release(device, memory);
 }
 
 std::unique_ptr<Workspace> create_workspace(ph_device& device, const Shape& shape,

@@ -16,6 +16,12 @@ struct Bucket {
   uint32_t first, count;  // of the order
 };
 
+// A problem in streaming form.
+struct LargeProblem {
+  uint32_t problem, rows, columns;
+  int64_t row_offset, column_offset, plan_offset;
+};
+
 struct CudaWorkspace : Workspace {
   CudaWorkspace(ph_device& device, const Shape& shape, const WorkspaceOptions& options);
   ~CudaWorkspace() override;
@@ -24,8 +30,10 @@ struct CudaWorkspace : Workspace {
   WorkspaceOptions options;
   uint32_t problems;
   const int64_t *row_offsets, *column_offsets, *plan_offsets;
-  const uint32_t* order;        // problems by falling size
-  std::vector<Bucket> buckets;  // by falling size
+  const uint32_t* order;            // problems by falling size
+  std::vector<Bucket> buckets;      // by falling size
+  std::vector<LargeProblem> large;  // which are in no bucket
+  uint8_t* scratch = nullptr;       // of one of those at a time
 
  private:
   uint8_t* memory_ = nullptr;
