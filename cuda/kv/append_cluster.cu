@@ -61,27 +61,10 @@ __device__ __forceinline__ uint32_t cluster_index() {
   asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
   return index;
 }
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
 __device__ __forceinline__ uint32_t cluster_ranks() {
   uint32_t ranks;
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(ranks));
   return ranks;
-}
-
-// A barrier of all threads of the cluster, after which they see what the others wrote before; in two halves or at once.
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
 }
 
 // Address of what `own` is, in the shared memory of the cluster's thread block `rank`.

@@ -173,14 +173,14 @@ struct BackwardShared {
 template <typename L>
 __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     BackwardTileKernel(const __grid_constant__ BackwardCall call) {
-  if (call.batch.first) await_preceding();
+  if (call.batch.first) wait_for_preceding();
   let_next_begin();
   const BackwardShared<L> shared(blockDim.x / kWarp);
   Tile<L> tile(call.batch, dynamic_shared(), shared.work);
   const Batch& batch = call.batch;
   const auto end = [&] {
-    if (tile.ranks > 1) cluster_barrier();  // a block ends when nobody reads its memory any more
-    if (!batch.first && blockIdx.x == gridDim.x - 1) await_preceding();
+    if (tile.ranks > 1) cluster_sync();  // a block ends when nobody reads its memory any more
+    if (!batch.first && blockIdx.x == gridDim.x - 1) wait_for_preceding();
   };
   const uint32_t most_rows = tile.warps * L::kWarpRows, dimension = batch.dimension;
   const int64_t first_row = tile.row_offset() + tile.first_row;

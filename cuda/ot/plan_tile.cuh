@@ -171,7 +171,7 @@ __device__ __forceinline__ void multiply_matrix(const Tile<L>& tile, const Matri
     if (product.columns_matrix != nullptr)
       stage_points(tile, staged_y, product.columns_matrix, product.column_scales, product.origin,
                    tile.columns, columns, width, k);
-    if (tile.ranks > 1) cluster_barrier();
+    if (tile.ranks > 1) cluster_sync();
     else __syncthreads();
     if (product.rows_out != nullptr) {
       const uint32_t items = (tile.block_rows + 15) / 16 * 4 * kFours;
@@ -249,7 +249,7 @@ __device__ __forceinline__ void multiply_matrix(const Tile<L>& tile, const Matri
         }
       }
     }
-    if (tile.ranks > 1) cluster_barrier();  // before others' points are overwritten, or a block ends
+    if (tile.ranks > 1) cluster_sync();  // before others' points are overwritten, or a block ends
   }
 }
 
@@ -279,7 +279,7 @@ struct PlanShared {
 template <typename L>
 __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     PlanTileKernel(const __grid_constant__ PlanCall call) {
-  if (call.batch.first) await_preceding();
+  if (call.batch.first) wait_for_preceding();
   let_next_begin();
   const PlanShared<L> shared(blockDim.x / kWarp);
   Tile<L> tile(call.batch, dynamic_shared(), shared.work);
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     }
     multiply_matrix(tile, product);
   }
-  if (!call.batch.first && blockIdx.x == gridDim.x - 1) await_preceding();
+  if (!call.batch.first && blockIdx.x == gridDim.x - 1) wait_for_preceding();
 }
 
 }  // namespace ph::ot

@@ -1,9 +1,7 @@
 // The instructions that the kernels of optimal transport use and CUDA C++ has no plain name for.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "device/overlap.cuh"
 
 namespace ph::ot {
 
@@ -30,34 +28,6 @@ __device__ __forceinline__ uint32_t hidden(uint32_t value) {
   return value;
 }
 
-// The launches of one call overlap: one begins as soon as all thread blocks of the one before have begun. Only the first
-// waits for what precedes the call; the last thread block of each waits for the launch before, so that whatever follows the
-// call follows all of it.
-__device__ __forceinline__ void await_preceding() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// Thread blocks of a cluster, and their shared memory.
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return rank;
-}
-__device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
 // Where the thread block of that rank has what this one has at `own`.
 template <typename T>
 __device__ __forceinline__ const T* in_cluster(const T* own, uint32_t rank) {

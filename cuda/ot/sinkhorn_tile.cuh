@@ -275,12 +275,12 @@ struct TileSinkhorn {
 template <typename L>
 __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     SinkhornTileKernel(const __grid_constant__ SinkhornCall call) {
-  if (call.batch.first) await_preceding();
+  if (call.batch.first) wait_for_preceding();
   let_next_begin();
   const Batch& batch = call.batch;
   Tile<L> tile(batch, dynamic_shared(), partial_floats<L>(blockDim.x / kWarp));
   const auto end = [&] {
-    if (!batch.first && blockIdx.x == gridDim.x - 1) await_preceding();
+    if (!batch.first && blockIdx.x == gridDim.x - 1) wait_for_preceding();
   };
 
   const Masses masses = read_masses(tile, batch);

@@ -290,7 +290,7 @@ struct Tile {
       control.block_error[turn] = sums.error;
       control.block_flag[turn] = sums.flag;
     }
-    cluster_barrier();
+    cluster_sync();
     sums = {0.0f, false};
     for (uint32_t r = 0; r < ranks; ++r) {
       const float* there = in_cluster(block, r);
@@ -324,11 +324,11 @@ struct Tile {
     value = combine_block(value, combine);
     if (ranks == 1) return value;
     if (thread == 0) *reinterpret_cast<T*>(&control.block_scratch) = value;
-    cluster_barrier();
+    cluster_sync();
     value = *reinterpret_cast<const T*>(in_cluster(&control.block_scratch, 0));
     for (uint32_t r = 1; r < ranks; ++r)
       value = combine(value, *reinterpret_cast<const T*>(in_cluster(&control.block_scratch, r)));
-    cluster_barrier();  // before it is written again, or the block ends
+    cluster_sync();  // before it is written again, or the block ends
     return value;
   }
   __device__ __forceinline__ float sum_warp(float value) const {

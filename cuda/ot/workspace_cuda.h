@@ -55,22 +55,13 @@ template <typename L, typename Call>
 void launch_bucket(const ph_device& device, const Bucket& bucket, void (*kernel)(Call), uint32_t work,
                    uint32_t entries, const Call& call) {
   allow_shared(device, kernel, SharedMemory::kPrefer);
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {bucket.ranks, 1, 1};
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(bucket.count * bucket.ranks);
-  launch.blockDim = dim3(bucket.warps * kWarp);
-  launch.dynamicSmemBytes = shared_bytes<L>(work, entries);
-  launch.stream = device.stream;
-  launch.attrs = attributes;
-  launch.numAttrs = device.major < 9 ? 0 : (bucket.ranks > 1 ? 2 : 1);
-  PH_CUDA_TRY(cudaLaunchKernelEx(&launch, kernel, call));
+  launch_overlapping(device, kernel, dim3(bucket.count * bucket.ranks), bucket.warps * kWarp,
+                     shared_bytes<L>(work, entries), call, bucket.ranks > 1 ? bucket.ranks : 0);
 }
 
-// Calls launch(layout, bucket, call) for every bucket, with the call's batch set for it; the launches overlap.
+// Calls launch(layout, bucket, call) for every bucket, with the call's batch set for it. The launches overlap: one begins as
+// soon as all thread blocks of the one before have begun. Only the first waits for what precedes the call; the last thread
+// block of each waits for the launch before, so that whatever follows the call follows all of it.
 template <typename Call, typename Launch>
 void for_buckets(const CudaWorkspace& workspace, Call call, Launch launch) {
   call.batch.first = true;
