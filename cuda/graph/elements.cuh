@@ -9,12 +9,13 @@ namespace ph::graph {
 
 using llm::combine_block;
 using llm::dispatch_width;
+using llm::for_columns;
 using llm::grid_for;
 using llm::kAllLanes;
 using llm::kWarp;
 using llm::Values;
 
-constexpr uint32_t kThreads = 256;
+constexpr uint32_t kThreads = llm::kElementThreads;
 constexpr uint32_t kWarps = kThreads / kWarp;
 
 template <int N>
@@ -40,20 +41,6 @@ __device__ __forceinline__ void store(float* out, uint64_t index, Values<N> valu
         make_float4(values.at[0], values.at[1], values.at[2], values.at[3]);
   } else {
     out[index] = values.at[0];
-  }
-}
-
-// Calls use(row, column) for the first of every N columns of [rows, width].
-template <int N, typename Use>
-__device__ __forceinline__ void for_columns(uint32_t rows, uint64_t width, Use use) {
-  const uint64_t columns = width / N, items = rows * columns;
-  const uint64_t threads = static_cast<uint64_t>(gridDim.x) * kThreads;
-  for (uint64_t item = static_cast<uint64_t>(blockIdx.x) * kThreads + threadIdx.x; item < items;
-       item += threads) {
-    // A division of 32 bits is several times as fast.
-    const uint64_t row =
-        items >> 32 ? item / columns : static_cast<uint32_t>(item) / static_cast<uint32_t>(columns);
-    use(row, (item - row * columns) * N);
   }
 }
 

@@ -122,4 +122,20 @@ inline uint32_t grid_for(uint64_t items, uint32_t threads) {
   return static_cast<uint32_t>(blocks < kMostBlocks ? blocks : kMostBlocks);
 }
 
+constexpr uint32_t kElementThreads = 256;  // of a block, of kernels that for_columns is for
+
+// Calls use(row, column) for the first of every N columns of [rows, width].
+template <int N, typename Use>
+__device__ __forceinline__ void for_columns(uint32_t rows, uint64_t width, Use use) {
+  const uint64_t columns = width / N, items = rows * columns;
+  const uint64_t threads = static_cast<uint64_t>(gridDim.x) * kElementThreads;
+  for (uint64_t item = static_cast<uint64_t>(blockIdx.x) * kElementThreads + threadIdx.x; item < items;
+       item += threads) {
+    // A division of 32 bits is several times as fast.
+    const uint64_t row =
+        items >> 32 ? item / columns : static_cast<uint32_t>(item) / static_cast<uint32_t>(columns);
+    use(row, (item - row * columns) * N);
+  }
+}
+
 }  // namespace ph::llm

@@ -14,21 +14,7 @@ namespace ph::llm {
 
 namespace {
 
-constexpr uint32_t kThreads = 256;
-
-// Calls use(row, column) for the first of every N columns of [rows, width].
-template <int N, typename Use>
-__device__ __forceinline__ void for_columns(uint32_t rows, uint32_t width, Use use) {
-  const uint64_t columns = width / N, items = rows * columns;
-  const uint64_t threads = static_cast<uint64_t>(gridDim.x) * kThreads;
-  for (uint64_t item = static_cast<uint64_t>(blockIdx.x) * kThreads + threadIdx.x; item < items;
-       item += threads) {
-    // A division of 32 bits is several times as fast.
-    const uint64_t row =
-        items >> 32 ? item / columns : static_cast<uint32_t>(item) / static_cast<uint32_t>(columns);
-    use(row, (item - row * columns) * N);
-  }
-}
+constexpr uint32_t kThreads = kElementThreads;
 
 template <int N>
 __global__ void __launch_bounds__(kThreads) GatherKernel(Gather call) {
