@@ -54,17 +54,7 @@ struct PlanTile {
 
   // Sums over the own row, of entries times x of their columns.
   __device__ __forceinline__ float sum_row(const float (&x)[L::kOwned]) const {
-    float sums[L::kRows];
-#pragma unroll
-    for (int ii = 0; ii < L::kRows; ++ii) sums[ii] = 0.0f;
-#pragma unroll
-    for (int jj = 0; jj < L::kColumns; ++jj) {
-      const float each = tile.of_column(x, jj);
-      if (jj >= static_cast<int>(tile.groups)) continue;
-#pragma unroll
-      for (int ii = 0; ii < L::kRows; ++ii) sums[ii] = fmaf(entries[ii][jj], each, sums[ii]);
-    }
-    return tile.combine_row(sums, Add{});
+    return tile.weighted_row(entries, x);
   }
   __device__ __forceinline__ float sum_row_of_ones() const {
     float ones[L::kOwned];
@@ -74,20 +64,7 @@ struct PlanTile {
   }
   // Sums over the own columns, of entries times x of their rows.
   __device__ __forceinline__ void sum_columns(float x, float (&own)[L::kOwned]) const {
-    float sums[L::kColumns], x_row[L::kRows];
-    tile.of_rows(x, x_row);
-#pragma unroll
-    for (int jj = 0; jj < L::kColumns; ++jj) sums[jj] = 0.0f;
-#pragma unroll
-    for (int pair = 0; pair < L::kColumns; pair += 2) {
-      if (pair >= static_cast<int>(tile.groups)) continue;
-#pragma unroll
-      for (int ii = 0; ii < L::kRows; ++ii) {
-        sums[pair] = fmaf(entries[ii][pair], x_row[ii], sums[pair]);
-        sums[pair + 1] = fmaf(entries[ii][pair + 1], x_row[ii], sums[pair + 1]);
-      }
-    }
-    tile.combine_columns(sums, own, 0.0f, false, Add{});
+    tile.weighted_columns(entries, x, own, 0.0f, false);
   }
   // Plain sums of any entries.
   static __device__ __forceinline__ void sums_of(Tile<L>& tile, const float (&values)[L::kRows][L::kColumns],

@@ -137,36 +137,11 @@ struct TileSinkhorn {
   }
 
   // Sums of K v over the own row.
-  __device__ __forceinline__ float sum_row() {
-    float sums[L::kRows];
-#pragma unroll
-    for (int ii = 0; ii < L::kRows; ++ii) sums[ii] = 0.0f;
-#pragma unroll
-    for (int jj = 0; jj < L::kColumns; ++jj) {
-      const float v_column = tile.of_column(v, jj);
-      if (jj >= static_cast<int>(tile.groups)) continue;
-#pragma unroll
-      for (int ii = 0; ii < L::kRows; ++ii) sums[ii] = fmaf(kernel[ii][jj], v_column, sums[ii]);
-    }
-    return tile.combine_row(sums, Add{});
-  }
+  __device__ __forceinline__ float sum_row() { return tile.weighted_row(kernel, v); }
   // Sums of K' u over the own columns.
   __device__ __forceinline__ typename Tile<L>::Sums sum_columns(float u_own, float (&own)[L::kOwned],
                                                                 float error, bool flag) {
-    float sums[L::kColumns], u_row[L::kRows];
-    tile.of_rows(u_own, u_row);
-#pragma unroll
-    for (int jj = 0; jj < L::kColumns; ++jj) sums[jj] = 0.0f;
-#pragma unroll
-    for (int pair = 0; pair < L::kColumns; pair += 2) {
-      if (pair >= static_cast<int>(tile.groups)) continue;
-#pragma unroll
-      for (int ii = 0; ii < L::kRows; ++ii) {
-        sums[pair] = fmaf(kernel[ii][pair], u_row[ii], sums[pair]);
-        sums[pair + 1] = fmaf(kernel[ii][pair + 1], u_row[ii], sums[pair + 1]);
-      }
-    }
-    return tile.combine_columns(sums, own, error, flag, Add{});
+    return tile.weighted_columns(kernel, u_own, own, error, flag);
   }
 
   // The scaling that makes the sum what it has to be, or with relaxation goes further. `potential` is the one in the kernel.

@@ -305,6 +305,40 @@ struct Tile {
     return sums;
   }
 
+  // Sums over the own row, of entries times x of their columns.
+  __device__ __forceinline__ float weighted_row(const float (&entries)[L::kRows][L::kColumns],
+                                                const float (&x)[L::kOwned]) const {
+    float sums[L::kRows];
+#pragma unroll
+    for (int ii = 0; ii < L::kRows; ++ii) sums[ii] = 0.0f;
+#pragma unroll
+    for (int jj = 0; jj < L::kColumns; ++jj) {
+      const float each = of_column(x, jj);
+      if (jj >= static_cast<int>(groups)) continue;
+#pragma unroll
+      for (int ii = 0; ii < L::kRows; ++ii) sums[ii] = fmaf(entries[ii][jj], each, sums[ii]);
+    }
+    return combine_row(sums, Add{});
+  }
+  // Sums over the own columns, of entries times x of their rows; for `error` and `flag` see combine_columns.
+  __device__ __forceinline__ Sums weighted_columns(const float (&entries)[L::kRows][L::kColumns], float x,
+                                                   float (&own)[L::kOwned], float error, bool flag) {
+    float sums[L::kColumns], x_row[L::kRows];
+    of_rows(x, x_row);
+#pragma unroll
+    for (int jj = 0; jj < L::kColumns; ++jj) sums[jj] = 0.0f;
+#pragma unroll
+    for (int pair = 0; pair < L::kColumns; pair += 2) {
+      if (pair >= static_cast<int>(groups)) continue;
+#pragma unroll
+      for (int ii = 0; ii < L::kRows; ++ii) {
+        sums[pair] = fmaf(entries[ii][pair], x_row[ii], sums[pair]);
+        sums[pair + 1] = fmaf(entries[ii][pair + 1], x_row[ii], sums[pair + 1]);
+      }
+    }
+    return combine_columns(sums, own, error, flag, Add{});
+  }
+
   // The value of all threads of the block, or of the cluster, combined, for all of them.
   template <typename T, typename Combine>
   __device__ __forceinline__ T combine_block(T value, Combine combine) {
