@@ -1,19 +1,10 @@
 import { call } from "./call.ts";
-import type { NativeBuffer, NativeDevice } from "./device.ts";
-import type { NativeTensor } from "./kv.ts";
+import type { NativeDevice } from "./device.ts";
+import { type NativeTensor, place, placeIf } from "./tensor.ts";
 
 // The functions of packhorse.h, section "graph". What tensors are and hold is for the caller to check.
 
-type Handle = NativeBuffer["handle"];
 type Optional = NativeTensor | undefined;
-
-/** Handle and offset. */
-const place = ({ buffer, byteOffset }: NativeTensor): [Handle, bigint] => [
-  buffer.handle,
-  BigInt(byteOffset),
-];
-const placeIf = (tensor: Optional): [Handle | null, bigint] =>
-  tensor === undefined ? [null, 0n] : place(tensor);
 
 export interface MultiplyCall {
   readonly a: NativeTensor;

@@ -1,15 +1,10 @@
 import { call, callAsync } from "./call.ts";
 import type { HostBytes, NativeBuffer, NativeDevice } from "./device.ts";
+import { type NativeTensor, place, placeIf } from "./tensor.ts";
 import type { Library } from "./library.ts";
 
 // The functions of packhorse.h, section "kv". Codecs are the bytes of a ph_kv_codec; buffers are used from
 // their start, tensors from the byte offset that comes with them.
-
-/** A region of a buffer, from a byte offset on. */
-export interface NativeTensor {
-  readonly buffer: NativeBuffer;
-  readonly byteOffset: number;
-}
 
 /** Codes, scales and zero points of one part. */
 export interface NativeCodes {
@@ -120,8 +115,7 @@ export function quantize(
     device.handle,
     codec,
     part,
-    x.buffer.handle,
-    BigInt(x.byteOffset),
+    ...place(x),
     codes.handle,
     scales.handle,
     zeros.handle,
@@ -213,8 +207,7 @@ export function dequantize(
     codes.handle,
     scales.handle,
     zeros.handle,
-    x.buffer.handle,
-    BigInt(x.byteOffset),
+    ...place(x),
   );
 }
 
@@ -226,10 +219,8 @@ function encodeArguments(
   return [
     device.handle,
     codec,
-    keys.buffer.handle,
-    BigInt(keys.byteOffset),
-    values.buffer.handle,
-    BigInt(values.byteOffset),
+    ...place(keys),
+    ...place(values),
     records.handle,
     offsets.handle,
     workspace.handle,
@@ -248,10 +239,8 @@ function decodeArguments(
     records.handle,
     BigInt(recordsByteLength),
     offsets.handle,
-    keys.buffer.handle,
-    BigInt(keys.byteOffset),
-    values.buffer.handle,
-    BigInt(values.byteOffset),
+    ...place(keys),
+    ...place(values),
     status.handle,
   ] as const;
 }
@@ -267,10 +256,8 @@ function measureArguments(
     records.handle,
     BigInt(recordsByteLength),
     offsets.handle,
-    originals?.keys.buffer.handle ?? null,
-    BigInt(originals?.keys.byteOffset ?? 0),
-    originals?.values.buffer.handle ?? null,
-    BigInt(originals?.values.byteOffset ?? 0),
+    ...placeIf(originals?.keys),
+    ...placeIf(originals?.values),
     statistics.handle,
     workspace.handle,
     status.handle,

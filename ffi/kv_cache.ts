@@ -1,7 +1,7 @@
 import { PackhorseError } from "../src/error.ts";
 import { call, create } from "./call.ts";
 import type { HostBytes, NativeDevice } from "./device.ts";
-import type { NativeTensor } from "./kv.ts";
+import { type NativeTensor, place } from "./tensor.ts";
 import type { NativeKvCacheGraph } from "./kv_cache_graph.ts";
 import type { Library } from "./library.ts";
 import { KV_CACHE_STATISTICS } from "./structs.ts";
@@ -117,10 +117,8 @@ export class NativeKvCache {
       this.#symbols.ph_kv_cache_append,
       ...this.#handles,
       layer,
-      keys.buffer.handle,
-      BigInt(keys.byteOffset),
-      values.buffer.handle,
-      BigInt(values.byteOffset),
+      ...place(keys),
+      ...place(values),
     );
   }
 
@@ -129,10 +127,8 @@ export class NativeKvCache {
       this.#symbols.ph_kv_cache_attend,
       ...this.#handles,
       layer,
-      queries.buffer.handle,
-      BigInt(queries.byteOffset),
-      out.buffer.handle,
-      BigInt(out.byteOffset),
+      ...place(queries),
+      ...place(out),
       scale,
     );
   }
@@ -157,14 +153,10 @@ export class NativeKvCache {
       this.#symbols.ph_kv_cache_prefill,
       ...this.#handles,
       layer,
-      queries.buffer.handle,
-      BigInt(queries.byteOffset),
-      keys.buffer.handle,
-      BigInt(keys.byteOffset),
-      values.buffer.handle,
-      BigInt(values.byteOffset),
-      out.buffer.handle,
-      BigInt(out.byteOffset),
+      ...place(queries),
+      ...place(keys),
+      ...place(values),
+      ...place(out),
       scale,
     );
   }
@@ -187,10 +179,8 @@ export class NativeKvCache {
       sequence,
       BigInt(first),
       BigInt(count),
-      keys.buffer.handle,
-      BigInt(keys.byteOffset),
-      values.buffer.handle,
-      BigInt(values.byteOffset),
+      ...place(keys),
+      ...place(values),
     );
   }
 
@@ -209,10 +199,8 @@ export class NativeKvCache {
       ...this.#handles,
       layer,
       sequence,
-      queries.buffer.handle,
-      BigInt(queries.byteOffset),
-      out.buffer.handle,
-      BigInt(out.byteOffset),
+      ...place(queries),
+      ...place(out),
       scale,
     );
   }
@@ -228,10 +216,8 @@ export class NativeKvCache {
       ...this.#handles,
       layer,
       sequence,
-      weights.buffer.handle,
-      BigInt(weights.byteOffset),
-      out.buffer.handle,
-      BigInt(out.byteOffset),
+      ...place(weights),
+      ...place(out),
     );
   }
 

@@ -1,6 +1,6 @@
 import { call } from "./call.ts";
 import type { NativeBuffer, NativeDevice } from "./device.ts";
-import type { NativeTensor } from "./kv.ts";
+import { type NativeTensor, place, placeIf } from "./tensor.ts";
 
 // The functions of packhorse.h, section "llm". What tensors are and hold is for the caller to check.
 
@@ -10,12 +10,6 @@ export interface NativeFloats extends NativeTensor {
 }
 
 type Handle = NativeBuffer["handle"];
-
-/** Handle and offset. */
-const place = ({ buffer, byteOffset }: NativeTensor): [Handle, bigint] => [
-  buffer.handle,
-  BigInt(byteOffset),
-];
 
 /** Handle, offset and dtype. */
 const floats = (tensor: NativeFloats): [Handle, bigint, number] => [...place(tensor), tensor.dtype];
@@ -216,14 +210,12 @@ export interface SampleCall {
 
 export function sample(device: NativeDevice, parameters: SampleCall): void {
   const { logits, samplers, seen, scratch, out } = parameters;
-  const [seenHandle, seenOffset] = seen ? place(seen) : [null, 0n];
   call(
     device.library.symbols.ph_llm_sample,
     device.handle,
     ...floats(logits),
     ...place(samplers),
-    seenHandle,
-    seenOffset,
+    ...placeIf(seen),
     ...place(scratch),
     ...place(out),
     logits.rows,

@@ -1,8 +1,8 @@
 import { PackhorseError } from "../src/error.ts";
 import { call, create } from "./call.ts";
-import type { HostBytes, NativeBuffer, NativeDevice } from "./device.ts";
+import type { HostBytes, NativeDevice } from "./device.ts";
 import { OT_OPTIONS, OT_REPORT } from "./structs.ts";
-import type { NativeTensor } from "./kv.ts";
+import { type NativeTensor, placeIf } from "./tensor.ts";
 
 // The functions of packhorse.h, section "ot". What tensors are and hold is for the caller to check.
 
@@ -79,11 +79,6 @@ export function readReports(
   }));
 }
 
-type Place = [NativeBuffer["handle"] | null, bigint];
-
-const place = (tensor: NativeTensor | undefined): Place =>
-  tensor ? [tensor.buffer.handle, BigInt(tensor.byteOffset)] : [null, 0n];
-
 /** A `ph_ot_batch`, freed before its device closes. */
 export class NativeTransportBatch {
   readonly device: NativeDevice;
@@ -143,11 +138,11 @@ export class NativeTransportBatch {
       this.device.library.symbols.ph_ot_batch_bind,
       this.device.handle,
       this.handle,
-      ...place(cost),
-      ...place(x),
-      ...place(y),
-      ...place(a),
-      ...place(b),
+      ...placeIf(cost),
+      ...placeIf(x),
+      ...placeIf(y),
+      ...placeIf(a),
+      ...placeIf(b),
     );
   }
 
@@ -156,11 +151,11 @@ export class NativeTransportBatch {
       this.device.library.symbols.ph_ot_sinkhorn,
       this.device.handle,
       this.handle,
-      ...place(warmG),
-      ...place(f),
-      ...place(g),
-      ...place(plan),
-      ...place(reports),
+      ...placeIf(warmG),
+      ...placeIf(f),
+      ...placeIf(g),
+      ...placeIf(plan),
+      ...placeIf(reports),
     );
   }
 
@@ -174,10 +169,10 @@ export class NativeTransportBatch {
       this.device.handle,
       this.handle,
       masses ?? null,
-      ...place(f),
-      ...place(g),
-      ...place(plan),
-      ...place(reports),
+      ...placeIf(f),
+      ...placeIf(g),
+      ...placeIf(plan),
+      ...placeIf(reports),
     );
   }
 
@@ -191,10 +186,10 @@ export class NativeTransportBatch {
       this.device.handle,
       this.handle,
       masses,
-      ...place(f),
-      ...place(g),
-      ...place(plan),
-      ...place(reports),
+      ...placeIf(f),
+      ...placeIf(g),
+      ...placeIf(plan),
+      ...placeIf(reports),
     );
   }
 
@@ -205,10 +200,10 @@ export class NativeTransportBatch {
       this.device.handle,
       this.handle,
       inner,
-      ...place(f),
-      ...place(g),
-      ...place(plan),
-      ...place(reports),
+      ...placeIf(f),
+      ...placeIf(g),
+      ...placeIf(plan),
+      ...placeIf(reports),
     );
   }
 
@@ -226,13 +221,13 @@ export class NativeTransportBatch {
       this.device.handle,
       this.handle,
       alphas,
-      ...place(x),
-      ...place(y),
-      ...place(cost),
-      ...place(a),
-      ...place(b),
-      ...place(plan),
-      ...place(reports),
+      ...placeIf(x),
+      ...placeIf(y),
+      ...placeIf(cost),
+      ...placeIf(a),
+      ...placeIf(b),
+      ...placeIf(plan),
+      ...placeIf(reports),
     );
   }
 
@@ -241,10 +236,10 @@ export class NativeTransportBatch {
       this.device.library.symbols.ph_ot_plan,
       this.device.handle,
       this.handle,
-      ...place(f),
-      ...place(g),
-      ...place(reports),
-      ...place(plan),
+      ...placeIf(f),
+      ...placeIf(g),
+      ...placeIf(reports),
+      ...placeIf(plan),
     );
   }
 
@@ -254,12 +249,12 @@ export class NativeTransportBatch {
       this.device.library.symbols.ph_ot_plan_product,
       this.device.handle,
       this.handle,
-      ...place(f),
-      ...place(g),
-      ...place(plan),
-      ...place(reports),
-      ...place(matrix),
-      ...place(out),
+      ...placeIf(f),
+      ...placeIf(g),
+      ...placeIf(plan),
+      ...placeIf(reports),
+      ...placeIf(matrix),
+      ...placeIf(out),
       width,
       transposed ? 1 : 0,
       normalised ? 1 : 0,
@@ -275,21 +270,21 @@ export class NativeTransportBatch {
       this.device.handle,
       this.handle,
       mode,
-      ...place(f),
-      ...place(g),
-      ...place(plan),
-      ...place(reports),
-      ...place(warmG),
-      ...place(of.plan),
-      ...place(of.f),
-      ...place(of.g),
-      ...place(of.cost),
-      ...place(of.value),
-      ...place(to.cost),
-      ...place(to.x),
-      ...place(to.y),
-      ...place(to.a),
-      ...place(to.b),
+      ...placeIf(f),
+      ...placeIf(g),
+      ...placeIf(plan),
+      ...placeIf(reports),
+      ...placeIf(warmG),
+      ...placeIf(of.plan),
+      ...placeIf(of.f),
+      ...placeIf(of.g),
+      ...placeIf(of.cost),
+      ...placeIf(of.value),
+      ...placeIf(to.cost),
+      ...placeIf(to.x),
+      ...placeIf(to.y),
+      ...placeIf(to.a),
+      ...placeIf(to.b),
     );
   }
 

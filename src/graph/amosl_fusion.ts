@@ -1,4 +1,4 @@
-import type { NativeTensor } from "../../ffi/kv.ts";
+import type { NativeTensor } from "../../ffi/tensor.ts";
 import * as native from "../../ffi/graph.ts";
 import type { DeviceBuffer } from "../device/device_buffer.ts";
 import { regionOn } from "../device/device_buffer.ts";

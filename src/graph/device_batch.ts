@@ -1,4 +1,4 @@
-import type { NativeTensor } from "../../ffi/kv.ts";
+import type { NativeTensor } from "../../ffi/tensor.ts";
 import type { GraphBatch, ViewBatch } from "./batch.ts";
 import type { Segments, SparsePattern } from "./operations.ts";
 import { type Indices, type Tape, Tensor } from "./tape.ts";

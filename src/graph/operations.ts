@@ -6,7 +6,7 @@
  */
 import { GRAPH_ACTIVATION } from "../../ffi/enums.ts";
 import * as native from "../../ffi/graph.ts";
-import type { NativeTensor } from "../../ffi/kv.ts";
+import type { NativeTensor } from "../../ffi/tensor.ts";
 import { PackhorseError } from "../error.ts";
 import type { Indices, Tape, Tensor } from "./tape.ts";
 

@@ -1,4 +1,4 @@
-import type { NativeTensor } from "../../ffi/kv.ts";
+import type { NativeTensor } from "../../ffi/tensor.ts";
 import type { GraphBatch, ViewBatch } from "./batch.ts";
 import type { SparsePattern } from "./operations.ts";
 import type { Tape } from "./tape.ts";

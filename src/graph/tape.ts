@@ -1,6 +1,6 @@
 import type { NativeDevice } from "../../ffi/device.ts";
 import * as native from "../../ffi/graph.ts";
-import type { NativeTensor } from "../../ffi/kv.ts";
+import type { NativeTensor } from "../../ffi/tensor.ts";
 import { type Device, nativeOf } from "../device/device.ts";
 import { type DeviceBuffer, regionOn } from "../device/device_buffer.ts";
 import { PackhorseError } from "../error.ts";

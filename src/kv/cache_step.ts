@@ -1,5 +1,5 @@
 import type { NativeKvCache } from "../../ffi/kv_cache.ts";
-import type { NativeTensor } from "../../ffi/kv.ts";
+import type { NativeTensor } from "../../ffi/tensor.ts";
 import type { Device } from "../device/device.ts";
 import { type DeviceBuffer, regionOn } from "../device/device_buffer.ts";
 import { PackhorseError } from "../error.ts";

@@ -1,4 +1,5 @@
 import * as native from "../../ffi/kv.ts";
+import type { NativeTensor } from "../../ffi/tensor.ts";
 import { type Device, nativeOf } from "../device/device.ts";
 import { type DeviceBuffer, regionOn } from "../device/device_buffer.ts";
 import { elementCount } from "../dtype.ts";
@@ -192,7 +193,7 @@ function checkedTensor(
   plan: KvPlan,
   name: keyof KvTensorBuffers,
   buffer: DeviceBuffer<KvDType>,
-): native.NativeTensor {
+): NativeTensor {
   const length = elementCount(plan.shape);
   if (buffer.dtype !== plan.dtype || buffer.length !== length) {
     refuse(`${name} must be ${length} elements of ${plan.dtype}`, buffer);
@@ -210,7 +211,7 @@ function checkedMemory<Name extends keyof KvRecordBuffers>(
   buffers: Pick<KvRecordBuffers, Name>,
   // Records to decode may be shorter than the most that there can be.
   least = name === "records" ? 1 : plan.byteLengths[name],
-): native.NativeTensor["buffer"] {
+): NativeTensor["buffer"] {
   const buffer: DeviceBuffer = buffers[name];
   if (buffer.dtype !== "u8" || buffer.byteLength < least) {
     refuse(`${name} must be at least ${least} bytes (u8)`, buffer);

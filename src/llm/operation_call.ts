@@ -1,6 +1,6 @@
 /** What operations check of their arguments before the native call. */
 import { DTYPE } from "../../ffi/enums.ts";
-import type { NativeTensor } from "../../ffi/kv.ts";
+import type { NativeTensor } from "../../ffi/tensor.ts";
 import type { NativeFloats } from "../../ffi/llm.ts";
 import { type Device, nativeOf } from "../device/device.ts";
 import { type DeviceBuffer, regionOn } from "../device/device_buffer.ts";

@@ -1,6 +1,6 @@
 /** What is to be transported, and how it gets to a device. */
 import { DTYPE } from "../../ffi/enums.ts";
-import type { NativeTensor } from "../../ffi/kv.ts";
+import type { NativeTensor } from "../../ffi/tensor.ts";
 import { NativeTransportBatch, type NativeTransportInputs } from "../../ffi/ot.ts";
 import { OT_REPORT } from "../../ffi/structs.ts";
 import { type Device, nativeOf } from "../device/device.ts";
