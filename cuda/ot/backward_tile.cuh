@@ -222,26 +222,25 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     const float* d_plan = call.d_plan == nullptr ? nullptr
                                                  : call.d_plan + tile.plan_offset() +
                                                        static_cast<int64_t>(tile.first_row) * tile.columns;
-    float4* kept = reinterpret_cast<float4*>(tile.entries + tile.thread * L::kThreadFloats);
 #pragma unroll
-    for (int ii = 0; ii < L::kRows; ++ii) {
-      const uint32_t row = tile.row_of(ii);
+    for (int jj = 0; jj < L::kColumns; ++jj) {
+      const uint32_t column = tile.column_of(jj);
 #pragma unroll
-      for (int jj = 0; jj < L::kColumns; jj += 4) {
+      for (int first = 0; first < L::kRows; first += 4) {
         float h[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const uint32_t column = tile.column_of(jj + i);
+          const uint32_t row = tile.row_of(first + i);
           h[i] = 0.0f;
           if (row < tile.block_rows && column < tile.columns && d_plan != nullptr)
             h[i] = d_plan[row * tile.columns + column];
           if (with_costs) {
-            const float cost = plan.entries[ii][jj + i];
+            const float cost = plan.entries[first + i][jj];
             h[i] = fabsf(cost) <= FLT_MAX ? fmaf(d_cost, cost, h[i]) : 0.0f;
           }
           h[i] *= inverse_epsilon;
         }
-        kept[(ii * L::kColumns + jj) / 4] = make_float4(h[0], h[1], h[2], h[3]);
+        tile.kept()[(jj * L::kRows + first) / 4] = make_float4(h[0], h[1], h[2], h[3]);
       }
     }
   }

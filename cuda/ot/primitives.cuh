@@ -21,6 +21,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// To 1 ulp.
+__device__ __forceinline__ float square_root(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The same value, of which the compiler does not know that: it computes anew what depends on it, instead of keeping it in
 // registers from far above.
 __device__ __forceinline__ uint32_t hidden(uint32_t value) {
