@@ -1,8 +1,10 @@
 import { PackhorseError } from "../error.ts";
 import type { KvSequence } from "../kv/cache.ts";
+import { BLOCK_TOKENS } from "../kv/codec.ts";
+import { DecodePipeline, type DecodeRow } from "./decode_pipeline.ts";
 import type { ModelParts } from "./language_model.ts";
 import type { PromptMemory } from "./prompt_memory.ts";
-import { Sampler, type SamplerRow, type SamplingOptions } from "./sampler.ts";
+import { Sampler, type SamplingOptions } from "./sampler.ts";
 import { StopStrings } from "./stop_strings.ts";
 import type { Tokenizer, TokenStream } from "./tokenizer.ts";
 
@@ -52,11 +54,6 @@ export interface Completion {
 
 const DEFAULT_TOKENS = 256;
 
-/** A sequence whose latest token is to be computed, and the next chosen. */
-export interface DecodeRow extends SamplerRow {
-  readonly sequence: KvSequence;
-}
-
 /** A prompt that is being continued. */
 interface Continuation extends DecodeRow {
   /** Of the prompt and the continuation. */
@@ -89,6 +86,7 @@ export async function* generateTokens(
   }
   const endTokens = new Set(options.endTokens ?? parts.config.endTokens);
   using sampler = new Sampler(parts, options);
+  const pipeline = new DecodePipeline(parts, sampler);
   signal?.throwIfAborted();
 
   const waiting = [...encoded.entries()].reverse();
@@ -97,7 +95,8 @@ export async function* generateTokens(
   const remembering = prompts.length === 1 ? memory : undefined;
   try {
     while (waiting.length > 0 || active.size > 0) {
-      if (waiting.length > 0 && hasRoom(parts, active)) {
+      const hasNext = waiting.length > 0 && hasRoom(parts, active);
+      if (hasNext && !pipeline.isAhead) {
         const [prompt, tokens] = waiting.pop()!;
         const { sequence, token } = await prefill(parts, { prompt, tokens }, sampler, options);
         const continuation: Continuation = {
@@ -118,7 +117,9 @@ export async function* generateTokens(
       }
       signal?.throwIfAborted();
       const batch = [...active];
-      const chosen = await decode(parts, batch, sampler);
+      const ahead = parts.decodesAhead && !hasNext &&
+        batch.every((continuation) => goesOn(parts, continuation, remembering));
+      const chosen = await pipeline.next(batch, { ahead });
       const pieces = batch.map((continuation, i) => take(continuation, chosen[i]!, endTokens));
       endFinished(parts, active, remembering);
       yield* pieces;
@@ -169,7 +170,21 @@ function checkLength({ cache }: ModelParts, tokens: readonly number[], prompt: n
 /** Whether one more sequence can begin: at least one prompt has to go on, or its error tells what is full. */
 function hasRoom({ cache }: ModelParts, active: ReadonlySet<Continuation>): boolean {
   if (active.size === 0) return true;
-  return cache.statistics().sequences < cache.config.sequences;
+  return cache.sequenceCount < cache.config.sequences;
+}
+
+/**
+ * Whether a step after the next may be enqueued before it is known if that ends the continuation: not after the last token
+ * there may be, and not if it packs tokens of a sequence that is to be remembered as if it had not been.
+ */
+function goesOn(
+  { cache }: ModelParts,
+  { chosen, most, tokens }: Continuation,
+  remembering: PromptMemory | undefined,
+): boolean {
+  if (chosen + 1 === most) return false;
+  const { sinks, residual } = cache.config;
+  return remembering === undefined || (tokens.length + 1 - sinks - residual) % BLOCK_TOKENS !== 0;
 }
 
 /** Starts a sequence with a prompt, and chooses the token after it. */
@@ -192,7 +207,8 @@ export async function prefill(
         runner.positions(rows).upload(Int32Array.from({ length: rows }, (_, i) => first + i));
         runner.forward(step, { attention: "prefill" });
         if (first + rows === tokens.length) {
-          return await sampler.choose(runner.logits(rows - 1, 1), [{ prompt, tokens, chosen: 0 }]);
+          const row = { prompt, tokens, chosen: 0 };
+          return await sampler.choose(runner.logits(rows - 1, 1), [row]).read([row]);
         }
         await device.synchronize(); // so that an abort is heard, and not too much is enqueued
         return [];
@@ -207,28 +223,6 @@ export async function prefill(
     }
     throw error;
   }
-}
-
-/** Gives every sequence its latest token, and chooses the next ones. */
-export function decode(
-  { cache, runner, graphs, device, turns }: ModelParts,
-  batch: readonly DecodeRow[],
-  sampler: Sampler,
-): Promise<readonly number[]> {
-  const rows = batch.length;
-  return turns.take(() => {
-    const positions = batch.map(({ sequence }) => cache.length(sequence));
-    const step = cache.begin(batch.map(({ sequence }) => ({ sequence })));
-    runner.tokens(rows).upload(Int32Array.from(batch, ({ tokens }) => tokens.at(-1)!));
-    runner.positions(rows).upload(Int32Array.from(positions));
-    const enqueue = () => {
-      runner.forward(step, { attention: "attend" });
-      runner.logits(0, rows);
-    };
-    if (device.backend === "cpu") enqueue();
-    else graphs.run(step, enqueue);
-    return sampler.choose(runner.logitsOut(rows), batch);
-  });
 }
 
 /** Adds a token to a continuation, and says what of its text is new. */
@@ -286,9 +280,11 @@ function end(
   { sequence, tokens }: Continuation,
   memory: PromptMemory | undefined,
 ): void {
-  // The last token was chosen, but not computed.
-  if (memory !== undefined) memory.hold(sequence, tokens.slice(0, cache.length(sequence)));
-  else cache.remove(sequence);
+  if (memory === undefined) return cache.remove(sequence);
+  // The last token was chosen, but not computed, unless a step ahead did.
+  const computed = tokens.length - 1;
+  if (cache.length(sequence) > computed) cache.truncate(sequence, computed);
+  memory.hold(sequence, tokens.slice(0, cache.length(sequence)));
 }
 
 function refuse(reason: string): never {
