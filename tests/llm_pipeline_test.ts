@@ -27,7 +27,9 @@ function test(
     Deno.test(`llm pipeline: ${backend}: ${name}`, async () => {
       using device = Device.open({ backend });
       using model = await LanguageModel.load(device, TINY, {
-        ...{ tokens: 256, residual: 16, sinks: 4, stepTokens: 64 },
+        ...{ tokens: 256, residual: 16, sinks: 4 },
+        // A GPU multiplies more than 8 rows in ways that depend on how many there are.
+        stepTokens: backend === "cpu" ? 64 : 8,
         ...options,
       });
       await work(model);
@@ -294,6 +296,57 @@ test("a model that is disposed while a step is ahead says so", {}, async () => {
   for (let i = 0; i < 3; i++) await generator.next();
   model[Symbol.dispose]();
   await rejectsWith(() => generator.next(), "disposed");
+});
+
+test("short prompts are computed in one step, and give what each gives alone", {
+  sequences: 4,
+  stepTokens: 8,
+}, async (model) => {
+  const options = { maxTokens: 6, endTokens: [], ahead: false };
+  // Steps of prompts; then 5 choose the other tokens.
+  for (
+    const [lengths, steps] of [
+      [[3, 2, 3], 1],
+      [[3, 2, 4], 2],
+      [[3, 2, 3, 19], 1 + 3],
+      [[19, 2, 3, 1], 2 + 1 + 1],
+      [[16, 1, 7], 2 + 1],
+    ] as const
+  ) {
+    const prompts = promptsOf(model, ...lengths);
+    const together = await run(model, prompts, options);
+    assertEquals(together.steps, steps + 5, `${lengths}`);
+    for (const [i, prompt] of prompts.entries()) {
+      const alone = await run(model, [prompt], options);
+      assertEquals(together.tokens[i], alone.tokens[0], `${lengths}: ${i}`);
+    }
+  }
+
+  // What a memory has is not computed again, so that these are short.
+  using memory = model.createMemory();
+  const [long] = promptsOf(model, 60);
+  await run(model, [long!], { ...options, memory });
+  const questions = [[...long!, 11, 12, 13], [...long!, 21, 22], [...long!, 31]];
+  const { tokens, steps } = await run(model, questions, { ...options, memory });
+  assertEquals(steps, 1 + 5);
+  for (const [i, prompt] of questions.entries()) {
+    assertEquals(tokens[i], (await run(model, [prompt], { ...options, memory })).tokens[0]);
+  }
+  memory.clear();
+});
+
+test("prompts that the pool has no room for at once are computed one after another", {
+  sequences: 2,
+  tokens: 1024,
+  stepTokens: 1280,
+  cacheBytes: 12 * 65_536,
+  codec: "packkv:k=0.05,v=0.05",
+}, async (model) => {
+  // At most, each takes 2 pages in each of 4 layers, but once it is packed, 1.
+  const prompts = promptsOf(model, 410, 415);
+  const { outcome } = await runBoth(model, prompts, { maxTokens: 4, endTokens: [] });
+  assertEquals([outcome.error, outcome.steps], [undefined, 2 + 3]);
+  assertEquals(outcome.tokens.map(({ length }) => length), [4, 4]);
 });
 
 for (const backend of backends()) {

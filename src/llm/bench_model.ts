@@ -11,9 +11,9 @@ import { withWholePool } from "../kv/whole_pool.ts";
 import { bytesOfTokens } from "./cache_bytes.ts";
 import { DecodeGraphs } from "./decode_graphs.ts";
 import { DecodePipeline, type DecodeRow } from "./decode_pipeline.ts";
-import { prefill } from "./generate.ts";
 import type { ModelParts } from "./language_model.ts";
 import { argmax } from "./operations.ts";
+import { prefill } from "./prefill.ts";
 import { poolBytesFor, type PoollessOptions } from "./pool_bytes.ts";
 import { ModelRunner } from "./runner.ts";
 import { Sampler } from "./sampler.ts";
@@ -220,9 +220,10 @@ async function computePrompt(
   const { vocabulary } = parts.config;
   const tokens = Array.from({ length }, (_, i) => (7919 * i + 101 * prompt + 13) % vocabulary);
   const start = performance.now();
-  const { sequence, token } = await prefill(parts, { prompt, tokens }, sampler, { signal });
+  const [started] = await prefill(parts, [{ prompt, tokens }], sampler, { signal });
   const seconds = secondsSince(start);
   progress.advance(length);
+  const { sequence, token } = started!;
   return { prompt, sequence, tokens: [token], chosen: 1, seconds };
 }
 

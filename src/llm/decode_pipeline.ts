@@ -1,8 +1,8 @@
-import { PackhorseError } from "../error.ts";
 import type { KvSequence } from "../kv/cache.ts";
 import type { KvCacheStep } from "../kv/cache_step.ts";
 import type { ModelParts } from "./language_model.ts";
 import type { Choice, Sampler, SamplerRow } from "./sampler.ts";
+import { unlessFull } from "./unless_full.ts";
 
 /** A sequence whose latest token is to be computed, and the next chosen. */
 export interface DecodeRow extends SamplerRow {
@@ -69,13 +69,8 @@ export class DecodePipeline {
   }
 
   #enqueueAfter({ rows, choice }: EnqueuedStep): EnqueuedStep | undefined {
-    let step: KvCacheStep;
-    try {
-      step = this.#begin(rows);
-    } catch (error) {
-      if (error instanceof PackhorseError && error.code === "out-of-memory") return undefined;
-      throw error;
-    }
+    const step = unlessFull(() => this.#begin(rows));
+    if (step === undefined) return undefined;
     this.#parts.runner.tokens(rows.length).copyFrom(choice.tokens);
     return this.#compute(step, rows);
   }

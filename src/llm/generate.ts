@@ -1,8 +1,8 @@
 import { PackhorseError } from "../error.ts";
-import type { KvSequence } from "../kv/cache.ts";
 import { BLOCK_TOKENS } from "../kv/codec.ts";
 import { DecodePipeline, type DecodeRow } from "./decode_pipeline.ts";
 import type { ModelParts } from "./language_model.ts";
+import { countTogether, prefill, type WaitingPrompt } from "./prefill.ts";
 import type { PromptMemory } from "./prompt_memory.ts";
 import { Sampler, type SamplingOptions } from "./sampler.ts";
 import { StopStrings } from "./stop_strings.ts";
@@ -89,17 +89,18 @@ export async function* generateTokens(
   const pipeline = new DecodePipeline(parts, sampler);
   signal?.throwIfAborted();
 
-  const waiting = [...encoded.entries()].reverse();
+  let waiting = encoded.map((tokens, prompt): WaitingPrompt => ({ prompt, tokens }));
   const active = new Set<Continuation>();
   // Several would not know which of them is to be remembered.
   const remembering = prompts.length === 1 ? memory : undefined;
   try {
     while (waiting.length > 0 || active.size > 0) {
-      const hasNext = waiting.length > 0 && hasRoom(parts, active);
-      if (hasNext && !pipeline.isAhead) {
-        const [prompt, tokens] = waiting.pop()!;
-        const { sequence, token } = await prefill(parts, { prompt, tokens }, sampler, options);
-        const continuation: Continuation = {
+      const room = waiting.length > 0 ? roomFor(parts, active) : 0;
+      if (room > 0 && !pipeline.isAhead) {
+        const next = waiting.slice(0, countTogether(parts, waiting, { room, memory }));
+        const started = await prefill(parts, next, sampler, options);
+        waiting = waiting.slice(started.length);
+        const begun = started.map(({ prompt, sequence, tokens }): Continuation => ({
           prompt,
           sequence,
           tokens: [...tokens],
@@ -108,16 +109,16 @@ export async function* generateTokens(
           most: Math.min(maxTokens, parts.cache.config.tokens - tokens.length),
           chosen: 0,
           finish: undefined,
-        };
-        active.add(continuation);
-        const piece = take(continuation, token, endTokens);
+        }));
+        for (const continuation of begun) active.add(continuation);
+        const pieces = begun.map((each, i) => take(each, started[i]!.token, endTokens));
         endFinished(parts, active, remembering);
-        yield piece;
+        yield* pieces;
         continue;
       }
       signal?.throwIfAborted();
       const batch = [...active];
-      const ahead = parts.decodesAhead && !hasNext &&
+      const ahead = parts.decodesAhead && room === 0 &&
         batch.every((continuation) => goesOn(parts, continuation, remembering));
       const chosen = await pipeline.next(batch, { ahead });
       const pieces = batch.map((continuation, i) => take(continuation, chosen[i]!, endTokens));
@@ -167,10 +168,9 @@ function checkLength({ cache }: ModelParts, tokens: readonly number[], prompt: n
   );
 }
 
-/** Whether one more sequence can begin: at least one prompt has to go on, or its error tells what is full. */
-function hasRoom({ cache }: ModelParts, active: ReadonlySet<Continuation>): boolean {
-  if (active.size === 0) return true;
-  return cache.sequenceCount < cache.config.sequences;
+/** How many more sequences can begin: at least one prompt has to go on, or its error tells what is full. */
+function roomFor({ cache }: ModelParts, active: ReadonlySet<Continuation>): number {
+  return Math.max(cache.config.sequences - cache.sequenceCount, active.size === 0 ? 1 : 0);
 }
 
 /**
@@ -185,44 +185,6 @@ function goesOn(
   if (chosen + 1 === most) return false;
   const { sinks, residual } = cache.config;
   return remembering === undefined || (tokens.length + 1 - sinks - residual) % BLOCK_TOKENS !== 0;
-}
-
-/** Starts a sequence with a prompt, and chooses the token after it. */
-export async function prefill(
-  { cache, runner, device, turns }: ModelParts,
-  { prompt, tokens }: { readonly prompt: number; readonly tokens: readonly number[] },
-  sampler: Sampler,
-  { memory, signal }: Pick<GenerationOptions, "memory" | "signal"> = {},
-): Promise<{ sequence: KvSequence; token: number }> {
-  const known = memory?.fork(tokens);
-  const sequence = known?.sequence ?? cache.add();
-  try {
-    const { stepTokens } = cache.config;
-    for (let first = known?.tokens ?? 0;; first += stepTokens) {
-      signal?.throwIfAborted();
-      const rows = Math.min(stepTokens, tokens.length - first);
-      const chosen = await turns.take(async () => {
-        const step = cache.begin([{ sequence, tokens: rows }]);
-        runner.tokens(rows).upload(Int32Array.from(tokens.slice(first, first + rows)));
-        runner.positions(rows).upload(Int32Array.from({ length: rows }, (_, i) => first + i));
-        runner.forward(step, { attention: "prefill" });
-        if (first + rows === tokens.length) {
-          const row = { prompt, tokens, chosen: 0 };
-          return await sampler.choose(runner.logits(rows - 1, 1), [row]).read([row]);
-        }
-        await device.synchronize(); // so that an abort is heard, and not too much is enqueued
-        return [];
-      });
-      if (chosen.length > 0) return { sequence, token: chosen[0]! };
-    }
-  } catch (error) {
-    try {
-      cache.remove(sequence);
-    } catch {
-      // The cache was disposed, or a step of it failed: what was thrown first says so.
-    }
-    throw error;
-  }
 }
 
 /** Adds a token to a continuation, and says what of its text is new. */
