@@ -72,11 +72,11 @@ export interface ModelBench {
   readonly prefillTokensPerSecond: number;
   /** Tokens per second of all sequences together, over all timed steps. */
   readonly decodeTokensPerSecond: number;
-  /** The median time of a step, which gives each sequence a token: from choosing one to knowing the next. */
+  /** The median time of a step, which gives each sequence a token: from knowing one to knowing the next. */
   readonly stepSeconds: number;
   /**
-   * The same where steps follow each other without the host waiting for any, by the GPU's own clock: the median over groups
-   * of 8. Undefined on the CPU.
+   * The same where steps follow each other without the host reading any token, by the GPU's own clock: the median over
+   * groups of 8. Undefined on the CPU.
    */
   readonly backToBackSeconds: number | undefined;
   /** What share of `stepSeconds` the GPU waits for the host. Undefined on the CPU. */

@@ -117,7 +117,7 @@ export async function* generateTokens(
         continue;
       }
       signal?.throwIfAborted();
-      const batch = [...active];
+      const batch = [...active]; // none, if a step ahead was one too many for all
       const ahead = parts.decodesAhead && room === 0 &&
         batch.every((continuation) => goesOn(parts, continuation, remembering));
       const chosen = await pipeline.next(batch, { ahead });

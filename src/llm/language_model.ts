@@ -217,8 +217,11 @@ export class LanguageModel implements Disposable {
    * Continues a prompt, or several at once: pieces of text as they come, those of a prompt in their order. Iterating
    * starts the work, and leaving the loop ends it.
    *
-   * A prompt is a text, or tokens. Every prompt gives the same tokens whatever else is generated with it. More prompts
-   * than the cache has room for wait for their turn.
+   * A prompt is a text, or tokens. Every prompt gives the same tokens whatever else is generated with it; on a GPU as far
+   * as roundings allow, for it multiplies more than 8 rows in ways that depend on how many there are: tokens of prompts, and
+   * sequences. More prompts than the cache has room for wait for their turn.
+   *
+   * On a GPU ({@linkcode Device.isAsynchronous}), the next tokens are being computed while the caller has a piece.
    *
    * Throws `invalid-argument` for options outside their range, a prompt without tokens, or one longer than the model was
    * loaded for; `unsupported` for a text, or stop strings, without a tokenizer; `out-of-memory` if the cache is
