@@ -121,6 +121,21 @@ PH_API int32_t ph_buffer_upload(ph_device* device, ph_buffer* buffer, uint64_t o
 /* Copies the buffer to host memory, in stream order; waits until `target` holds the bytes. */
 PH_API int32_t ph_buffer_download(ph_device* device, const ph_buffer* buffer, uint64_t offset, void* target,
                                   uint64_t bytes, char* error, uint32_t error_bytes);
+/* Host memory, `bytes` (> 0) of it, that a device copies to while the host goes on: page-locked on CUDA. Where
+ * ph_buffer_download waits for all enqueued work, ph_readback_wait waits for what was enqueued before the copy only, so that
+ * the next work can be enqueued meanwhile. */
+typedef struct ph_readback ph_readback;
+PH_API ph_readback* ph_readback_create(ph_device* device, uint64_t bytes, int32_t* status, char* error,
+                                       uint32_t error_bytes);
+/* Waits until a copy to it is done, then frees it. No other call may be using it. */
+PH_API int32_t ph_readback_destroy(ph_device* device, ph_readback* readback, char* error,
+                                   uint32_t error_bytes);
+/* Enqueues a copy of `bytes` bytes (> 0, at most those it was created for) of the buffer. What was copied before is lost. */
+PH_API int32_t ph_readback_enqueue(ph_device* device, ph_readback* readback, const ph_buffer* buffer,
+                                   uint64_t offset, uint64_t bytes, char* error, uint32_t error_bytes);
+/* Waits for the copy that was enqueued last, and writes its first `bytes` bytes, at most all, to `target`. */
+PH_API int32_t ph_readback_wait(ph_device* device, ph_readback* readback, void* target, uint64_t bytes,
+                                char* error, uint32_t error_bytes);
 /* Enqueues a copy between buffers of one device; the ranges must not overlap. */
 PH_API int32_t ph_buffer_copy(ph_device* device, ph_buffer* target, uint64_t target_offset,
                               const ph_buffer* source, uint64_t source_offset, uint64_t bytes, char* error,
