@@ -378,8 +378,7 @@ __device__ __forceinline__ void quantize_head(const TileShape& shape, const Rows
                                               const TileShared<kMixed>& shared, uint64_t non_finite,
                                               uint8_t* key_codes, uint8_t* value_codes) {
   using Vector = typename Element::Vector;
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
-  const bool is_coded[kParts] = {!kMixed || !is_raw16(shape.parts[0]), !kMixed || !is_raw16(shape.parts[1])};
+  const uint32_t thread = thread_index(), warp = thread / kWarpThreads, lane = thread % kWarpThreads;
   // A warp takes 8 vectors (whole 128-byte lines) of 4 x 4 tokens, or 4 of 8 x 4 where the head does not
   // divide by 64.
   const uint32_t vector_bits = shape.head_dim % 64 == 0 ? 3 : 2;
@@ -389,56 +388,47 @@ __device__ __forceinline__ void quantize_head(const TileShape& shape, const Rows
     if (task >= shape.head_dim / 16) break;
     const uint32_t vector = (task >> (vector_bits - 1) << vector_bits) + lane % (1u << vector_bits);
     const uint32_t quad = (task % (1u << (vector_bits - 1)) << (5 - vector_bits)) + (lane >> vector_bits);
-    Vector held[kParts][4];
 #pragma unroll
     for (uint32_t part = 0; part < kParts; ++part) {
-      if (!is_coded[part]) continue;
-#pragma unroll
-      for (uint32_t k = 0; k < 4; ++k) {
-        held[part][k].load(rows.at(part, 4 * quad + k) + vector * kVectorBytes);
-      }
-    }
-    if ((non_finite >> 4 * quad & 15) != 0) {
-#pragma unroll
-      for (uint32_t part = 0; part < kParts; ++part) {
-        if (!is_coded[part]) continue;
-#pragma unroll
-        for (uint32_t k = 0; k < 4; ++k) zero_non_finite<Element>(held[part][k]);
-      }
-    }
-    const auto codes_of = [&](uint32_t part, uint32_t k) {
+      if (kMixed && is_raw16(shape.parts[part])) continue;
       const uint32_t limit = shape.parts[part].code_limit;
-      uint32_t index = 4 * quad + k;
-      if constexpr (kMixed) {
-        index = scale_index(shape, part, index, vector * kVectorValues);
-        if (part == PH_KV_KEYS && is_kivi(shape.parts[part])) {
-          return make_channel_codes<Element>(held[part][k], shared.quantizers[part] + index, limit);
-        }
+      Vector held[4];
+#pragma unroll
+      for (uint32_t k = 0; k < 4; ++k) held[k].load(rows.at(part, 4 * quad + k) + vector * kVectorBytes);
+      if ((non_finite >> 4 * quad & 15) != 0) {
+#pragma unroll
+        for (uint32_t k = 0; k < 4; ++k) zero_non_finite<Element>(held[k]);
       }
-      return make_codes<Element>(held[part][k], shared.quantizers[part][index], limit);
-    };
-    uint2 codes[4];
-    if (is_coded[PH_KV_KEYS]) {
-#pragma unroll
-      for (uint32_t k = 0; k < 4; ++k) codes[k] = codes_of(PH_KV_KEYS, k);
-      *reinterpret_cast<uint4*>(key_codes + key_chunk(2 * vector, quad)) =
-          make_uint4(codes[0].x, codes[1].x, codes[2].x, codes[3].x);
-      *reinterpret_cast<uint4*>(key_codes + key_chunk(2 * vector + 1, quad)) =
-          make_uint4(codes[0].y, codes[1].y, codes[2].y, codes[3].y);
-    }
-    if (!is_coded[PH_KV_VALUES]) continue;
-#pragma unroll
-    for (uint32_t k = 0; k < 4; ++k) codes[k] = codes_of(PH_KV_VALUES, k);
-#pragma unroll
-    for (uint32_t half = 0; half < 2; ++half) {
-      uint32_t in[4], out[4];
-#pragma unroll
-      for (uint32_t k = 0; k < 4; ++k) in[k] = half == 0 ? codes[k].x : codes[k].y;
-      transpose4(in, out);
+      uint2 codes[4];
 #pragma unroll
       for (uint32_t k = 0; k < 4; ++k) {
-        const uint32_t channel = vector * kVectorValues + 4 * half + k;
-        *reinterpret_cast<uint32_t*>(value_codes + value_chunk(channel, quad / 4) + 4 * (quad % 4)) = out[k];
+        uint32_t index = 4 * quad + k;
+        if constexpr (kMixed) {
+          index = scale_index(shape, part, index, vector * kVectorValues);
+          if (part == PH_KV_KEYS && is_kivi(shape.parts[part])) {
+            codes[k] = make_channel_codes<Element>(held[k], shared.quantizers[part] + index, limit);
+            continue;
+          }
+        }
+        codes[k] = make_codes<Element>(held[k], shared.quantizers[part][index], limit);
+      }
+#pragma unroll
+      for (uint32_t half = 0; half < 2; ++half) {
+        uint32_t words[4], channels[4];
+#pragma unroll
+        for (uint32_t k = 0; k < 4; ++k) words[k] = half == 0 ? codes[k].x : codes[k].y;
+        if (part == PH_KV_KEYS) {
+          *reinterpret_cast<uint4*>(key_codes + key_chunk(2 * vector + half, quad)) =
+              make_uint4(words[0], words[1], words[2], words[3]);
+          continue;
+        }
+        transpose4(words, channels);
+#pragma unroll
+        for (uint32_t k = 0; k < 4; ++k) {
+          const uint32_t channel = vector * kVectorValues + 4 * half + k;
+          *reinterpret_cast<uint32_t*>(value_codes + value_chunk(channel, quad / 4) + 4 * (quad % 4)) =
+              channels[k];
+        }
       }
     }
   }
@@ -455,8 +445,8 @@ __device__ __forceinline__ uint32_t transpose8(uint32_t pair) {
 template <typename Rows>
 __device__ __forceinline__ void store_raw(const TileShape& shape, uint32_t part, const Rows& rows,
                                           const RecordTarget& target, uint32_t begin) {
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
-                 i = lane % 4;
+  const uint32_t thread = thread_index(), warp = thread / kWarpThreads, lane = thread % kWarpThreads,
+                 g = lane / 4, i = lane % 4;
   for (uint32_t f = warp; f < shape.head_dim / kFragmentChannels * 4; f += kTileWarps) {
     const uint32_t channel = kFragmentChannels * (f / 4);
     uint32_t words[4];
@@ -484,7 +474,7 @@ template <int kRounds, bool kMixed>
 __device__ __forceinline__ void find_residuals(const TileShape& shape, const uint8_t* key_codes,
                                                const uint8_t* value_codes, TileShared<kMixed>& shared,
                                                uint32_t (&residuals)[kRounds][kRegisters]) {
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  const uint32_t thread = thread_index(), warp = thread / kWarpThreads, lane = thread % kWarpThreads;
   const uint32_t groups = tile_groups(shape);
 #pragma unroll
   for (uint32_t round = 0; round < kRounds; ++round) {
@@ -518,7 +508,7 @@ __device__ __forceinline__ void store_record(const TileShape& shape, const TileS
                                              const uint32_t (&residuals)[kRounds][kRegisters],
                                              const RecordTarget& target, uint32_t begin,
                                              uint32_t record_bytes) {
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  const uint32_t thread = thread_index(), warp = thread / kWarpThreads, lane = thread % kWarpThreads;
   const uint32_t groups = tile_groups(shape);
 #pragma unroll
   for (uint32_t round = 0; round < kRounds; ++round) {
