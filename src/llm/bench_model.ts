@@ -2,19 +2,18 @@ import type { Device } from "../device/device.ts";
 import { PackhorseError } from "../error.ts";
 import { KvCache, type KvSequence } from "../kv/cache.ts";
 import { parseCacheCodec } from "../kv/cache_codec.ts";
-import type { KvCacheCodec } from "../kv/cache_options.ts";
+import { type KvCacheCodec, LEAST_RESIDUAL } from "../kv/cache_options.ts";
 import type { KvCacheFileOptions } from "../kv/file_options.ts";
+import { poolBytesFor, type PoollessOptions, withWholePool } from "../kv/pool_bytes.ts";
 import { ProgressCount } from "../kv/progress.ts";
 import { KvSampler } from "../kv/sample.ts";
 import { SampledTokens } from "../kv/sampled_tokens.ts";
-import { withWholePool } from "../kv/whole_pool.ts";
 import { bytesOfTokens } from "./cache_bytes.ts";
 import { DecodeGraphs } from "./decode_graphs.ts";
 import { DecodePipeline, type DecodeRow } from "./decode_pipeline.ts";
 import type { ModelParts } from "./language_model.ts";
 import { argmax } from "./operations.ts";
 import { prefill } from "./prefill.ts";
-import { poolBytesFor, type PoollessOptions } from "./pool_bytes.ts";
 import { ModelRunner } from "./runner.ts";
 import { Sampler } from "./sampler.ts";
 
@@ -104,8 +103,6 @@ const SAMPLE_TOKENS = 8192;
 const MEASURED_TOKENS = 2048;
 /** How much more a long fill may take. */
 const MARGIN = 1.01;
-/** The fewest tokens that a cache keeps in 16 bits. */
-const LEAST_RESIDUAL = 8;
 
 /** {@linkcode LanguageModel.bench}. */
 export async function benchModel(

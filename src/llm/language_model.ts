@@ -9,6 +9,7 @@ import {
   type KvQueryDType,
   resolveCacheOptions,
 } from "../kv/cache_options.ts";
+import { poolBytesFor } from "../kv/pool_bytes.ts";
 import { benchModel, type ModelBench, type ModelBenchOptions } from "./bench_model.ts";
 import { Checkpoint, type WeightDType } from "./checkpoint.ts";
 import { Conversation, type ConversationOptions } from "./conversation.ts";
@@ -28,7 +29,6 @@ import {
   readLanguageModelConfig,
 } from "./model_config.ts";
 import { prepareLinear } from "./operations.ts";
-import { poolBytesFor } from "./pool_bytes.ts";
 import { PromptMemory } from "./prompt_memory.ts";
 import { ModelRunner } from "./runner.ts";
 import { Tokenizer } from "./tokenizer.ts";
