@@ -8,24 +8,7 @@
 
 namespace ph::ot {
 
-constexpr uint32_t kMostSplits = 16, kMostBlocks = 8;  // a multiprocessor
-
-// Parts of the other side so that the blocks have as little to do as can be, each.
-inline uint32_t splits_for(uint32_t own, uint32_t other, uint32_t blocks) {
-  const uint64_t rows = (own + kTileRows - 1) / kTileRows,
-                 columns = (other + kTileColumns - 1) / kTileColumns;
-  uint32_t best = 1;
-  uint64_t least = UINT64_MAX;
-  for (uint32_t splits = 1; splits <= std::min<uint64_t>(kMostSplits, columns); ++splits) {
-    const uint64_t each = (columns + splits - 1) / splits,
-                   work = (rows * splits + blocks - 1) / blocks * (each + 1);
-    if (work < least) {
-      least = work;
-      best = splits;
-    }
-  }
-  return best;
-}
+constexpr uint32_t kMostBlocks = 8;  // a multiprocessor
 
 template <typename Kernel, typename... Parameters>
 void start_stream(const ph_device& device, Kernel kernel, uint32_t blocks, uint32_t threads,
@@ -45,7 +28,7 @@ void start_stream(const ph_device& device, Kernel kernel, uint32_t blocks, uint3
 
 // One file for each kind of costs has these.
 template <Costs kCosts>
-void launch_stream_sinkhorn(const ph_device& device, StreamCall call) {
+void launch_stream_sinkhorn(const ph_device& device, const StreamCall& call) {
   const auto kernel = StreamSinkhornKernel<kCosts>;
   allow_shared(device, kernel, SharedMemory::kPrefer);
   int each = 0;
@@ -53,8 +36,6 @@ void launch_stream_sinkhorn(const ph_device& device, StreamCall call) {
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kStreamThreads, sizeof(StreamShared)));
   const uint32_t blocks = std::min<uint32_t>(static_cast<uint32_t>(std::max(each, 1)), kMostBlocks) *
                           static_cast<uint32_t>(device.processors);
-  call.row_splits = splits_for(call.rows.count, call.columns.count, blocks);
-  call.column_splits = splits_for(call.columns.count, call.rows.count, blocks);
   start_stream(device, kernel, blocks, kStreamThreads, sizeof(StreamShared), true, call);
 }
 template <Costs kCosts>
@@ -64,11 +45,11 @@ void launch_stream_plan(const ph_device& device, const StreamCall& call, bool tr
   start_stream(device, kernel, 2 * static_cast<uint32_t>(device.processors), kStreamThreads,
                sizeof(StreamShared) + sizeof(StreamShared::Product), false, call, transposed);
 }
-extern template void launch_stream_sinkhorn<Costs::kHalves>(const ph_device&, StreamCall);
+extern template void launch_stream_sinkhorn<Costs::kHalves>(const ph_device&, const StreamCall&);
 extern template void launch_stream_plan<Costs::kHalves>(const ph_device&, const StreamCall&, bool);
-extern template void launch_stream_sinkhorn<Costs::kDifferences>(const ph_device&, StreamCall);
+extern template void launch_stream_sinkhorn<Costs::kDifferences>(const ph_device&, const StreamCall&);
 extern template void launch_stream_plan<Costs::kDifferences>(const ph_device&, const StreamCall&, bool);
-extern template void launch_stream_sinkhorn<Costs::kMatrix>(const ph_device&, StreamCall);
+extern template void launch_stream_sinkhorn<Costs::kMatrix>(const ph_device&, const StreamCall&);
 extern template void launch_stream_plan<Costs::kMatrix>(const ph_device&, const StreamCall&, bool);
 
 // Scratch memory of a problem.
