@@ -529,8 +529,8 @@ __device__ __forceinline__ void add_sums(StreamShared& shared, const double* sou
 
 // Whether the block is the last of those that share a tile of rows, and sees what they wrote.
 __device__ __forceinline__ bool is_last(uint32_t* arrivals, uint32_t parts, StreamShared& shared) {
-  if (parts == 1) return true;
   __syncthreads();
+  if (parts == 1) return true;
   if (threadIdx.x == 0) {
     shared.last = arrive(arrivals) == parts - 1;
     if (shared.last) *arrivals = 0;
