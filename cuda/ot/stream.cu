@@ -7,27 +7,6 @@ namespace ph::ot {
 
 namespace {
 
-constexpr uint64_t kAlignment = 256;
-
-uint64_t aligned(uint64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
-// Takes pieces of the scratch memory.
-class Pieces {
- public:
-  explicit Pieces(uint8_t* memory) : memory_(memory) {}
-  template <typename T>
-  T* take(uint64_t count) {
-    T* piece = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
-    used_ += aligned(count * sizeof(T));
-    return piece;
-  }
-  uint64_t used() const { return used_; }
-
- private:
-  uint8_t* memory_;
-  uint64_t used_ = 0;
-};
-
 uint32_t row_tiles(const StreamSide& side) { return (side.count + kTileRows - 1) / kTileRows; }
 
 uint64_t lay_out(const ph_device& device, StreamCall& call, uint8_t* memory) {
@@ -53,19 +32,6 @@ uint64_t lay_out(const ph_device& device, StreamCall& call, uint8_t* memory) {
         call.dimension > 0 && call.dimension <= kHalfDimension ? 2ull * kHalfDimension * side->count : 0);
   }
   return pieces.used();
-}
-
-// How a problem's costs are computed.
-Costs costs_of(const StreamCall& call) {
-  if (call.cost != nullptr) return Costs::kMatrix;
-  return call.cost_kind != PH_OT_EUCLIDEAN && call.dimension <= kHalfDimension ? Costs::kHalves
-                                                                               : Costs::kDifferences;
-}
-template <typename Run>
-void dispatch_costs(Costs costs, Run run) {
-  if (costs == Costs::kHalves) run(std::integral_constant<Costs, Costs::kHalves>{});
-  else if (costs == Costs::kDifferences) run(std::integral_constant<Costs, Costs::kDifferences>{});
-  else run(std::integral_constant<Costs, Costs::kMatrix>{});
 }
 
 // What precedes all else: faults and totals of masses, norms and halves of points.
@@ -137,12 +103,16 @@ void stream_sinkhorn(const CudaWorkspace& workspace, const StreamCall& call) {
                  [&](auto costs) { launch_stream_sinkhorn<decltype(costs)::value>(device, call); });
 }
 
-void stream_plan(const CudaWorkspace& workspace, const StreamCall& call, bool transposed) {
-  const ph_device& device = workspace.device;
+void prepare_potentials(const ph_device& device, const StreamCall& call) {
   prepare(device, call);
   const uint32_t points = std::max(call.rows.count, call.columns.count);
   start_stream(device, StreamBiasKernel<0>, (points + kStreamThreads - 1) / kStreamThreads, kStreamThreads, 0,
                false, call);
+}
+
+void stream_plan(const CudaWorkspace& workspace, const StreamCall& call, bool transposed) {
+  const ph_device& device = workspace.device;
+  prepare_potentials(device, call);
   dispatch_costs(costs_of(call),
                  [&](auto costs) { launch_stream_plan<decltype(costs)::value>(device, call, transposed); });
 }

@@ -123,12 +123,19 @@ struct StreamCall {
   float* product;
   uint32_t width;
   bool normalised;
+  // For gradients: the plan where it is kept, else null; G = d_plan + d_cost C, null: without.
+  const float *kept, *d_plan;
 };
 
 enum class Costs { kHalves, kDifferences, kMatrix };
 
-// How exponents are used.
-enum class Use { kLargestCost, kOnline, kSum, kEnergy, kWrite };
+// How exponents are used. The last three are for gradients: sums of T x over the columns, and entries or sums over the columns
+// of T o (alpha 1' + 1 beta' - G / epsilon).
+enum class Use { kLargestCost, kOnline, kSum, kEnergy, kWrite, kProduct, kSlope, kSlopeSum };
+template <Use kUse>
+constexpr bool kHasSlope = kUse == Use::kSlope || kUse == Use::kSlopeSum;
+template <Use kUse>
+constexpr bool kHasVector = kHasSlope<kUse> || kUse == Use::kProduct;
 
 // What a block does of a pass.
 struct StreamPart {
@@ -136,6 +143,9 @@ struct StreamPart {
   bool transposed;                 // rows are the problem's columns
   uint32_t row_tile, first, last;  // tiles [first, last) of the columns
   uint32_t place;                  // among the parts of the tile of rows
+  // For gradients: x, or beta, 0 up to a multiple of kTileColumns; alpha, less `shift`; d_cost / epsilon, 1 / epsilon.
+  const float *vector = nullptr, *solved = nullptr;
+  float shift = 0.0f, d_cost = 0.0f, inverse_epsilon = 0.0f;
 };
 
 struct alignas(16) StreamShared {
@@ -149,7 +159,7 @@ struct alignas(16) StreamShared {
   struct Product {
     float plan[kTileRows][kTileColumns + 4], matrix[kTileColumns][kPitch];
   };
-  float bias[kBuffers][kTileColumns];
+  float bias[kBuffers][kTileColumns], vector[kBuffers][kTileColumns], norms[kBuffers][kTileColumns];
   double values[kStreamWarps][kMostValues];
   bool last;
 };
@@ -176,6 +186,11 @@ struct StreamTile {
   // Where the lane's row of the first matrices is in shared memory: of four, columns 0..7 and k 0..7, k 8..15, columns 8..15
   // likewise.
   uint32_t fragment;
+  // For gradients, of the sixteen columns at hand: costs, x or beta; and of the rows.
+  const StreamPart& part;
+  float given[2][2][4];
+  const float* vector;
+  float alpha[4], norm[4];
 
   __device__ __forceinline__ uint32_t row_of(int r) const {
     return first_row + warp * 32 + (r / 2) * 16 + (r % 2) * 8 + lane / 4;
@@ -221,7 +236,12 @@ struct StreamTile {
             {},
             {},
             hidden(shared_address(
-                &shared.halves[0][threadIdx.x / 16 % 2 * 8 + threadIdx.x % 8][threadIdx.x / 8 % 2 * 8]))};
+                &shared.halves[0][threadIdx.x / 16 % 2 * 8 + threadIdx.x % 8][threadIdx.x / 8 % 2 * 8])),
+            part,
+            {},
+            nullptr,
+            {},
+            {}};
   }
 
   // Columns [column, column + kTileColumns) on their way to a buffer.
@@ -229,6 +249,13 @@ struct StreamTile {
     const uint32_t thread = threadIdx.x;
     if (thread < kTileColumns / 4)
       copy_ahead(&shared.bias[buffer][thread * 4], other.bias + column + thread * 4, true);
+    if constexpr (kHasVector<kUse>) {
+      if (thread < kTileColumns / 4)
+        copy_ahead(&shared.vector[buffer][thread * 4], part.vector + column + thread * 4, true);
+      // There is room for more norms than there are columns.
+      if (kCosts == Costs::kHalves && thread < kTileColumns / 4)
+        copy_ahead(&shared.norms[buffer][thread * 4], other.norms + column + thread * 4, true);
+    }
     if constexpr (kCosts == Costs::kHalves) {
       constexpr uint32_t kPieces = 2 * kHalfDimension / 8, kRows = kStreamThreads / kPieces;
       const uint32_t at = thread / kPieces, piece = thread % kPieces * 8, left = other.count - column;
@@ -314,8 +341,50 @@ struct StreamTile {
     }
   }
 
+  // Whether costs must be known, of which the exponents are made where no plan is kept.
+  __device__ __forceinline__ bool needs_costs() const {
+    return !kHasVector<kUse> || call.kept == nullptr || (kHasSlope<kUse> && part.d_cost != 0.0f) ||
+           (kUse == Use::kSlope && (call.cost_kind == PH_OT_EUCLIDEAN || call.cost_kind == PH_OT_COSINE));
+  }
+  // An entry of the plan, from its exponent but for the rows' bias or as it is kept; 0 outside.
+  __device__ __forceinline__ float plan_of(float exponent, int r, uint32_t at) const {
+    if (call.kept == nullptr) return exp2_fast(exponent);
+    return inside(r, at) ? call.kept[place_of(r, at)] : 0.0f;
+  }
+  __device__ __forceinline__ bool inside(int r, uint32_t at) const {
+    return row_of(r) < own.count && at < other.count;
+  }
+  __device__ __forceinline__ uint64_t place_of(int r, uint32_t at) const {
+    const uint64_t row = row_of(r);
+    return transposed ? static_cast<uint64_t>(at) * own.count + row : row * other.count + at;
+  }
+  // T (alpha + beta - G / epsilon) of an entry.
+  __device__ __forceinline__ float slope(float exponent, uint32_t column, int m, int n, int e) const {
+    const int r = 2 * m + e / 2;
+    const uint32_t at = column + column_of(n, e % 2);
+    float h = 0.0f;
+    if (call.d_plan != nullptr && inside(r, at)) h = call.d_plan[place_of(r, at)] * part.inverse_epsilon;
+    if (part.d_cost != 0.0f)
+      h = fabsf(given[m][n][e]) <= FLT_MAX ? fmaf(part.d_cost, given[m][n][e], h) : 0.0f;
+    return plan_of(exponent, r, at) * (alpha[r] + (vector[column_of(n, e % 2)] - h));
+  }
+  // What gradients need of the rows; their bias is returned.
+  __device__ __forceinline__ void begin_rows(float (&bias)[4]) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const uint32_t row = row_of(r);
+      bias[r] = row < own.count ? __ldcg(own.bias + row) : -INFINITY;
+      alpha[r] = part.shift + (row < own.count && part.solved != nullptr ? __ldcg(part.solved + row) : 0.0f);
+      norm[r] = kCosts == Costs::kHalves && row < own.count ? own.norms[row] : 0.0f;
+    }
+  }
+
   // The exponents of the q-th sixteen columns of the tile in a buffer, less the rows' bias.
   __device__ __forceinline__ void exponents(int q, uint32_t buffer, float (&values)[2][2][4]) {
+    if constexpr (kHasVector<kUse>) {
+      vector = &shared.vector[buffer][q * 16];
+      if (!needs_costs()) return;
+    }
     float bias[2][2];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -341,8 +410,17 @@ struct StreamTile {
           }
         }
       }
+      if constexpr (kHasSlope<kUse>) {
+        const float* norms = &shared.norms[buffer][q * 16];
+        for_values([&](int m, int n, int e) {
+          given[m][n][e] =
+              norm[2 * m + e / 2] + (norms[column_of(n, e % 2)] - values[m][n][e] * (unit / scale));
+        });
+      }
       for_values([&](int m, int n, int e) { values[m][n][e] = fmaf(values[m][n][e], unit, bias[n][e % 2]); });
     } else {
+      if constexpr (kHasSlope<kUse>)
+        for_values([&](int m, int n, int e) { given[m][n][e] = costs[q][m][n][e]; });
       for_values(
           [&](int m, int n, int e) { values[m][n][e] = fmaf(-costs[q][m][n][e], scale, bias[n][e % 2]); });
     }
@@ -371,8 +449,8 @@ struct StreamTile {
       await_copies<kBuffers - 2>();
       __syncthreads();  // the tile is there, and nobody reads the one before any more
       stage_if(tile + kBuffers - 1, last, free);
-      compute_costs(tile * kTileColumns);
-      // Costs that are there are in registers, which have no index at run time.
+      if (needs_costs()) compute_costs(tile * kTileColumns);
+        // Costs that are there are in registers, which have no index at run time.
 #pragma unroll(kCosts == Costs::kHalves ? 1 : 4)
       for (int q = 0; q < 4; ++q) {
         float values[2][2][4];
@@ -416,6 +494,9 @@ __device__ __noinline__ void run_part(const StreamCall& call, const StreamPart& 
     sums[r] = 0.0f;
     second[r] = kUse == Use::kOnline ? -INFINITY : 0.0f;
   }
+  if constexpr (kHasVector<kUse>) tile.begin_rows(bias);
+  // Of a tile of columns in single precision, of all in double.
+  [[maybe_unused]] double totals[4] = {};
   [[maybe_unused]] unsigned long long fault = kNoFault;
   tile.for_columns(part.first, part.last, [&](uint32_t column, const float(&values)[2][2][4]) {
     if constexpr (kUse == Use::kSum) {
@@ -452,19 +533,47 @@ __device__ __noinline__ void run_part(const StreamCall& call, const StreamPart& 
         if (!(cost >= -FLT_MAX)) fault = min(fault, static_cast<unsigned long long>(row) * other.count + at);
         else if (cost <= FLT_MAX) second[0] = fmaxf(second[0], fabsf(cost));
       });
+    } else if constexpr (kHasVector<kUse> && kUse != Use::kSlope) {
+      Tile::for_values([&](int m, int n, int e) {
+        const int r = 2 * m + e / 2;
+        const float exponent = values[m][n][e] + bias[r];
+        if constexpr (kUse == Use::kProduct) {
+          const uint32_t at = tile.column_of(n, e % 2);
+          sums[r] = fmaf(tile.plan_of(exponent, r, column + at), tile.vector[at], sums[r]);
+        } else {
+          sums[r] += tile.slope(exponent, column, m, n, e);
+        }
+      });
+      if (column % kTileColumns + 16 < kTileColumns) return;
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        totals[r] += sums[r];
+        sums[r] = 0.0f;
+      }
     } else {
       Tile::for_values([&](int m, int n, int e) {
         const int r = 2 * m + e / 2;
         const uint64_t row = tile.row_of(r), at = column + tile.column_of(n, e % 2);
-        if (row < own.count && at < other.count)
-          __stcs(call.plan + row * other.count + at, exp2_fast(values[m][n][e] + bias[r]));
+        if (row >= own.count || at >= other.count) return;
+        const float exponent = values[m][n][e] + bias[r];
+        __stcs(call.plan + row * other.count + at,
+               kUse == Use::kSlope ? tile.slope(exponent, column, m, n, e) : exp2_fast(exponent));
       });
     }
   });
   if constexpr (kUse == Use::kLargestCost) {
     if (second[0] > 0.0f) atomicMax(&call.state->largest_cost, __float_as_uint(second[0]));
     if (fault != kNoFault) atomicMin(&call.state->cost_fault, fault);
-  } else if constexpr (kUse != Use::kWrite) {
+  } else if constexpr (kHasVector<kUse> && kUse != Use::kSlope) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      totals[r] += __shfl_xor_sync(kAllLanes, totals[r], 1);
+      totals[r] += __shfl_xor_sync(kAllLanes, totals[r], 2);
+      const uint32_t row = tile.row_of(r);
+      if (lane % 4 == 0 && row < own.count)
+        own.sums[static_cast<uint64_t>(part.place) * own.count + row] = static_cast<float>(totals[r]);
+    }
+  } else if constexpr (kUse != Use::kWrite && kUse != Use::kSlope) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       if (kUse == Use::kOnline) {
@@ -968,6 +1077,32 @@ __global__ void __launch_bounds__(kStreamThreads)
   }
 }
 
+// Sums of a tile's rows group, group + 16, ... for four columns of a matrix from `at` on.
+struct MatrixSums {
+  float of[8][4];
+};
+// Adds the product of a tile's entries and the matrix in shared memory, and sums of the entries.
+__device__ __forceinline__ void add_product(const StreamShared::Product& product, uint32_t at, uint32_t group,
+                                            MatrixSums& sums, float (&masses)[8]) {
+#pragma unroll 1
+  for (uint32_t j = 0; j < kTileColumns; j += 4) {
+    float matrix[4][4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) read_four(&product.matrix[j + q][at], matrix[q]);
+#pragma unroll
+    for (int r = 0; r < 8; ++r) {
+      float plan[4];
+      read_four(&product.plan[group + 16 * r][j], plan);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        masses[r] += plan[q];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums.of[r][i] = fmaf(plan[q], matrix[q][i], sums.of[r][i]);
+      }
+    }
+  }
+}
+
 // out [rows, width] = T matrix [columns, width] of a side's rows, kChunk columns of the matrix at a time; the plan is computed
 // again for each. Threads take 8 rows x 4 columns.
 template <Costs kCosts>
@@ -984,7 +1119,8 @@ __device__ __noinline__ void run_product(const StreamCall& call, float scale, bo
   for (uint32_t item = blockIdx.x; item < row_tiles * chunks; item += gridDim.x) {
     const uint32_t k = item % chunks * kChunk, first_row = item / chunks * kTileRows;
     tile.begin(first_row);
-    float bias[4], sums[8][4] = {}, masses[8] = {};
+    float bias[4], masses[8] = {};
+    MatrixSums sums = {};
 #pragma unroll
     for (int r = 0; r < 4; ++r) bias[r] = tile.row_of(r) < own.count ? own.bias[tile.row_of(r)] : -INFINITY;
     tile.for_columns(0, column_tiles, [&](uint32_t column, const float(&values)[2][2][4]) {
@@ -1003,23 +1139,7 @@ __device__ __noinline__ void run_product(const StreamCall& call, float scale, bo
                                    : 0.0f;
       }
       __syncthreads();
-#pragma unroll 1
-      for (uint32_t j = 0; j < kTileColumns; j += 4) {
-        float matrix[4][4];
-#pragma unroll
-        for (int q = 0; q < 4; ++q) read_four(&product.matrix[j + q][at], matrix[q]);
-#pragma unroll
-        for (int r = 0; r < 8; ++r) {
-          float plan[4];
-          read_four(&product.plan[group + 16 * r][j], plan);
-#pragma unroll
-          for (int q = 0; q < 4; ++q) {
-            masses[r] += plan[q];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sums[r][i] = fmaf(plan[q], matrix[q][i], sums[r][i]);
-          }
-        }
-      }
+      add_product(product, at, group, sums, masses);
       __syncthreads();
     });
 #pragma unroll
@@ -1030,7 +1150,7 @@ __device__ __noinline__ void run_product(const StreamCall& call, float scale, bo
 #pragma unroll
       for (uint32_t i = 0; i < 4; ++i)
         if (k + at + i < width)
-          call.product[static_cast<uint64_t>(row) * width + k + at + i] = sums[r][i] * factor;
+          call.product[static_cast<uint64_t>(row) * width + k + at + i] = sums.of[r][i] * factor;
     }
   }
 }
