@@ -341,6 +341,31 @@ struct StreamTile {
     }
   }
 
+  // The bias of the lane's columns among the q-th sixteen.
+  __device__ __forceinline__ void load_bias(int q, uint32_t buffer, float (&bias)[2][2]) const {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const float2 two = *reinterpret_cast<const float2*>(&shared.bias[buffer][q * 16 + column_of(n, 0)]);
+      bias[n][0] = two.x;
+      bias[n][1] = two.y;
+    }
+  }
+  // Adds the products of sixteen of the dimensions with sixteen columns, whose halves start at a place in shared memory.
+  __device__ __forceinline__ void multiply_step(int step, uint32_t at, float (&values)[2][2][4]) const {
+    uint32_t high[4], low[4];
+    load_matrices(high, at + step * 32);
+    load_matrices(low, at + step * 32 + kHalfDimension * 2);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        multiply_add(values[m][n], lo[m][step], high[2 * n], high[2 * n + 1]);
+        multiply_add(values[m][n], hi[m][step], low[2 * n], low[2 * n + 1]);
+        multiply_add(values[m][n], hi[m][step], high[2 * n], high[2 * n + 1]);
+      }
+    }
+  }
+
   // Whether costs must be known, of which the exponents are made where no plan is kept.
   __device__ __forceinline__ bool needs_costs() const {
     return !kHasVector<kUse> || call.kept == nullptr || (kHasSlope<kUse> && part.d_cost != 0.0f) ||
@@ -386,30 +411,12 @@ struct StreamTile {
       if (!needs_costs()) return;
     }
     float bias[2][2];
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float2 two = *reinterpret_cast<const float2*>(&shared.bias[buffer][q * 16 + column_of(n, 0)]);
-      bias[n][0] = two.x;
-      bias[n][1] = two.y;
-    }
+    load_bias(q, buffer, bias);
     if constexpr (kCosts == Costs::kHalves) {
       for_values([&](int m, int n, int e) { values[m][n][e] = 0.0f; });
       const uint32_t at = fragment + (buffer * kTileColumns + q * 16) * (kHalfPitch * sizeof(uint16_t));
 #pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        uint32_t high[4], low[4];
-        load_matrices(high, at + step * 32);
-        load_matrices(low, at + step * 32 + kHalfDimension * 2);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            multiply_add(values[m][n], lo[m][step], high[2 * n], high[2 * n + 1]);
-            multiply_add(values[m][n], hi[m][step], low[2 * n], low[2 * n + 1]);
-            multiply_add(values[m][n], hi[m][step], high[2 * n], high[2 * n + 1]);
-          }
-        }
-      }
+      for (int step = 0; step < 4; ++step) multiply_step(step, at, values);
       if constexpr (kHasSlope<kUse>) {
         const float* norms = &shared.norms[buffer][q * 16];
         for_values([&](int m, int n, int e) {
@@ -438,9 +445,9 @@ struct StreamTile {
     }
   }
 
-  // Goes through columns, tiles [first, last), and calls take(column of the sixteen, values) for all of them.
-  template <typename Take>
-  __device__ __forceinline__ void for_columns(uint32_t first, uint32_t last, Take take) {
+  // Calls run(tile, buffer) for tiles [first, last) of columns, each of which is there then.
+  template <typename Run>
+  __device__ __forceinline__ void for_tiles(uint32_t first, uint32_t last, Run run) {
     __syncthreads();  // before buffers are written again
 #pragma unroll
     for (uint32_t ahead = 0; ahead < kBuffers - 1; ++ahead) stage_if(first + ahead, last, ahead);
@@ -449,6 +456,16 @@ struct StreamTile {
       await_copies<kBuffers - 2>();
       __syncthreads();  // the tile is there, and nobody reads the one before any more
       stage_if(tile + kBuffers - 1, last, free);
+      run(tile, buffer);
+      free = buffer;
+      buffer = buffer == kBuffers - 1 ? 0 : buffer + 1;
+    }
+  }
+
+  // Goes through columns, tiles [first, last), and calls take(column of the sixteen, values) for all of them.
+  template <typename Take>
+  __device__ __forceinline__ void for_columns(uint32_t first, uint32_t last, Take take) {
+    for_tiles(first, last, [&](uint32_t tile, uint32_t buffer) {
       if (needs_costs()) compute_costs(tile * kTileColumns);
         // Costs that are there are in registers, which have no index at run time.
 #pragma unroll(kCosts == Costs::kHalves ? 1 : 4)
@@ -457,9 +474,39 @@ struct StreamTile {
         exponents(q, buffer, values);
         take(tile * kTileColumns + q * 16, values);
       }
-      free = buffer;
-      buffer = buffer == kBuffers - 1 ? 0 : buffer + 1;
-    }
+    });
+  }
+
+  // Adds the powers of all exponents of a row. The powers of sixteen columns are taken between the products of the next, so
+  // that tensor cores never wait for them: warps that began together would all take powers at once.
+  __device__ __forceinline__ void add_powers(uint32_t first, uint32_t last, const float (&bias)[4],
+                                             float (&sums)[4]) {
+    float before[2][2][4], bias_before[2][2];
+    for_values([&](int m, int n, int e) { before[m][n][e] = 0.0f; });
+#pragma unroll
+    for (int n = 0; n < 2; ++n) bias_before[n][0] = bias_before[n][1] = -INFINITY;
+    const auto add = [&](int m, int n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        sums[2 * m + e / 2] +=
+            exp2_fast(fmaf(before[m][n][e], unit, bias_before[n][e % 2]) + bias[2 * m + e / 2]);
+    };
+    for_tiles(first, last, [&](uint32_t, uint32_t buffer) {
+#pragma unroll 2
+      for (int q = 0; q < 4; ++q) {
+        float products[2][2][4] = {};
+        const uint32_t at = fragment + (buffer * kTileColumns + q * 16) * (kHalfPitch * sizeof(uint16_t));
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          multiply_step(step, at, products);
+          add(step / 2, step % 2);
+        }
+        for_values([&](int m, int n, int e) { before[m][n][e] = products[m][n][e]; });
+        load_bias(q, buffer, bias_before);
+      }
+    });
+#pragma unroll
+    for (int step = 0; step < 4; ++step) add(step / 2, step % 2);
   }
 
  private:
@@ -498,69 +545,74 @@ __device__ __noinline__ void run_part(const StreamCall& call, const StreamPart& 
   // Of a tile of columns in single precision, of all in double.
   [[maybe_unused]] double totals[4] = {};
   [[maybe_unused]] unsigned long long fault = kNoFault;
-  tile.for_columns(part.first, part.last, [&](uint32_t column, const float(&values)[2][2][4]) {
-    if constexpr (kUse == Use::kSum) {
-      Tile::for_values([&](int m, int n, int e) {
-        const int r = 2 * m + e / 2;
-        sums[r] += exp2_fast(values[m][n][e] + bias[r]);
-      });
-    } else if constexpr (kUse == Use::kEnergy) {
-      Tile::for_values([&](int m, int n, int e) {
-        const int r = 2 * m + e / 2;
-        const float exponent = values[m][n][e] + bias[r], each = exp2_fast(exponent);
-        sums[r] += each;
-        if (each > 0.0f) second[r] = fmaf(each, exponent, second[r]);
-      });
-    } else if constexpr (kUse == Use::kOnline) {
+  if constexpr (kUse == Use::kSum && kCosts == Costs::kHalves) {
+    tile.add_powers(part.first, part.last, bias, sums);
+  } else {
+    tile.for_columns(part.first, part.last, [&](uint32_t column, const float(&values)[2][2][4]) {
+      if constexpr (kUse == Use::kSum) {
+        Tile::for_values([&](int m, int n, int e) {
+          const int r = 2 * m + e / 2;
+          sums[r] += exp2_fast(values[m][n][e] + bias[r]);
+        });
+      } else if constexpr (kUse == Use::kEnergy) {
+        Tile::for_values([&](int m, int n, int e) {
+          const int r = 2 * m + e / 2;
+          const float exponent = values[m][n][e] + bias[r], each = exp2_fast(exponent);
+          sums[r] += each;
+          if (each > 0.0f) second[r] = fmaf(each, exponent, second[r]);
+        });
+      } else if constexpr (kUse == Use::kOnline) {
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const float(&two)[2][4] = values[r / 2];
-        const int e = r % 2 * 2;
-        const float largest =
-            fmaxf(fmaxf(fmaxf(two[0][e], two[0][e + 1]), fmaxf(two[1][e], two[1][e + 1])), second[r]);
-        if (largest == -INFINITY) continue;
-        sums[r] = sums[r] * exp2_fast(second[r] - largest) + exp2_fast(two[0][e] - largest) +
-                  exp2_fast(two[0][e + 1] - largest) + exp2_fast(two[1][e] - largest) +
-                  exp2_fast(two[1][e + 1] - largest);
-        second[r] = largest;
-      }
-    } else if constexpr (kUse == Use::kLargestCost) {
-      Tile::for_values([&](int m, int n, int e) {
-        const int r = 2 * m + e / 2;
-        const uint32_t row = tile.row_of(r), at = column + tile.column_of(n, e % 2);
-        if (row >= own.count || at >= other.count) return;
-        const float cost = bias[r] - values[m][n][e];
-        if (!(cost >= -FLT_MAX)) fault = min(fault, static_cast<unsigned long long>(row) * other.count + at);
-        else if (cost <= FLT_MAX) second[0] = fmaxf(second[0], fabsf(cost));
-      });
-    } else if constexpr (kHasVector<kUse> && kUse != Use::kSlope) {
-      Tile::for_values([&](int m, int n, int e) {
-        const int r = 2 * m + e / 2;
-        const float exponent = values[m][n][e] + bias[r];
-        if constexpr (kUse == Use::kProduct) {
-          const uint32_t at = tile.column_of(n, e % 2);
-          sums[r] = fmaf(tile.plan_of(exponent, r, column + at), tile.vector[at], sums[r]);
-        } else {
-          sums[r] += tile.slope(exponent, column, m, n, e);
+        for (int r = 0; r < 4; ++r) {
+          const float(&two)[2][4] = values[r / 2];
+          const int e = r % 2 * 2;
+          const float largest =
+              fmaxf(fmaxf(fmaxf(two[0][e], two[0][e + 1]), fmaxf(two[1][e], two[1][e + 1])), second[r]);
+          if (largest == -INFINITY) continue;
+          sums[r] = sums[r] * exp2_fast(second[r] - largest) + exp2_fast(two[0][e] - largest) +
+                    exp2_fast(two[0][e + 1] - largest) + exp2_fast(two[1][e] - largest) +
+                    exp2_fast(two[1][e + 1] - largest);
+          second[r] = largest;
         }
-      });
-      if (column % kTileColumns + 16 < kTileColumns) return;
+      } else if constexpr (kUse == Use::kLargestCost) {
+        Tile::for_values([&](int m, int n, int e) {
+          const int r = 2 * m + e / 2;
+          const uint32_t row = tile.row_of(r), at = column + tile.column_of(n, e % 2);
+          if (row >= own.count || at >= other.count) return;
+          const float cost = bias[r] - values[m][n][e];
+          if (!(cost >= -FLT_MAX))
+            fault = min(fault, static_cast<unsigned long long>(row) * other.count + at);
+          else if (cost <= FLT_MAX) second[0] = fmaxf(second[0], fabsf(cost));
+        });
+      } else if constexpr (kHasVector<kUse> && kUse != Use::kSlope) {
+        Tile::for_values([&](int m, int n, int e) {
+          const int r = 2 * m + e / 2;
+          const float exponent = values[m][n][e] + bias[r];
+          if constexpr (kUse == Use::kProduct) {
+            const uint32_t at = tile.column_of(n, e % 2);
+            sums[r] = fmaf(tile.plan_of(exponent, r, column + at), tile.vector[at], sums[r]);
+          } else {
+            sums[r] += tile.slope(exponent, column, m, n, e);
+          }
+        });
+        if (column % kTileColumns + 16 < kTileColumns) return;
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        totals[r] += sums[r];
-        sums[r] = 0.0f;
+        for (int r = 0; r < 4; ++r) {
+          totals[r] += sums[r];
+          sums[r] = 0.0f;
+        }
+      } else {
+        Tile::for_values([&](int m, int n, int e) {
+          const int r = 2 * m + e / 2;
+          const uint64_t row = tile.row_of(r), at = column + tile.column_of(n, e % 2);
+          if (row >= own.count || at >= other.count) return;
+          const float exponent = values[m][n][e] + bias[r];
+          __stcs(call.plan + row * other.count + at,
+                 kUse == Use::kSlope ? tile.slope(exponent, column, m, n, e) : exp2_fast(exponent));
+        });
       }
-    } else {
-      Tile::for_values([&](int m, int n, int e) {
-        const int r = 2 * m + e / 2;
-        const uint64_t row = tile.row_of(r), at = column + tile.column_of(n, e % 2);
-        if (row >= own.count || at >= other.count) return;
-        const float exponent = values[m][n][e] + bias[r];
-        __stcs(call.plan + row * other.count + at,
-               kUse == Use::kSlope ? tile.slope(exponent, column, m, n, e) : exp2_fast(exponent));
-      });
-    }
-  });
+    });
+  }
   if constexpr (kUse == Use::kLargestCost) {
     if (second[0] > 0.0f) atomicMax(&call.state->largest_cost, __float_as_uint(second[0]));
     if (fault != kNoFault) atomicMin(&call.state->cost_fault, fault);
@@ -715,7 +767,7 @@ __device__ __forceinline__ StreamUpdate update_row(const StreamCall& call, const
 }
 
 template <Costs kCosts>
-__global__ void __launch_bounds__(kStreamThreads, kCosts == Costs::kHalves ? 4 : 3)
+__global__ void __launch_bounds__(kStreamThreads, 3)
     StreamSinkhornKernel(const __grid_constant__ StreamCall given) {
   StreamCall call = given;
   StreamShared& shared = *reinterpret_cast<StreamShared*>(dynamic_shared());
