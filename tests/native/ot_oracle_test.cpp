@@ -7,8 +7,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "check.h"
@@ -201,7 +203,11 @@ double distance(const std::vector<double>& expected, const float* actual, double
   return std::sqrt(squares / (size + 1e-12));
 }
 
+// What of the tolerances was used, at most.
+std::map<std::string, double> used;
+
 void expect(double value, double most, const char* what, const reference::Problem& p, const Kind& kind) {
+  used[what] = std::max(used[what], value / most);
   if (value <= most) return;
   fprintf(stderr, "%s: %g, at most %g expected; %u x %u, dimension %u, cost %u, epsilon %g\n", what, value,
           most, p.rows, p.columns, kind.dimension, kind.cost_kind, kind.epsilon);
@@ -556,5 +562,6 @@ int main(int count, char** arguments) {
     check_same_bits(batch, results);
   }
   check_faults();
+  for (const auto& [what, share] : used) fprintf(stderr, "%s: %.2f of what may be\n", what.c_str(), share);
   OK(ph_device_close(device, END));
 }
