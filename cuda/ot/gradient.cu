@@ -1,7 +1,7 @@
 // Plans from potentials, their products, and gradients.
 #include "common/error.h"
 #include "ot/gradient_cuda.h"
-#include "ot/stream_cuda.h"
+#include "ot/stream_gradient_cuda.h"
 
 namespace ph::ot {
 
@@ -70,13 +70,6 @@ void backward(ph_device&, Workspace& base, const Problem& problem, const Potenti
                 "Cannot differentiate the iterations themselves on CUDA: take the implicit gradient, or a "
                 "CPU device");
   }
-  if (!workspace.large.empty()) {
-    throw Error(PH_ERROR_UNSUPPORTED,
-                "Cannot differentiate problem %u of %u x %u on CUDA, which does not lie on chip: up to 64 "
-                "columns it may have "
-                "2048 rows, up to 128 1024, up to 512 512; or open a CPU device",
-                workspace.large[0].problem, workspace.large[0].rows, workspace.large[0].columns);
-  }
   BackwardCall call = {};
   call.batch = batch_of(workspace, problem);
   call.mode = gradient.mode;
@@ -97,6 +90,8 @@ void backward(ph_device&, Workspace& base, const Problem& problem, const Potenti
   for_buckets(workspace, call, [&](auto layout, const Bucket& bucket, const BackwardCall& each) {
     launch_backward<decltype(layout)>(workspace.device, bucket, each);
   });
+  for (const LargeProblem& large : workspace.large)
+    stream_backward(workspace, problem, potentials, gradient, large);
 }
 
 }  // namespace ph::ot
