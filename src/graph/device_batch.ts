@@ -35,7 +35,7 @@ export interface DeviceView {
 
 /** A batch on the device, until the next step of its tape. */
 export interface DeviceBatch {
-  /** The same on the host, without the edges from nodes to themselves that were added for the device. */
+  /** The same on the host, with the edges from nodes to themselves that the objects have. */
   readonly host: GraphBatch;
   readonly objects: number;
   /** `[objects]`. */
@@ -45,14 +45,17 @@ export interface DeviceBatch {
   readonly views: readonly DeviceView[];
 }
 
+/** What edges from nodes to themselves become: they stay as they are, all go, or each node gets one in place of its own. */
+export type SelfLoops = "keep" | "remove" | "replace";
+
 /** Copies a batch to the device. */
 export function uploadBatch(
   tape: Tape,
   batch: GraphBatch,
-  { selfLoops = false }: { readonly selfLoops?: boolean } = {},
+  { selfLoops = "keep" }: { readonly selfLoops?: SelfLoops } = {},
 ): DeviceBatch {
   const objects = batch.objects.length;
-  const views = selfLoops ? batch.views.map(withSelfLoops) : batch.views;
+  const views = batch.views.map((view) => withSelfLoops(view, selfLoops));
   const arrays = views.map((view) => [
     view.nodeFeatures,
     view.edgeFeatures,
@@ -163,11 +166,14 @@ function deviceView(
 }
 
 /**
- * The view with one edge from each node to itself, in front of the others into it and in place of those that there were.
- * Its features are the mean of those of the other edges into the node.
+ * The view with edges from nodes to themselves as they are wanted. One that is put in place of others is in front of the
+ * edges into the node, and its features are the mean of theirs.
  */
-function withSelfLoops(view: ViewBatch): ViewBatch {
+function withSelfLoops(view: ViewBatch, selfLoops: SelfLoops): ViewBatch {
   const { nodes, edgeWidth: width } = view;
+  const isLoop = (source: number, edge: number) => source === view.targets[edge];
+  if (selfLoops === "keep" || (selfLoops === "remove" && !view.sources.some(isLoop))) return view;
+  const replace = selfLoops === "replace";
   const [sources, targets]: [number[], number[]] = [[], []];
   const edgeOffsets = new Int32Array(nodes + 1);
   const features: number[] = [];
@@ -176,11 +182,12 @@ function withSelfLoops(view: ViewBatch): ViewBatch {
     for (let edge = view.edgeOffsets[node]!; edge < view.edgeOffsets[node + 1]!; edge++) {
       if (view.sources[edge] !== node) others.push(edge);
     }
-    sources.push(node, ...others.map((edge) => view.sources[edge]!));
-    for (let i = 0; i <= others.length; i++) targets.push(node);
+    if (replace) sources.push(node);
+    sources.push(...others.map((edge) => view.sources[edge]!));
+    while (targets.length < sources.length) targets.push(node);
     edgeOffsets[node + 1] = sources.length;
     const rows = others.map((edge) => view.edgeFeatures.subarray(edge * width, (edge + 1) * width));
-    for (let column = 0; column < width; column++) {
+    for (let column = 0; replace && column < width; column++) {
       const sum = rows.reduce((total, row) => total + row[column]!, 0);
       features.push(sum / Math.max(rows.length, 1));
     }
