@@ -85,10 +85,9 @@ export function uploadBatch(
 }
 
 function inverses(offsets: Int32Array, of: (count: number) => number): Float32Array {
-  return Float32Array.from(
-    { length: offsets.length - 1 },
-    (_, i) => of(offsets[i + 1]! - offsets[i]!),
-  );
+  const values = new Float32Array(offsets.length - 1);
+  for (let i = 0; i < values.length; i++) values[i] = of(offsets[i + 1]! - offsets[i]!);
+  return values;
 }
 
 function deviceView(

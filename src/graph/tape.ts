@@ -9,6 +9,9 @@ import { Random } from "./random.ts";
 /** What tensors start at multiples of, in elements: 16 bytes are needed, 64 suit processors. */
 const ALIGNMENT = 16;
 
+/** Values of which {@linkcode Tape.filled} keeps runs, before it begins anew. */
+const MOST_RUNS = 16;
+
 /** Indices on the device. */
 export interface Indices extends NativeTensor {
   readonly length: number;
@@ -130,6 +133,8 @@ export class Tape implements Disposable {
   readonly #records: { readonly out: Tensor; readonly backward: (dy: NativeTensor) => void }[] = [];
   readonly #one: DeviceBuffer<"f32">;
   readonly #kept: Disposable[] = [];
+  /** Runs of one value each, which stay from step to step. */
+  readonly #runs = new Map<number, DeviceBuffer<"f32">>();
   #staging = new Uint32Array(2 ** 14);
   #random = new Random(0);
   #training = false;
@@ -149,7 +154,8 @@ export class Tape implements Disposable {
 
   /** Bytes of device memory that it holds. */
   get byteLength(): number {
-    return this.#arena.byteLength;
+    const runs = this.#runs.values().reduce((sum, run) => sum + run.byteLength, 0);
+    return this.#arena.byteLength + this.#one.byteLength + runs;
   }
 
   /** The native side of the device, for operations. */
@@ -166,6 +172,7 @@ export class Tape implements Disposable {
     this.#records.length = 0;
     this.#release();
     this.#arena.reset();
+    if (this.#runs.size > MOST_RUNS) this.#releaseRuns();
   }
 
   /** A number of 64 bits, another at each call of a step. */
@@ -191,6 +198,11 @@ export class Tape implements Disposable {
 
   #release(): void {
     for (const resource of this.#kept.splice(0)) resource[Symbol.dispose]();
+  }
+
+  #releaseRuns(): void {
+    for (const run of this.#runs.values()) run[Symbol.dispose]();
+    this.#runs.clear();
   }
 
   /** An output, not yet written, of an operation on `inputs`. */
@@ -259,13 +271,22 @@ export class Tape implements Disposable {
     }));
   }
 
-  /** A matrix of the host's as a tensor that needs no gradient. */
-  constant(values: Float32Array, rows: number, columns: number): Tensor {
-    return new Tensor(this.upload([values])[0]!, { rows, columns });
+  /** A matrix of one value, which needs no gradient; it is copied to the device once, not in every step. */
+  filled(rows: number, columns: number, value: number): Tensor {
+    const count = Math.max(1, rows * columns);
+    let run = this.#runs.get(value);
+    if (run === undefined || run.length < count) {
+      if (run) this.keep(run); // tensors of the step may look into it
+      run = this.device.createBuffer("f32", 2 ** Math.ceil(Math.log2(count)));
+      this.#runs.set(value, run);
+      run.upload(new Float32Array(run.length).fill(value));
+    }
+    return new Tensor(regionOn(run, this.device), { rows, columns });
   }
 
   [Symbol.dispose](): void {
     this.#release();
+    this.#releaseRuns();
     this.#arena[Symbol.dispose]();
     this.#one[Symbol.dispose]();
   }
