@@ -56,81 +56,71 @@ export function uploadBatch(
 ): DeviceBatch {
   const objects = batch.objects.length;
   const views = batch.views.map((view) => withSelfLoops(view, selfLoops));
-  const arrays = views.map((view) => [
-    view.nodeFeatures,
-    view.edgeFeatures,
-    view.nodeOffsets,
-    view.objectOfNode,
-    view.edgeOffsets,
-    view.sources,
-    view.targets,
-    view.outOffsets,
-    view.outEdges,
-    view.outTargets,
-    inverses(view.edgeOffsets, (degree) => degree === 0 ? 0 : 1 / degree),
-    inverses(view.edgeOffsets, (degree) => 1 / Math.sqrt(degree + 1)),
-    inverses(view.nodeOffsets, (size) => size === 0 ? 0 : 1 / size),
+  const [{ labels }, ...places] = tape.uploadAll([
+    { labels: batch.labels },
+    ...views.map(arraysOf),
   ]);
-  const places = tape.upload([batch.labels, ...arrays.flat()]);
-  const perView = arrays[0]?.length ?? 0;
   return {
     host: batch,
     objects,
-    labels: places[0]!,
+    labels,
     labelled: batch.labels.reduce((count, label) => count + Number(label >= 0), 0),
-    views: views.map((view, i) =>
-      deviceView(view, objects, places.slice(1 + i * perView, 1 + (i + 1) * perView))
-    ),
+    views: views.map((view, i) => deviceView(view, objects, places[i]!)),
   };
 }
 
-function inverses(offsets: Int32Array, of: (count: number) => number): Float32Array {
+/** What of a view goes to the device. */
+function arraysOf(view: ViewBatch) {
+  return {
+    features: view.nodeFeatures,
+    edgeFeatures: view.edgeFeatures,
+    nodeOffsets: view.nodeOffsets,
+    objectOfNode: view.objectOfNode,
+    edgeOffsets: view.edgeOffsets,
+    sources: view.sources,
+    targets: view.targets,
+    outOffsets: view.outOffsets,
+    outEdges: view.outEdges,
+    outTargets: view.outTargets,
+    inverseDegree: inverses(view.edgeOffsets),
+    inverseRootDegree: inverseRoots(view.edgeOffsets),
+    inverseSize: inverses(view.nodeOffsets),
+  };
+}
+
+/** One over the length of each run, 0 for an empty one. */
+function inverses(offsets: Int32Array): Float32Array {
   const values = new Float32Array(offsets.length - 1);
-  for (let i = 0; i < values.length; i++) values[i] = of(offsets[i + 1]! - offsets[i]!);
+  for (let i = 0; i < values.length; i++) {
+    const count = offsets[i + 1]! - offsets[i]!;
+    if (count > 0) values[i] = 1 / count;
+  }
+  return values;
+}
+
+/** One over the root of the length of each run and 1 more. */
+function inverseRoots(offsets: Int32Array): Float32Array {
+  const values = new Float32Array(offsets.length - 1);
+  for (let i = 0; i < values.length; i++) {
+    values[i] = 1 / Math.sqrt(offsets[i + 1]! - offsets[i]! + 1);
+  }
   return values;
 }
 
 function deviceView(
   { nodes, edges, nodeWidth, edgeWidth }: ViewBatch,
   objects: number,
-  places: readonly Indices[],
+  on: Readonly<Record<keyof ReturnType<typeof arraysOf>, Indices>>,
 ): DeviceView {
-  const [
-    features,
-    ofEdges,
-    nodeOffsets,
-    objectOfNode,
-    edgeOffsets,
-    sources,
-    targets,
-    outOffsets,
-    outEdges,
-    outTargets,
-    inverseDegree,
-    inverseRootDegree,
-    inverseSize,
-  ] = places as [
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-  ];
+  const { nodeOffsets, objectOfNode, edgeOffsets, sources, targets } = on;
+  const { outOffsets, outEdges, outTargets } = on;
   return {
     nodes,
     edges,
-    features: new Tensor(features, { rows: nodes, columns: nodeWidth }),
+    features: new Tensor(on.features, { rows: nodes, columns: nodeWidth }),
     edgeFeatures: edgeWidth === 0
       ? undefined
-      : new Tensor(ofEdges, { rows: edges, columns: edgeWidth }),
+      : new Tensor(on.edgeFeatures, { rows: edges, columns: edgeWidth }),
     neighbours: {
       ...{ rows: nodes, xRows: nodes, entries: edges },
       forward: { offsets: edgeOffsets, columns: sources },
@@ -158,9 +148,9 @@ function deviceView(
       backward: { columns: objectOfNode },
     },
     memberSegments: { rows: objects, offsets: nodeOffsets },
-    inverseDegree,
-    inverseRootDegree,
-    inverseSize,
+    inverseDegree: on.inverseDegree,
+    inverseRootDegree: on.inverseRootDegree,
+    inverseSize: on.inverseSize,
   };
 }
 

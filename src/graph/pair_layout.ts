@@ -60,9 +60,7 @@ export function pairLayout(
     columnSizes.fill(m, column, column + m);
   }
   const entries = entryOffsets[all.length]!;
-  const [rowAt, columnAt, entryAt, ofRows, ofColumns] = tape.upload([
-    ...[rowOffsets, columnOffsets, entryOffsets, rowSizes, columnSizes],
-  ]) as [Indices, Indices, Indices, Indices, Indices];
+  const on = tape.upload({ rowOffsets, columnOffsets, entryOffsets, rowSizes, columnSizes });
   const [ofColumn, ofRow, ordered, inverted] = Array.from({ length: 4 }, (): Indices => ({
     ...tape.take(entries),
     length: entries,
@@ -70,7 +68,7 @@ export function pairLayout(
   fullBlocks(tape.native, {
     rowOffsets: views[first]!.memberSegments.offsets,
     columnOffsets: views[second]!.memberSegments.offsets,
-    entryOffsets: entryAt,
+    entryOffsets: on.entryOffsets,
     ...{ columns: ofColumn, rows: ofRow, order: ordered, inverse: inverted },
     ...{ blocks: all.length, entries },
   });
@@ -79,21 +77,21 @@ export function pairLayout(
     gathers: [gatherOf(tape, u, objects), gatherOf(tape, v, objects)],
     forward: {
       ...{ rows: u.nodes, xRows: v.nodes, entries },
-      forward: { offsets: rowAt, columns: ofColumn },
-      backward: { offsets: columnAt, columns: ofRow, edges: ordered },
+      forward: { offsets: on.rowOffsets, columns: ofColumn },
+      backward: { offsets: on.columnOffsets, columns: ofRow, edges: ordered },
     },
     backward: {
       ...{ rows: v.nodes, xRows: u.nodes, entries },
-      forward: { offsets: columnAt, columns: ofRow },
-      backward: { offsets: rowAt, columns: ofColumn, edges: inverted },
+      forward: { offsets: on.columnOffsets, columns: ofRow },
+      backward: { offsets: on.rowOffsets, columns: ofColumn, edges: inverted },
     },
     transpose: {
       ...{ rows: entries, xRows: entries, entries },
       forward: { columns: ordered },
       backward: { columns: inverted },
     },
-    rowSizes: ofRows,
-    columnSizes: ofColumns,
+    rowSizes: on.rowSizes,
+    columnSizes: on.columnSizes,
   };
 }
 
@@ -114,10 +112,10 @@ function gatherOf(
     }
   }
   for (let node = 0; node < nodes; node++) offsets[node + 1]! += offsets[node]!;
-  const [columns, starts] = tape.upload([Int32Array.from(taken), offsets]);
+  const on = tape.upload({ taken: Int32Array.from(taken), offsets });
   return {
     ...{ rows: taken.length, xRows: nodes, entries: taken.length },
-    forward: { columns: columns! },
-    backward: { offsets: starts! },
+    forward: { columns: on.taken },
+    backward: { offsets: on.offsets },
   };
 }

@@ -17,6 +17,12 @@ export interface Indices extends NativeTensor {
   readonly length: number;
 }
 
+/** Arrays of the host by name. */
+type HostArrays = Readonly<Record<string, Int32Array | Float32Array>>;
+
+/** The same on the device. */
+type Uploaded<Arrays> = { readonly [Name in keyof Arrays]: Indices };
+
 /** A matrix of float32 on the device, and its gradient if it has one. It lives until its tape begins the next step. */
 export class Tensor {
   readonly rows: number;
@@ -251,7 +257,15 @@ export class Tape implements Disposable {
   }
 
   /** Copies arrays to the device, in one go. */
-  upload(arrays: readonly (Int32Array | Float32Array)[]): Indices[] {
+  upload<Arrays extends HostArrays>(arrays: Arrays): Uploaded<Arrays> {
+    return this.uploadAll([arrays])[0];
+  }
+
+  /** The same of several records of arrays. */
+  uploadAll<Records extends readonly HostArrays[]>(
+    records: readonly [...Records],
+  ): { [Index in keyof Records]: Uploaded<Records[Index]> } {
+    const arrays = records.flatMap((record) => Object.values(record));
     const starts: number[] = [];
     let length = 0;
     for (const array of arrays) {
@@ -264,11 +278,16 @@ export class Tape implements Disposable {
     });
     const all = this.#arena.take(length);
     if (length > 0) all.view().upload(new Uint8Array(this.#staging.buffer, 0, 4 * length));
-    return arrays.map((array, i) => ({
-      buffer: all.buffer,
-      byteOffset: all.byteOffset + 4 * starts[i]!,
-      length: array.length,
-    }));
+    let i = 0;
+    const uploaded = records.map((record) =>
+      Object.fromEntries(
+        Object.entries(record).map(([name, { length }]): [string, Indices] => {
+          const byteOffset = all.byteOffset + 4 * starts[i++]!;
+          return [name, { buffer: all.buffer, byteOffset, length }];
+        }),
+      )
+    );
+    return uploaded as { [Index in keyof Records]: Uploaded<Records[Index]> };
   }
 
   /** A matrix of one value, which needs no gradient; it is copied to the device once, not in every step. */
