@@ -69,8 +69,9 @@ export interface GradientTarget {
 class Arena implements Disposable {
   readonly #device: Device;
   #chunks: DeviceBuffer<"f32">[] = [];
-  /** Elements in use of the last chunk. */
+  /** Elements in use of the last chunk, and of those before it. */
   #used = 0;
+  #usedBefore = 0;
 
   constructor(device: Device) {
     this.#device = device;
@@ -81,6 +82,11 @@ class Arena implements Disposable {
     return this.#chunks.reduce((sum, chunk) => sum + chunk.byteLength, 0);
   }
 
+  /** Bytes of them that were handed out. */
+  get usedByteLength(): number {
+    return 4 * (this.#usedBefore + this.#used);
+  }
+
   /** Room for so many elements of 4 bytes. */
   take(count: number): NativeTensor & { readonly view: () => DeviceBuffer<"f32"> } {
     const length = Math.max(ALIGNMENT, Math.ceil(count / ALIGNMENT) * ALIGNMENT);
@@ -88,6 +94,7 @@ class Arena implements Disposable {
     if (chunk === undefined || this.#used + length > chunk.length) {
       chunk = this.#device.createBuffer("f32", Math.max(length, 2 * (chunk?.length ?? 2 ** 18)));
       this.#chunks.push(chunk);
+      this.#usedBefore += this.#used;
       this.#used = 0;
     }
     const start = this.#used;
@@ -103,11 +110,11 @@ class Arena implements Disposable {
     throw new PackhorseError("internal", "The tensor is none of this step's");
   }
 
-  /** Takes everything back; several chunks become one as large as all of them. */
+  /** Takes everything back; several chunks become one that has room for as much, and a quarter more. */
   reset(): void {
-    this.#used = 0;
+    const length = Math.ceil(1.25 * (this.#usedBefore + this.#used));
+    [this.#used, this.#usedBefore] = [0, 0];
     if (this.#chunks.length <= 1) return;
-    const length = this.#chunks.reduce((sum, chunk) => sum + chunk.length, 0);
     this[Symbol.dispose]();
     this.#chunks = [this.#device.createBuffer("f32", length)];
   }
@@ -162,6 +169,11 @@ export class Tape implements Disposable {
   get byteLength(): number {
     const runs = this.#runs.values().reduce((sum, run) => sum + run.byteLength, 0);
     return this.#arena.byteLength + this.#one.byteLength + runs;
+  }
+
+  /** Bytes of it that the step has taken so far. */
+  get usedByteLength(): number {
+    return this.#arena.usedByteLength;
   }
 
   /** The native side of the device, for operations. */
