@@ -941,6 +941,20 @@ PH_API int32_t ph_graph_edge_dot(ph_device* device, const ph_buffer* y, uint64_t
                                  uint32_t heads, uint32_t width, uint32_t accumulate, char* error,
                                  uint32_t error_bytes);
 
+/* The entries of a sparse matrix of full blocks, of which block o has the rows from row_offsets[o] to row_offsets[o + 1] and the
+ * columns likewise: one after another from entry_offsets[o] on, row by row. columns[p] is the column of entry p. For the
+ * transposed matrix, whose blocks lie at the same places column by column: rows[q] is the row of its entry q, order[q] the
+ * entry p that it is, and inverse[p] = q. All offsets [blocks + 1]; all else [entries]. A block that its entries have no room
+ * for is left out. */
+PH_API int32_t ph_graph_full_blocks(ph_device* device, const ph_buffer* row_offsets,
+                                    uint64_t row_offsets_offset, const ph_buffer* column_offsets,
+                                    uint64_t column_offsets_offset, const ph_buffer* entry_offsets,
+                                    uint64_t entry_offsets_offset, ph_buffer* columns,
+                                    uint64_t columns_offset, ph_buffer* rows, uint64_t rows_offset,
+                                    ph_buffer* order, uint64_t order_offset, ph_buffer* inverse,
+                                    uint64_t inverse_offset, uint32_t blocks, uint32_t entries, char* error,
+                                    uint32_t error_bytes);
+
 /* out[i, c] = the largest x[p, c] of the entries p of row i, places[i, c] the first p that has it; 0 and -1 without entries.
  * x [x_rows, width]; offsets [rows + 1], of x_rows entries; out, places [rows, width]. A NaN is larger than all. */
 PH_API int32_t ph_graph_segment_max(ph_device* device, const ph_buffer* x, uint64_t x_offset,
