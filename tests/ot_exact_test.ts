@@ -10,33 +10,19 @@ import {
   assertGreaterOrEqual,
   assertLessOrEqual,
 } from "@std/assert";
-import type { Device } from "../src/device/mod.ts";
-import { PackhorseError } from "../src/error.ts";
-import {
-  exactTransport,
-  proximalTransport,
-  sinkhorn,
-  sinkhornDivergence,
-  type TransportDType,
-} from "../src/ot/mod.ts";
+import { exactTransport, proximalTransport, sinkhorn, sinkhornDivergence } from "../src/ot/mod.ts";
 import { randomOf } from "./kv_cases.ts";
 import { pointCosts, referenceLeastCost } from "./ot_reference.ts";
-import { arrayOf, dot, gaussian, masses, randoms, refuses, testOnDevices } from "./ot_support.ts";
-
-/** A test of what CUDA may not do yet: there it must say so. */
-function testWhereSupported(
-  name: string,
-  work: (device: Device, dtypes: readonly TransportDType[]) => void,
-): void {
-  testOnDevices(name, (device, dtypes) => {
-    try {
-      work(device, dtypes);
-    } catch (error) {
-      const says = error instanceof PackhorseError && error.code === "unsupported";
-      if (device.backend === "cpu" || !says) throw error;
-    }
-  });
-}
+import {
+  arrayOf,
+  dot,
+  gaussian,
+  masses,
+  randoms,
+  refuses,
+  testOnDevices,
+  testWhereSupported,
+} from "./ot_support.ts";
 
 /** The least cost of all assignments. */
 function bestAssignment(n: number, cost: ArrayLike<number>): number {

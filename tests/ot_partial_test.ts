@@ -10,31 +10,14 @@ import {
   assertLess,
   assertLessOrEqual,
 } from "@std/assert";
-import type { Device } from "../src/device/mod.ts";
-import { PackhorseError } from "../src/error.ts";
 import { exactTransport, partialSinkhorn, sinkhorn, type TransportDType } from "../src/ot/mod.ts";
 import { randomOf } from "./kv_cases.ts";
-import { arrayOf, assertClose, randoms, refuses, testOnDevices } from "./ot_support.ts";
-
-/** A test of what CUDA may not do yet: there it must say so. */
-function testWhereSupported(
-  name: string,
-  work: (device: Device, dtypes: readonly TransportDType[]) => void,
-): void {
-  testOnDevices(`partial: ${name}`, (device, dtypes) => {
-    try {
-      work(device, dtypes);
-    } catch (error) {
-      const says = error instanceof PackhorseError && error.code === "unsupported";
-      if (device.backend === "cpu" || !says) throw error;
-    }
-  });
-}
+import { arrayOf, assertClose, randoms, refuses, testWhereSupported } from "./ot_support.ts";
 
 const sum = (values: ArrayLike<number>) =>
   Array.from(values).reduce((total, value) => total + value, 0);
 
-testWhereSupported("plans meet the conditions of the optimum", (device, dtypes) => {
+testWhereSupported("partial: plans meet the conditions of the optimum", (device, dtypes) => {
   for (const dtype of dtypes) {
     const random = randomOf(81);
     const problems = Array.from({ length: 20 }, (_, p) => {
@@ -109,7 +92,7 @@ testWhereSupported("plans meet the conditions of the optimum", (device, dtypes) 
 });
 
 testWhereSupported(
-  "all of the mass is Sinkhorn's plan, and a small epsilon the exact one",
+  "partial: all of the mass is Sinkhorn's plan, and a small epsilon the exact one",
   (device) => {
     const dtype = device.backend === "cpu" ? "f64" : "f32";
     for (let seed = 1; seed <= 5; seed++) {
@@ -136,7 +119,7 @@ testWhereSupported(
   },
 );
 
-testWhereSupported("the slope of the value is the envelope's", (device, dtypes) => {
+testWhereSupported("partial: the slope of the value is the envelope's", (device, dtypes) => {
   const dtype = dtypes[0]!;
   if (dtype === "f32") return partialSinkhorn(device, tiny(dtype), { mass: 0.5 })[Symbol.dispose]();
   const random = randomOf(95);
@@ -168,7 +151,7 @@ const tiny = (dtype: TransportDType) => ({
   columns: 2,
 });
 
-testWhereSupported("what cannot be is said", (device, dtypes) => {
+testWhereSupported("partial: what cannot be is said", (device, dtypes) => {
   for (const dtype of dtypes) {
     const problem = tiny(dtype);
     using half = partialSinkhorn(device, problem, { mass: 0.5, epsilon: 0.01 });
