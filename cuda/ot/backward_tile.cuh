@@ -297,7 +297,8 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
               value_of_masses = call.mode == PH_OT_DETACHED ? 0.0f : d_value;
   const auto mass_gradient = [&](float potential, float solved, float sum, const float* masses, int64_t at,
                                  uint32_t count, float penalty) {
-    if (!(fabsf(potential) <= FLT_MAX)) return 0.0f;  // no mass
+    // No mass: of exact solutions potentials are finite all the same.
+    if (!(fabsf(potential) <= FLT_MAX) || (masses != nullptr && !(masses[at] > 0.0f))) return 0.0f;
     if (isinf(penalty)) return fmaf(value_of_masses, potential, epsilon * solved);
     const float ratio = sum / (masses == nullptr ? 1.0f / count : masses[at]);
     return value_of_masses * penalty * (1.0f - ratio) + epsilon * solved * ratio;

@@ -3,7 +3,6 @@
 #include "common/error.h"
 #include "ot/gromov.h"
 #include "ot/operations.h"
-#include "ot/partial.h"
 
 namespace ph::ot {
 
@@ -15,14 +14,8 @@ namespace {
 
 }  // namespace
 
-void exact(ph_device&, Workspace&, const Problem&, const double*, const Solution&) {
-  refuse("solve transport problems exactly");
-}
 void proximal(ph_device&, Workspace&, const Problem&, const Iterations&, uint32_t, const Solution&) {
   refuse("solve transport problems by proximal points");
-}
-void partial(ph_device&, Workspace&, const Problem&, const Iterations&, const double*, const Solution&) {
-  refuse("transport a part of the mass");
 }
 void gromov(ph_device&, Workspace&, const Problem&, const Iterations&, const Gromov&) {
   refuse("solve Gromov-Wasserstein transport");

@@ -51,6 +51,7 @@ CudaWorkspace::CudaWorkspace(ph_device& device_, const Shape& shape, const Works
   std::vector<Place> places(problems);
   uint64_t scratch_bytes = 0;
   for (uint32_t p = 0; p < problems; ++p) {
+    sizes.push_back({static_cast<uint32_t>(shape.rows(p)), static_cast<uint32_t>(shape.columns(p))});
     places[p] = place_of(device, shape.rows(p), shape.columns(p));
     if (options.streaming) places[p].layout = kTooLarge;
     if (places[p].layout != kTooLarge) continue;

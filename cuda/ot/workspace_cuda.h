@@ -1,6 +1,7 @@
 // What the CUDA backend keeps for batches of one shape.
 #pragma once
 
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -22,6 +23,11 @@ struct LargeProblem {
   int64_t row_offset, column_offset, plan_offset;
 };
 
+struct ProblemSize {
+  uint32_t rows, columns;
+};
+class SmallProblems;
+
 struct CudaWorkspace : Workspace {
   CudaWorkspace(ph_device& device, const Shape& shape, const WorkspaceOptions& options);
   ~CudaWorkspace() override;
@@ -30,10 +36,12 @@ struct CudaWorkspace : Workspace {
   WorkspaceOptions options;
   uint32_t problems;
   const int64_t *row_offsets, *column_offsets, *plan_offsets;
-  const uint32_t* order;            // problems by falling size
-  std::vector<Bucket> buckets;      // by falling size
-  std::vector<LargeProblem> large;  // which are in no bucket
-  uint8_t* scratch = nullptr;       // of one of those at a time
+  const uint32_t* order;                 // problems by falling size
+  std::vector<Bucket> buckets;           // by falling size
+  std::vector<LargeProblem> large;       // which are in no bucket
+  uint8_t* scratch = nullptr;            // of one of those at a time
+  std::vector<ProblemSize> sizes;        // of all problems
+  std::shared_ptr<SmallProblems> small;  // once exact or partial transport needs them
 
  private:
   uint8_t* memory_ = nullptr;
