@@ -18,9 +18,6 @@ namespace {
 void exact(ph_device&, Workspace&, const Problem&, const double*, const Solution&) {
   refuse("solve transport problems exactly");
 }
-void proximal(ph_device&, Workspace&, const Problem&, const Iterations&, uint32_t, const Solution&) {
-  refuse("solve transport problems by proximal points");
-}
 void partial(ph_device&, Workspace&, const Problem&, const Iterations&, const double*, const Solution&) {
   refuse("transport a part of the mass");
 }

@@ -47,6 +47,9 @@ void dispatch_layout(uint32_t layout, Run run) {
   else run(Columns512{});
 }
 
+// Throws for a problem that does not lie on chip: "Cannot `what` problem ...".
+void require_on_chip(const CudaWorkspace& workspace, const char* what);
+
 // The part of a call that all kernels take; `order`, `ranks` and `first` are a launch's.
 Batch batch_of(const CudaWorkspace& workspace, const Problem& problem);
 
