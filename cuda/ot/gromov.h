@@ -5,6 +5,9 @@
 
 namespace ph::ot {
 
+// How far distances may be from symmetric, relative to the largest: what rounding in float32 leaves.
+constexpr double kAsymmetry = 1e-5;
+
 // What is compared, and where the answer goes. Cost (or null), masses and tolerances are those of the Problem beside it, which
 // is balanced; the limit that of the Iterations.
 struct Gromov {

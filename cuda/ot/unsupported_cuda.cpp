@@ -1,7 +1,6 @@
 // What CUDA does not do yet of optimal transport: typed errors instead of a fallback. Whoever writes an operation takes it out
 // here.
 #include "common/error.h"
-#include "ot/gromov.h"
 #include "ot/operations.h"
 #include "ot/partial.h"
 
@@ -21,8 +20,4 @@ void exact(ph_device&, Workspace&, const Problem&, const double*, const Solution
 void partial(ph_device&, Workspace&, const Problem&, const Iterations&, const double*, const Solution&) {
   refuse("transport a part of the mass");
 }
-void gromov(ph_device&, Workspace&, const Problem&, const Iterations&, const Gromov&) {
-  refuse("solve Gromov-Wasserstein transport");
-}
-
 }  // namespace ph::ot

@@ -52,6 +52,7 @@ CudaWorkspace::CudaWorkspace(ph_device& device_, const Shape& shape, const Works
                 "Cannot solve transport problems of dtype %u on CUDA: give f32, or open a CPU device",
                 options.dtype);
   }
+  if (options.dimension == 0 && !options.backward) gromov = create_gromov(device, shape);
   std::vector<Place> places(problems);
   uint64_t scratch_bytes = 0;
   for (uint32_t p = 0; p < problems; ++p) {

@@ -1,6 +1,7 @@
 // What the CUDA backend keeps for batches of one shape.
 #pragma once
 
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -22,6 +23,9 @@ struct LargeProblem {
   int64_t row_offset, column_offset, plan_offset;
 };
 
+class GromovProblems;
+std::shared_ptr<GromovProblems> create_gromov(ph_device& device, const Shape& shape);
+
 struct CudaWorkspace : Workspace {
   CudaWorkspace(ph_device& device, const Shape& shape, const WorkspaceOptions& options);
   ~CudaWorkspace() override;
@@ -34,6 +38,8 @@ struct CudaWorkspace : Workspace {
   std::vector<Bucket> buckets;      // by falling size
   std::vector<LargeProblem> large;  // which are in no bucket
   uint8_t* scratch = nullptr;       // of one of those at a time
+  // For ph_ot_gromov; null unless the batch is of costs and not for gradients.
+  std::shared_ptr<GromovProblems> gromov;
 
  private:
   uint8_t* memory_ = nullptr;
