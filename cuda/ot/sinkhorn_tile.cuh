@@ -271,9 +271,9 @@ struct TileTask {
   }
 };
 
-// Reads masses and costs, which the threads keep. False where there is no answer: that is written then.
-template <typename L>
-__device__ __forceinline__ bool begin(Tile<L>& tile, const SinkhornCall& call, TileSinkhorn<L>& solver,
+// Reads masses and costs, which the threads keep. False where there is no answer: that is written then, by write_nothing.
+template <typename L, typename Call>
+__device__ __forceinline__ bool begin(Tile<L>& tile, const Call& call, TileSinkhorn<L>& solver,
                                       TileTask& task) {
   const Batch& batch = call.batch;
   task.masses = read_masses(tile, batch);

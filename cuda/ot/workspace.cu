@@ -4,6 +4,7 @@
 
 #include "common/error.h"
 #include "ot/stream_cuda.h"
+#include "ot/unrolled_cuda.h"
 
 namespace ph::ot {
 
@@ -96,10 +97,12 @@ CudaWorkspace::CudaWorkspace(ph_device& device_, const Shape& shape, const Works
   order = reinterpret_cast<const uint32_t*>(next);
   if (!sorted.empty()) upload(device, next, sorted.data(), sorted.size() * sizeof(uint32_t));
   if (scratch_bytes > 0) scratch = allocate(device, scratch_bytes);
+  if (options.backward && !buckets.empty())
+    unrolled_scratch = allocate(device, unrolled_scratch_bytes(buckets));
 }
 
 CudaWorkspace::~CudaWorkspace() {
-  for (uint8_t* memory : {memory_, scratch})
+  for (uint8_t* memory : {memory_, scratch, unrolled_scratch})
     if (memory != nullptr) release(device, memory);
 }
 

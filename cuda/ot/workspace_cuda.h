@@ -34,10 +34,11 @@ struct CudaWorkspace : Workspace {
   WorkspaceOptions options;
   uint32_t problems;
   const int64_t *row_offsets, *column_offsets, *plan_offsets;
-  const uint32_t* order;            // problems by falling size
-  std::vector<Bucket> buckets;      // by falling size
-  std::vector<LargeProblem> large;  // which are in no bucket
-  uint8_t* scratch = nullptr;       // of one of those at a time
+  const uint32_t* order;                // problems by falling size
+  std::vector<Bucket> buckets;          // by falling size
+  std::vector<LargeProblem> large;      // which are in no bucket
+  uint8_t* scratch = nullptr;           // of one of those at a time
+  uint8_t* unrolled_scratch = nullptr;  // of gradients of iterations
   // For ph_ot_gromov; null unless the batch is of costs and not for gradients.
   std::shared_ptr<GromovProblems> gromov;
 
