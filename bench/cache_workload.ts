@@ -8,9 +8,14 @@ import {
   type KvStepGraph,
 } from "../src/kv/mod.ts";
 import { KvSampler } from "../src/kv/sample.ts";
-import { withWholePool } from "../src/kv/whole_pool.ts";
+import { withWholePool } from "../src/kv/pool_bytes.ts";
 
 const DUMP = new URL("../tests/fixtures/tiny/kv.safetensors", import.meta.url).pathname;
+/** The codec that is measured most. */
+export const PACKKV: KvCacheCodec = {
+  keys: { quantizer: "packkv", rel: 0.1 },
+  values: { quantizer: "packkv", rel: 0.2 },
+};
 /** Tokens of one step while a cache is filled, unless said otherwise. */
 const STEP_TOKENS = 8192;
 

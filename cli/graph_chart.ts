@@ -38,18 +38,25 @@ export function curvePanel(
       })
     )
   );
+  const label = measure === "transportCost" ? "transport cost" : measure;
   return {
     ...STYLE,
     width: "container",
     height: HEIGHT,
     data: { values },
-    mark: { type: "line", strokeWidth: 1.5 },
+    mark: { type: "line", strokeWidth: 1.5, point: { size: 12 } },
     encoding: {
+      tooltip: [
+        { field: "run" },
+        { field: "epoch" },
+        { field: "objects" },
+        { field: "value", title: label, format: measure === "accuracy" ? ".1%" : ".4f" },
+      ],
       x: { field: "epoch", type: "quantitative", title: "epoch", axis: { tickMinStep: 1 } },
       y: {
         field: "value",
         type: "quantitative",
-        title: measure === "transportCost" ? "transport cost" : measure,
+        title: label,
         ...(measure === "accuracy" ? { axis: { format: "%" }, scale: { zero: false } } : {}),
       },
       color: { field: "run", type: "nominal", title: null },
@@ -86,6 +93,12 @@ export function confusionPanel(
     encoding: {
       x: { field: "predicted", type: "nominal", title: "predicted", sort, axis: { labelAngle: 0 } },
       y: { field: "truth", type: "nominal", title: "true", sort },
+      tooltip: [
+        { field: "truth", title: "true" },
+        { field: "predicted" },
+        { field: "times" },
+        { field: "share", title: "share of the true class", format: ".1%" },
+      ],
     },
     layer: [
       {
@@ -139,6 +152,11 @@ export function planPanel({ dataset, alignment }: Pictured): TopLevelSpec {
     encoding: {
       x: { field: "column", type: "ordinal", title: `nodes of ${second}` },
       y: { field: "row", type: "ordinal", title: `nodes of ${first}` },
+      tooltip: [
+        { field: "row", title: `node of ${first}` },
+        { field: "column", title: `node of ${second}` },
+        { field: "share", title: "share of the row", format: ".1%" },
+      ],
       color: {
         field: "share",
         type: "quantitative",

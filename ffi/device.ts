@@ -1,5 +1,6 @@
 import { PackhorseError } from "../src/error.ts";
 import { call, callAsync, create } from "./call.ts";
+import { Held } from "./held.ts";
 import { type Library, loadLibrary, type NativeBackend } from "./library.ts";
 import { DEVICE_INFO } from "./structs.ts";
 
@@ -80,8 +81,8 @@ export class NativeDevice {
 
   #adoptBuffer(handle: Deno.PointerObject): NativeBuffer {
     const { symbols } = this.library;
-    const buffer = new NativeBuffer(this, handle, (destroyed) => {
-      this.disown(destroyed);
+    const buffer = new NativeBuffer(this, handle, () => {
+      this.disown(buffer);
       call(symbols.ph_buffer_destroy, this.#handle, handle);
     });
     this.own(buffer);
@@ -120,10 +121,10 @@ export class NativeDevice {
     return milliseconds[0]!;
   }
 
-  /** Runs an asynchronous call; until it is over, the device, the buffers and the host memory stay. */
+  /** Runs an asynchronous call; until it is over, the device, what is held and the host memory stay. */
   async during(
     work: () => Promise<void>,
-    buffers: readonly NativeBuffer[] = [],
+    held: readonly Held[] = [],
     memory?: HostBytes,
   ): Promise<void> {
     if (this.captured) {
@@ -134,11 +135,11 @@ export class NativeDevice {
     const loan = { memory };
     lent.add(loan);
     this.#callsInFlight++;
-    for (const buffer of buffers) buffer.hold();
+    for (const each of held) each.hold();
     try {
       await work();
     } finally {
-      for (const buffer of buffers) buffer.release();
+      for (const each of held) each.release();
       this.#callsInFlight--;
       lent.delete(loan);
       if (this.#isClosed) this.#closeWhenIdle();
@@ -169,34 +170,23 @@ export class NativeDevice {
 }
 
 /** A `ph_buffer`. Offsets and lengths are in bytes, and for the caller to check. */
-export class NativeBuffer {
+export class NativeBuffer extends Held {
   readonly device: NativeDevice;
   readonly #handle: Deno.PointerObject;
-  readonly #destroy: (buffer: NativeBuffer) => void;
-  #holds = 0;
-  #isClosed = false;
 
-  constructor(
-    device: NativeDevice,
-    handle: Deno.PointerObject,
-    destroy: (buffer: NativeBuffer) => void,
-  ) {
+  constructor(device: NativeDevice, handle: Deno.PointerObject, destroy: () => void) {
+    super(destroy);
     this.device = device;
     this.#handle = handle;
-    this.#destroy = destroy;
   }
 
   /** The `ph_buffer*`. Throws `disposed` once closed. */
   get handle(): Deno.PointerObject {
-    if (!this.#isClosed) {
+    if (!this.isClosed) {
       this.device.captured?.add(this);
       return this.#handle;
     }
     throw new PackhorseError("disposed", "Cannot use the buffer: it, or its device, was disposed");
-  }
-
-  get isClosed(): boolean {
-    return this.#isClosed;
   }
 
   /** Where the memory is. */
@@ -268,23 +258,6 @@ export class NativeBuffer {
       BigInt(offset),
       BigInt(byteLength),
     );
-  }
-
-  /** Keeps the memory until {@linkcode release}, also when the buffer is closed meanwhile. */
-  hold(): void {
-    this.#holds++;
-  }
-
-  release(): void {
-    this.#holds--;
-    if (this.#isClosed && this.#holds === 0) this.#destroy(this);
-  }
-
-  /** Frees the buffer. Does nothing the second time. */
-  close(): void {
-    if (this.#isClosed) return;
-    this.#isClosed = true;
-    if (this.#holds === 0) this.#destroy(this);
   }
 
   #copyArguments(memory: HostBytes, offset: number) {

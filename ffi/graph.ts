@@ -121,6 +121,35 @@ export function edgeDot(device: NativeDevice, parameters: EdgeDotCall): void {
   );
 }
 
+export interface FullBlocksCall {
+  readonly rowOffsets: NativeTensor;
+  readonly columnOffsets: NativeTensor;
+  readonly entryOffsets: NativeTensor;
+  readonly columns: NativeTensor;
+  readonly rows: NativeTensor;
+  readonly order: NativeTensor;
+  readonly inverse: NativeTensor;
+  readonly blocks: number;
+  readonly entries: number;
+}
+
+export function fullBlocks(device: NativeDevice, parameters: FullBlocksCall): void {
+  const { rowOffsets, columnOffsets, entryOffsets, columns, rows, order, inverse } = parameters;
+  call(
+    device.library.symbols.ph_graph_full_blocks,
+    device.handle,
+    ...place(rowOffsets),
+    ...place(columnOffsets),
+    ...place(entryOffsets),
+    ...place(columns),
+    ...place(rows),
+    ...place(order),
+    ...place(inverse),
+    parameters.blocks,
+    parameters.entries,
+  );
+}
+
 /** Segments of x's rows. */
 interface Segments {
   readonly rows: number;

@@ -14,6 +14,7 @@ import {
   readGraphDataset,
 } from "../src/graph/mod.ts";
 import { backends } from "./backends.ts";
+import { pageFaults } from "./browser/page_faults.ts";
 import { denoArguments, fail, ROOT, succeed } from "./packhorse_command.ts";
 import { TemporaryFolder } from "./temporary_folder.ts";
 
@@ -162,6 +163,13 @@ Deno.test("cli: graph train --fusion amosl reports, and graph align shows what c
     ...["graph", "train", task, "--folds", "2", "--fusion", "amosl", "--report", folds, ...SMALL],
   );
   assertStringIncludes(await Deno.readTextFile(folds), "Cross-validation over 2 folds");
+  const late = folder.file("late.html");
+  await succeed(
+    ...["graph", "train", task, "-o", model, "--fusion", "late", "--patience", "3"],
+    ...["--report", late, ...SMALL],
+  );
+  const pages = [page, folds, late];
+  assertEquals(await pageFaults(pages.map((path) => ({ path, patience: 20 }))), [[], [], []]);
 });
 
 Deno.test("cli: graph train that is interrupted goes on with --resume, to the same end", async () => {

@@ -29,7 +29,9 @@ const header = Deno.readTextFileSync(new URL("../cuda/include/packhorse.h", impo
 /** The FFI type of a C declaration, which may end in a name. */
 function ffiType(declaration: string): string {
   const type = declaration.replace(/\bconst\b/, "").replace(/\w+\s*$/, "").replaceAll(/\s/g, "");
-  if (/^ph_(device|buffer|kv_cache|kv_cache_graph|ot_batch)\*$/.test(type)) return "pointer";
+  if (/^ph_(device|buffer|readback|kv_cache|kv_cache_graph|ot_batch)\*$/.test(type)) {
+    return "pointer";
+  }
   if (type.endsWith("*")) return "buffer";
   if (type === "float") return "f32";
   return type.replace(/^uint(\d+)_t$/, "u$1").replace(/^int(\d+)_t$/, "i$1");

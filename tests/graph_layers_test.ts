@@ -11,6 +11,7 @@ import {
   type GraphLayerKind,
   Readout,
   type ReadoutKind,
+  SELF_LOOPS,
 } from "../src/graph/layers.ts";
 import { Parameters } from "../src/graph/parameters.ts";
 import { Random } from "../src/graph/random.ts";
@@ -212,7 +213,7 @@ for (const backend of backends()) {
         parameters.clearGradients();
         const batches = new GraphBatches(dataset);
         const batch = uploadBatch(tape, batches.collate([0, 1, 2, 3]), {
-          selfLoops: kind === "gat",
+          selfLoops: SELF_LOOPS[kind],
         });
         const x = tensorOf(tape, graph.x);
         const out = layer.forward(tape, x, batch.views[0]!);

@@ -51,7 +51,7 @@ function assertNear(
 }
 
 const offsetsOf = (tape: Tape, offsets: readonly number[]): Indices =>
-  tape.upload([Int32Array.from(offsets)])[0]!;
+  tape.upload({ offsets: Int32Array.from(offsets) }).offsets;
 
 for (const [rows, width] of [[8300, 8], [65, 33], [66, 2100], [1, 4]] as const) {
   test(`norms and sums of the columns of [${rows}, ${width}]`, (tape) => {

@@ -79,7 +79,7 @@ function hostPattern(sparse: readonly (readonly number[])[], xRows: number): Hos
 
 /** Indices on the device. */
 function upload(tape: Tape, ...arrays: (readonly number[])[]): Indices[] {
-  return tape.upload(arrays.map((array) => Int32Array.from(array)));
+  return arrays.map((array) => tape.upload({ array: Int32Array.from(array) }).array);
 }
 
 /** The pattern of a sparse matrix on the device. */

@@ -98,9 +98,9 @@ export interface OperationCheck {
 
 /** A matrix as a tensor of the step. */
 export function tensorOf(tape: Tape, matrix: Matrix, needsGradient = true): Tensor {
-  const [place] = tape.upload([Float32Array.from(matrix.values)]);
+  const { values } = tape.upload({ values: Float32Array.from(matrix.values) });
   const { rows, columns } = matrix;
-  return new Tensor(place!, { rows, columns }, { needed: needsGradient });
+  return new Tensor(values, { rows, columns }, { needed: needsGradient });
 }
 
 /** Asserts that an operation is its reference, and that its gradients are the reference's central differences. */

@@ -5,7 +5,7 @@
 import { assertEquals } from "@std/assert";
 import { Device } from "../src/device/mod.ts";
 import { KvCache, type KvCacheCodec, type KvCacheOptions, type KvSequence } from "../src/kv/mod.ts";
-import { withWholePool } from "../src/kv/whole_pool.ts";
+import { withWholePool } from "../src/kv/pool_bytes.ts";
 import { backends } from "./backends.ts";
 import {
   appendAll,

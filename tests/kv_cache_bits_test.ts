@@ -5,7 +5,7 @@
 import { assertEquals, assertLessOrEqual } from "@std/assert";
 import type { Device } from "../src/device/mod.ts";
 import { KvCache, type KvCacheCodec } from "../src/kv/mod.ts";
-import { withWholePool } from "../src/kv/whole_pool.ts";
+import { withWholePool } from "../src/kv/pool_bytes.ts";
 import { ReferenceCache, splitTokens, type Token } from "./kv_cache_reference.ts";
 import { appendAll, fixed, optionsOf, packkv, testOnDevices } from "./kv_cache_support.ts";
 import { type Dump, dumpsAtHand } from "./kv_oracle.ts";

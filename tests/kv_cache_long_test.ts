@@ -5,7 +5,7 @@
  */
 import type { Device } from "../src/device/mod.ts";
 import { KvCache, type KvCacheCodec, type KvCacheDType, type KvSequence } from "../src/kv/mod.ts";
-import { withWholePool } from "../src/kv/whole_pool.ts";
+import { withWholePool } from "../src/kv/pool_bytes.ts";
 import {
   attend,
   type Bits,

@@ -10,14 +10,7 @@ import {
   assertGreaterOrEqual,
   assertLessOrEqual,
 } from "@std/assert";
-import type { Device } from "../src/device/mod.ts";
-import { PackhorseError } from "../src/error.ts";
-import {
-  exactTransport,
-  type GromovProblem,
-  gromovTransport,
-  type TransportDType,
-} from "../src/ot/mod.ts";
+import { exactTransport, type GromovProblem, gromovTransport } from "../src/ot/mod.ts";
 import { randomOf } from "./kv_cases.ts";
 import {
   arrayOf,
@@ -26,23 +19,8 @@ import {
   masses,
   randoms,
   refuses,
-  testOnDevices,
+  testWhereSupported,
 } from "./ot_support.ts";
-
-/** A test of what CUDA may not do yet: there it must say so. */
-function testWhereSupported(
-  name: string,
-  work: (device: Device, dtypes: readonly TransportDType[]) => void,
-): void {
-  testOnDevices(`gromov: ${name}`, (device, dtypes) => {
-    try {
-      work(device, dtypes);
-    } catch (error) {
-      const says = error instanceof PackhorseError && error.code === "unsupported";
-      if (device.backend === "cpu" || !says) throw error;
-    }
-  });
-}
 
 type Random = () => number;
 

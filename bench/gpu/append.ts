@@ -4,17 +4,18 @@
  * every layer and packing the blocks that are due, over rounds of 64 steps, in which every sequence packs one block in
  * each layer; beside it the attention of the same steps, and a decode step of Llama 3.1 8B, which has such a cache: that
  * attention, appending, and reading the weights once. What a step takes on average is the mean of the medians of both
- * kinds of steps, each as often as it comes; the longest step shows what the host's pauses add. The second is of filling one sequence in chunks. Before each time
- * is taken the GPU is given work to do, so that it does not wait for the calls that enqueue, and finds nothing in its L2
- * cache. Needs 14 GB of GPU memory.
+ * kinds of steps, each as often as it comes; the longest step shows what the host's pauses add. The second is of filling one
+ * sequence in chunks. Before each time is taken the GPU is given work to do, so that it does not wait for the calls that
+ * enqueue, and finds nothing in its L2 cache. Needs 14 GB of GPU memory.
  *
  * @module
  */
 import { Device } from "../../src/device/mod.ts";
 import type { KvCacheCodec } from "../../src/kv/mod.ts";
-import { type CacheCase, CacheWorkload, createTokens } from "../cache_workload.ts";
+import { BLOCK_TOKENS } from "../../src/kv/codec.ts";
+import { type CacheCase, CacheWorkload, createTokens, PACKKV } from "../cache_workload.ts";
 import { median } from "../kv_workload.ts";
-import { announce, describe, medianTime, printHeadings, printRow } from "./measure.ts";
+import { announce, describe, medianTime, printHeadings, printRow, queuedTime } from "./measure.ts";
 
 const LAYERS = 32;
 const KV_HEADS = 8;
@@ -22,9 +23,7 @@ const GROUP = 4;
 const HEAD_DIM = 128;
 const CONTEXT = 32_768;
 const RESIDUAL = 64;
-/** Of a block, and so the steps after which every sequence has packed one. */
-const BLOCK_TOKENS = 64;
-/** Of so many steps each, after one to warm up. */
+/** Of BLOCK_TOKENS steps each, in which every sequence packs a block, after one to warm up. */
 const ROUNDS = 3;
 /** Bytes of the weights of Llama 3.1 8B in bf16. */
 const WEIGHT_BYTES = 2 * 8.03e9;
@@ -36,10 +35,6 @@ const TOKENS = 65_536;
 const LEAD_BYTES = 2 ** 32;
 const LEAD_READS = 2;
 
-const PACKKV: KvCacheCodec = {
-  keys: { quantizer: "packkv", rel: 0.1 },
-  values: { quantizer: "packkv", rel: 0.2 },
-};
 const CODECS: Readonly<Record<string, KvCacheCodec>> = {
   "packkv 0.1/0.2": PACKKV,
   "fixed 3": { keys: { quantizer: "fixed", bits: 3 }, values: { quantizer: "fixed", bits: 3 } },
@@ -166,8 +161,9 @@ function measurePrefill(codec: string, parts: KvCacheCodec): void {
 
 /** Milliseconds of the GPU's own time that what `work` enqueues takes, with the GPU at work when it comes. */
 function busyTime(work: () => void): number {
-  for (let i = 0; i < LEAD_READS; i++) lead.read();
-  return device.time(work);
+  return queuedTime(device, () => {
+    for (let i = 0; i < LEAD_READS; i++) lead.read();
+  }, work);
 }
 
 function micro(milliseconds: number): string {

@@ -10,7 +10,13 @@ import { parseArgs } from "node:util";
 import { Device } from "../../src/device/mod.ts";
 import { AtomicFile } from "../../src/io/mod.ts";
 import type { KvCacheCodec, KvCachePartCodec } from "../../src/kv/mod.ts";
-import { type CacheCase, CacheWorkload, createTokens, type Tokens } from "../cache_workload.ts";
+import {
+  type CacheCase,
+  CacheWorkload,
+  createTokens,
+  PACKKV,
+  type Tokens,
+} from "../cache_workload.ts";
 import type { AttentionBar } from "./attention_chart.ts";
 import {
   announce,
@@ -55,10 +61,7 @@ const CODECS: Readonly<Record<string, KvCacheCodec>> = {
   "fixed 2": both({ quantizer: "fixed", bits: 2 }),
   "fixed 3": both({ quantizer: "fixed", bits: 3 }),
   "fixed 4": both({ quantizer: "fixed", bits: 4 }),
-  "packkv 0.1/0.2": {
-    keys: { quantizer: "packkv", rel: 0.1 },
-    values: { quantizer: "packkv", rel: 0.2 },
-  },
+  "packkv 0.1/0.2": PACKKV,
 };
 
 /** Shares of a pure read that are wanted on an H200: of groups of 8, of a single sequence, of the other cases. */

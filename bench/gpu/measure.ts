@@ -6,22 +6,23 @@ const WARM_UPS = 3;
 /** How often each time is taken. */
 export const RUNS = 21;
 
-/** The median, in milliseconds by the device's own clock, of what `work` enqueues. */
-export function medianTime(device: Device, work: () => void): number {
-  for (let i = 0; i < WARM_UPS; i++) work();
-  return median(Array.from({ length: RUNS }, () => device.time(work)));
+/**
+ * Milliseconds by the device's own clock that what `work` enqueues takes, behind other work of some milliseconds, `lead`: the
+ * host enqueues it all before the device begins, so that it is the time of short kernels, not that of their calls.
+ */
+export function queuedTime(device: Device, lead: () => void, work: () => void): number {
+  lead();
+  return device.time(work);
 }
 
-/**
- * As {@linkcode medianTime}, of work that is queued behind other work, so that the host enqueues it all before the device
- * begins: the time of short kernels, not that of their calls.
- */
-export function medianTimeQueued(device: Device, before: () => void, work: () => void): number {
-  const both = medianTime(device, () => {
-    before();
-    work();
-  });
-  return both - medianTime(device, before);
+/** The median of {@linkcode queuedTime}; without `lead`, of the time from the first call on. */
+export function medianTime(
+  device: Device,
+  work: () => void,
+  { lead = () => {} }: { lead?: () => void } = {},
+): number {
+  for (let i = 0; i < WARM_UPS; i++) work();
+  return median(Array.from({ length: RUNS }, () => queuedTime(device, lead, work)));
 }
 
 /** "NVIDIA H200 (sm_90), CUDA driver 13.0, runtime 13.0" */

@@ -9,8 +9,8 @@
 import { parseArgs } from "node:util";
 import { Device } from "../../src/device/mod.ts";
 import type { KvCacheCodec } from "../../src/kv/mod.ts";
-import { type CacheCase, CacheWorkload, createTokens } from "../cache_workload.ts";
-import { describe, medianTimeQueued, printHeadings, printRow, RUNS, runTorch } from "./measure.ts";
+import { type CacheCase, CacheWorkload, createTokens, PACKKV } from "../cache_workload.ts";
+import { describe, medianTime, printHeadings, printRow, RUNS, runTorch } from "./measure.ts";
 
 const HEAD_DIM = 128;
 const RESIDUAL = 64;
@@ -21,10 +21,7 @@ const TOKENS = 16_384;
 const CODECS: Readonly<Record<string, KvCacheCodec>> = {
   "fixed 2": { keys: { quantizer: "fixed", bits: 2 }, values: { quantizer: "fixed", bits: 2 } },
   "fixed 3": { keys: { quantizer: "fixed", bits: 3 }, values: { quantizer: "fixed", bits: 3 } },
-  "packkv 0.1/0.2": {
-    keys: { quantizer: "packkv", rel: 0.1 },
-    values: { quantizer: "packkv", rel: 0.2 },
-  },
+  "packkv 0.1/0.2": PACKKV,
 };
 
 /** Milliseconds of PyTorch's two products. */
@@ -86,13 +83,13 @@ function measureProducts(
   using out = device.createBuffer("f32", kvHeads * headDim);
   // Attention of all layers a few times, from one call each, while the host enqueues the products.
   using graph = workload.capture();
-  const attend = () => {
+  const lead = () => {
     for (let i = 0; i < 4; i++) workload.replay(graph);
   };
   const forLayers = (work: (layer: number) => void) =>
-    medianTimeQueued(device, attend, () => {
+    medianTime(device, () => {
       for (let layer = 0; layer < layers; layer++) work(layer);
-    }) / layers;
+    }, { lead }) / layers;
   const times = {
     score: forLayers((layer) => cache.score(layer, sequence!, queries, weights)),
     weigh: forLayers((layer) => cache.weigh(layer, sequence!, weights, out)),

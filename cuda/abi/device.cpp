@@ -1,10 +1,22 @@
 // extern "C": devices and buffers.
+#include <cstring>
+
 #include "abi/arguments.h"
+#include "device/readback.h"
 
 using ph::checked;
 using ph::checked_for_capture;
 using ph::checked_range;
 using ph::guard;
+
+namespace {
+
+ph_readback& checked_readback(ph_readback* readback) {
+  if (readback == nullptr) throw ph::Error(PH_ERROR_INVALID_ARGUMENT, "The readback is null");
+  return *readback;
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -102,6 +114,52 @@ int32_t ph_buffer_download(ph_device* device, const ph_buffer* buffer, uint64_t 
                            uint64_t bytes, char* error, uint32_t error_bytes) {
   return guard(error, error_bytes, [&] {
     ph::download(checked(device), target, checked_range(buffer, offset, bytes, "a download"), bytes);
+  });
+}
+
+ph_readback* ph_readback_create(ph_device* device, uint64_t bytes, int32_t* status, char* error,
+                                uint32_t error_bytes) {
+  ph_readback* readback = nullptr;
+  *status = guard(error, error_bytes, [&] {
+    if (bytes == 0) throw ph::Error(PH_ERROR_INVALID_ARGUMENT, "Cannot create a readback of 0 bytes");
+    readback = new ph_readback{ph::make_readback(checked(device), bytes), bytes};
+  });
+  return readback;
+}
+
+int32_t ph_readback_destroy(ph_device* device, ph_readback* readback, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    checked_for_capture(device);
+    delete &checked_readback(readback);
+  });
+}
+
+int32_t ph_readback_enqueue(ph_device* device, ph_readback* readback, const ph_buffer* buffer,
+                            uint64_t offset, uint64_t bytes, char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    ph_readback& valid = checked_readback(readback);
+    if (bytes == 0 || bytes > valid.bytes) {
+      throw ph::Error(PH_ERROR_INVALID_ARGUMENT,
+                      "Cannot read back %llu bytes: it was created for up to %llu, and takes at least 1",
+                      static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(valid.bytes));
+    }
+    const uint8_t* source = checked_range(buffer, offset, bytes, "reading back");
+    valid.memory->enqueue(checked(device), source, bytes);
+    valid.enqueued = bytes;
+  });
+}
+
+int32_t ph_readback_wait(ph_device* device, ph_readback* readback, void* target, uint64_t bytes, char* error,
+                         uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    const ph_readback& valid = checked_readback(readback);
+    if (bytes > valid.enqueued) {
+      throw ph::Error(PH_ERROR_INVALID_ARGUMENT, "Cannot read back %llu bytes: %llu were enqueued",
+                      static_cast<unsigned long long>(bytes),
+                      static_cast<unsigned long long>(valid.enqueued));
+    }
+    checked(device);
+    memcpy(target, valid.memory->wait(), bytes);
   });
 }
 

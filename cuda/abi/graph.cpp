@@ -151,6 +151,27 @@ int32_t ph_graph_edge_dot(ph_device* device, const ph_buffer* y, uint64_t y_offs
   });
 }
 
+int32_t ph_graph_full_blocks(ph_device* device, const ph_buffer* row_offsets, uint64_t row_offsets_offset,
+                             const ph_buffer* column_offsets, uint64_t column_offsets_offset,
+                             const ph_buffer* entry_offsets, uint64_t entry_offsets_offset,
+                             ph_buffer* columns, uint64_t columns_offset, ph_buffer* rows,
+                             uint64_t rows_offset, ph_buffer* order, uint64_t order_offset,
+                             ph_buffer* inverse, uint64_t inverse_offset, uint32_t blocks, uint32_t entries,
+                             char* error, uint32_t error_bytes) {
+  return guard(error, error_bytes, [&] {
+    ph::graph::full_blocks(
+        checked_for_capture(device),
+        {integers(row_offsets, row_offsets_offset, blocks + 1ull, 1, "the offsets of rows"),
+         integers(column_offsets, column_offsets_offset, blocks + 1ull, 1, "the offsets of columns"),
+         integers(entry_offsets, entry_offsets_offset, blocks + 1ull, 1, "the offsets of entries"),
+         integers(columns, columns_offset, entries, 1, "the columns"),
+         integers(rows, rows_offset, entries, 1, "the rows"),
+         integers(order, order_offset, entries, 1, "the order"),
+         integers(inverse, inverse_offset, entries, 1, "the inverse order"), rows_of(blocks, "The blocks"),
+         rows_of(entries, "The entries")});
+  });
+}
+
 int32_t ph_graph_segment_max(ph_device* device, const ph_buffer* x, uint64_t x_offset,
                              const ph_buffer* offsets, uint64_t offsets_offset, ph_buffer* out,
                              uint64_t out_offset, ph_buffer* places, uint64_t places_offset, uint32_t rows,

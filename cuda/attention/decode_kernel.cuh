@@ -2,10 +2,11 @@
 //
 // A thread block takes a piece of a sequence (packed blocks, and runs of tokens in 16 bits), a kv head, and up to
 // 4 * kTiles columns: query tokens times heads of the group, which share one unpacking. Each of its warps works alone on
-// its share of the piece: first its runs (recent.cuh), then its packed blocks (tile.cuh), whose records come into shared
-// memory by bulk copies, kStages blocks ahead. The warps' results are merged in order. With more than one piece, partial
-// results go through the workspace and the last thread block of a sequence and head merges them, in the order of the
-// pieces: deterministic, and independent of the rest of the batch, as pieces depend on the sequence's own length alone.
+// its share of the piece: its packed blocks (tile.cuh), whose records come into shared memory by bulk copies, kStages blocks
+// ahead, and between them, every warp at another time, its runs (recent.cuh). The warps' results are merged in order. With
+// more than one piece, partial results go through the workspace and the last thread block of a sequence and head merges
+// them, in the order of the pieces: deterministic, and independent of the rest of the batch, as pieces depend on the
+// sequence's own length alone.
 //
 // Layers whose parts are both packkv or fixed, the common case, have kernels of their own, where all widths are 2, 3 or 4
 // one for each, whose code has no branches on them; so have layers that are raw16 throughout: their warps take values from
@@ -515,8 +516,10 @@ struct DecodeWarp {
     }
   }
 
-  // The last slot of the ring, where no copy is on its way yet, serves as scratch.
-  __device__ __forceinline__ void attend_runs(WarpState<kDim, kTiles>& state) const {
+  // `scratch`: a slot of the ring into which no copy is on its way. For `rescale` see move_references.
+  template <typename Rescale>
+  __device__ __forceinline__ void attend_runs(uint8_t* scratch, WarpState<kDim, kTiles>& state,
+                                              Rescale rescale) const {
     const CacheView& cache = parameters.cache;
     const StepSequence& sequence = work.piece.sequence;
     const Columns& columns = work.columns;
@@ -543,9 +546,17 @@ struct DecodeWarp {
             const uint32_t query = (columns.first + column) / columns.group;
             return token <= work.window.before + query && (is_sink || token >= work.window.begin(query));
           },
-          ring.slots + (ring.stages - 1) * ring.slot_bytes, state);
+          scratch, state, rescale);
     }
     ring.reuse();
+  }
+
+  // Before which of its packed blocks a warp works on its runs, if it has any. They are loaded as they are needed: warps that
+  // did so at the same time, before their first block or after their last, would leave the memory idle meanwhile.
+  __device__ __forceinline__ uint32_t turn_of_runs() const {
+    if (share.runs == 0) return UINT32_MAX;
+    constexpr uint32_t kParts = kWarps<kDim, kTiles> + 1;
+    return min(max(share.blocks * (warp + 1) / kParts, 1), share.blocks);
   }
 
   // Works on the warp's share and leaves its result where its ring was.
@@ -557,20 +568,20 @@ struct DecodeWarp {
     // Blocks of earlier steps are on their way before the kernel that precedes this one, which may pack others, has ended.
     const uint32_t settled = work.settled_blocks(share.first_block, blocks);
     find_blocks(0, settled);
-    const uint32_t early = min(stages - 1, settled);
+    // Before the runs' turn, one slot is left free for them.
+    const uint32_t turn = turn_of_runs(), filled = turn == 0 ? stages - 1 : stages;
+    const uint32_t early = min(filled, settled);
     for (uint32_t stage = 0; stage < early; ++stage) fetch(stage, stage);
     await_preceding();
     const LaneQuery<kDim> query(work.columns, warp < kTiles ? warp : 0);
     if (settled < blocks) find_blocks(settled, blocks);
-    for (uint32_t stage = early; stage + 1 < stages; ++stage) fetch(stage, stage);
+    for (uint32_t stage = early; stage < filled; ++stage) fetch(stage, stage);
     if (warp < kTiles)
       quantize_queries<kDim, kTiles, kBfloat>(query, warp, parameters.scale * kLog2E, queries);
     if constexpr (kRaw || kMixed) share_queries(work.columns, queries.plain);
     arrive(&shared.queries_ready);
     WarpState<kDim, kTiles> state;
     clear_state(state);
-    if (share.runs > 0) attend_runs(state);
-    fetch(stages - 1, stages - 1);
     await(&shared.queries_ready);
     begin_state(queries, state);
     if constexpr (kRaw || kMixed) {
@@ -589,13 +600,25 @@ struct DecodeWarp {
       if (start < hidden) hide_tokens(work.window, work.columns, start, scores);
     };
     if constexpr (kRaw) {
+      if (share.runs > 0) attend_runs(ring.slots, state, [](int, float) {});
       attend_raw<kDim, kTiles, kBfloat>(cache.pool, shared.places.raw[warp], blocks, queries.plain, state,
                                         hide);
     } else {
       [[maybe_unused]] float group_zeros[kTiles][kValueGroups<kDim>] = {};
       uint32_t stage = 0, phase = 0;
 #pragma unroll 1
-      for (uint32_t at = 0; at < blocks; ++at) {
+      for (uint32_t at = 0;; ++at) {
+        if (at == turn) {
+          const uint32_t free = (stage == 0 ? stages : stage) - 1;
+          attend_runs(ring.slots + free * ring.slot_bytes, state, [&](int n, float factor) {
+            if constexpr (kMixed) {
+#pragma unroll
+              for (int group = 0; group < kValueGroups<kDim>; ++group) group_zeros[n][group] *= factor;
+            }
+          });
+          fetch(at + stages - 1, free);
+        }
+        if (at == blocks) break;
         ring.wait(stage, phase);
         const uint8_t* slot = ring.slots + stage * ring.slot_bytes;
         // Opaque, lest the compiler keeps every address that follows from it in a register of its own.
@@ -625,7 +648,7 @@ struct DecodeWarp {
                                                    widths.y, state, weights, units);
         }
         __syncwarp();
-        fetch(at + stages, stage);
+        if (at + 1 != turn) fetch(at + stages, stage);
         if (++stage == stages) stage = 0, phase ^= 1;
       }
       if constexpr (kMixed) add_group_zeros(group_zeros, state);

@@ -36,6 +36,7 @@ constexpr uint32_t kProductStages = 4;         // tiles ahead, unless shared mem
 constexpr uint32_t kWarpUnits = kWarpThreads;  // of a warp, at most: a lane looks up one
 constexpr uint32_t kMostPieceUnits = kProductWarps * kWarpUnits;
 constexpr uint32_t kMostPieces = 128;  // unless those are too large
+constexpr uint32_t kFewUnits = 2;      // of a warp, on average
 constexpr uint32_t kHalfParams = 256;  // of one part's scales and zeros
 static_assert(kHalfParams % kUnitBytes == 0);
 
@@ -129,8 +130,9 @@ __device__ __forceinline__ void fetch_part(const Ring& ring, const ProductParame
   }
 }
 
-// Calls use(at, tile, widths, position of the part's groups in the record) for the warp's blocks, from units.first_block on. The first settled ones are on their way
-// before the kernel that precedes this one has ended; then it calls prepare().
+// Calls use(at, tile, widths, position of the part's groups in the record) for the warp's blocks, from units.first_block on.
+// The first settled ones, which were there before the step began, are on their way before the kernel that precedes this one
+// has ended; then it calls prepare(). The next kernel may do the same meanwhile.
 template <uint32_t kPart, typename Prepare, typename Use>
 __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, const WarpUnits& units,
                                           const Ring& ring, PartSpans (&spans)[kWarpUnits], Prepare prepare,
@@ -145,11 +147,12 @@ __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, c
   const auto fetch = [&](uint32_t at, uint32_t stage) {
     fetch_part<kPart>(ring, parameters, at < units.blocks ? &spans[at] : nullptr, stage);
   };
+  let_next_begin();
   find(lane < settled);
   ring.begin();
   const uint32_t early = min(ring.stages, settled);
   for (uint32_t ahead = 0; ahead < early; ++ahead) fetch(ahead, ahead);
-  await_preceding();
+  wait_for_preceding();
   find(lane >= settled);
   for (uint32_t ahead = early; ahead < ring.stages; ++ahead) fetch(ahead, ahead);
   prepare();
@@ -241,6 +244,8 @@ template <int kDim, int kTiles>
 struct ScoreShared {
   // Thread blocks of a multiprocessor, as registers allow.
   static constexpr uint32_t kResident = kDim <= 128 && kTiles == 1 ? 4 : 3;
+  // Whether few blocks are left to half of them, so that there is room for the next kernel's.
+  static constexpr bool kShares = kResident % 2 == 0;
   Queries<kDim, kTiles> queries;
   alignas(16) float found[kProductWarps][4 * kTiles][kBlockTokens + 4];  // fewer conflicts of banks
   PartSpans spans[kProductWarps][kWarpUnits];
@@ -393,6 +398,7 @@ constexpr int kSumStride = kDim + 8;
 
 struct WeighShared {
   static constexpr uint32_t kResident = 3;
+  static constexpr bool kShares = false;
   PartSpans spans[kProductWarps][kWarpUnits];
   uint64_t barriers[kProductWarps][kProductStages];
   uint32_t is_last;
@@ -561,8 +567,9 @@ Residency residency_of(const ph_device& device, uint32_t slot, uint32_t own_byte
 
 uint32_t least_pieces(uint32_t units) { return (units + kMostPieceUnits - 1) / kMostPieceUnits; }
 
-// Into how many pieces so many packed blocks, or runs if they are more, are cut, where `rows` thread blocks take each and the GPU holds `resident` at a time:
-// as few as fill it once, or a few times. A thread block's way to its first bytes takes as long as several units.
+// Into how many pieces so many packed blocks, or runs if they are more, are cut, where `rows` thread blocks take each and
+// the GPU holds `resident` at a time: as few as fill it once, or a few times. A thread block's way to its first bytes takes
+// as long as several units.
 uint32_t product_pieces(uint32_t units, uint32_t rows, uint32_t resident) {
   const uint32_t least = std::max(least_pieces(units), 1u), times = (least * rows + resident - 1) / resident;
   return std::max(least, std::min({times * resident / rows, units, kMostPieces}));
@@ -606,9 +613,15 @@ void launch(ph_device& device, ProductParameters& parameters, Kernel kernel, uin
   parameters.slot_bytes = slot;
   parameters.stages = residency.stages;
   const uint32_t group = cache.query_heads / cache.heads, column_groups = (group + columns - 1) / columns;
-  parameters.pieces =
-      product_pieces(std::max(parameters.runs, parameters.tokens.packed), cache.heads * column_groups,
-                     static_cast<uint32_t>(device.processors) * residency.blocks);
+  const uint32_t units = std::max(parameters.runs, parameters.tokens.packed),
+                 rows = cache.heads * column_groups;
+  uint32_t resident = static_cast<uint32_t>(device.processors) * residency.blocks;
+  // With so little to do that its way to the first bytes takes longest, the kernel leaves half of the GPU to the next one,
+  // which is on that way meanwhile.
+  const bool shares = Shared::kShares && residency.blocks == Shared::kResident &&
+                      uint64_t{units} * rows <= uint64_t{kFewUnits} * kProductWarps * resident;
+  if (shares) resident /= 2;
+  parameters.pieces = product_pieces(units, rows, resident);
   allow_shared(device, kernel, SharedMemory::kPrefer);
   const dim3 grid(parameters.pieces, cache.heads, column_groups);
   launch_overlapping(device, kernel, grid, kProductThreads, residency.bytes, parameters);

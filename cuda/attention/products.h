@@ -16,7 +16,7 @@ constexpr uint32_t kMostGroup = 16;  // query heads of a kv head, as the cache a
 struct SequenceTokens {
   uint32_t layer, sequence;
   uint32_t length, packed;  // tokens; packed blocks
-  uint32_t settled;         // of the packed blocks, how many were there before the kernel enqueued last
+  uint32_t settled;         // of the packed blocks, how many were there before the last step began
 
   // Of the sinks there may be fewer than the cache has room for.
   PH_HOST_DEVICE uint32_t sinks(const kv::CacheView& cache) const {

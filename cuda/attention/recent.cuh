@@ -98,11 +98,13 @@ struct RunQueries {
 
 // One run: tokens 16 * run and on. `keys` and `values` are the head's, of slot 0; `scale` that of the softmax, log2(e)
 // included; `visible(column, token, is_sink)` whether a column sees a token. `scratch` is the warp's alone, in shared memory.
-template <int kDim, int kTiles, bool kBfloat, typename Visible>
+// For `rescale` see move_references.
+template <int kDim, int kTiles, bool kBfloat, typename Visible, typename Rescale>
 __device__ __forceinline__ void attend_run(const RecentTokens& tokens, uint32_t run, const uint8_t* keys,
                                            const uint8_t* values, uint64_t row_bytes, float scale,
                                            const RunQueries<kDim, kTiles>& queries, Visible visible,
-                                           uint8_t* scratch, WarpState<kDim, kTiles>& state) {
+                                           uint8_t* scratch, WarpState<kDim, kTiles>& state,
+                                           Rescale rescale) {
   constexpr int kChunks = kDim / 32;         // of 32 channels: 16 bytes of each of the four lanes of a row
   constexpr uint32_t kRowChunks = kDim / 8;  // of 16 bytes
   constexpr uint32_t kSwizzle = kRowChunks % 8 == 0 ? 7 : 3;
@@ -155,7 +157,7 @@ __device__ __forceinline__ void attend_run(const RecentTokens& tokens, uint32_t 
     }
     highest[n] = fmaxf(highest_score(scores[n]), -1e30f);
   }
-  move_references(state, highest, [](int, float) {});
+  move_references(state, highest, rescale);
 
   float factors[kTiles];
   uint32_t b[kTiles][2];

@@ -42,6 +42,14 @@ struct EdgeDot {
 };
 void edge_dot(ph_device& device, const EdgeDot& call);
 
+// Offsets: [blocks + 1]; columns, rows, order, inverse: [entries].
+struct FullBlocks {
+  const int32_t *row_offsets, *column_offsets, *entry_offsets;
+  int32_t *columns, *rows, *order, *inverse;
+  uint32_t blocks, entries;
+};
+void full_blocks(ph_device& device, const FullBlocks& call);
+
 // x: [x_rows, width]; offsets: [rows + 1]; out: [rows, width]; places: [rows, width].
 struct SegmentMax {
   const float* x;

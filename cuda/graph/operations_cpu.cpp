@@ -5,6 +5,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "graph/full_blocks.h"
 #include "graph/operations_block_cpu.h"
 #include "kv/block_cpu.h"
 
@@ -111,6 +112,24 @@ void edge_dot(ph_device&, const EdgeDot& call) {
   if (call.rows == 0) return;
   by_rows(call.rows, (call.entries / call.rows + 1ull) * call.width,
           [&](uint32_t first, uint32_t last) { row_kernels().edge_dot(call, first, last); });
+}
+
+void full_blocks(ph_device&, const FullBlocks& call) {
+  spread<uint32_t>(
+      call.blocks, call.entries / std::max(call.blocks, 1u), 4, [&](uint32_t first, uint32_t last) {
+        for (uint32_t block = first; block < last; ++block) {
+          const Block at = block_at(call, block);
+          for (uint32_t i = 0; i < at.rows; ++i) {
+            for (uint32_t j = 0; j < at.columns; ++j) {
+              const uint32_t entry = at.entry + i * at.columns + j, transposed = at.entry + j * at.rows + i;
+              call.columns[entry] = at.column + static_cast<int32_t>(j);
+              call.inverse[entry] = static_cast<int32_t>(transposed);
+              call.rows[transposed] = at.row + static_cast<int32_t>(i);
+              call.order[transposed] = static_cast<int32_t>(entry);
+            }
+          }
+        }
+      });
 }
 
 void segment_max(ph_device&, const SegmentMax& call) {

@@ -121,6 +121,21 @@ PH_API int32_t ph_buffer_upload(ph_device* device, ph_buffer* buffer, uint64_t o
 /* Copies the buffer to host memory, in stream order; waits until `target` holds the bytes. */
 PH_API int32_t ph_buffer_download(ph_device* device, const ph_buffer* buffer, uint64_t offset, void* target,
                                   uint64_t bytes, char* error, uint32_t error_bytes);
+/* Host memory, `bytes` (> 0) of it, that a device copies to while the host goes on: page-locked on CUDA. Where
+ * ph_buffer_download waits for all enqueued work, ph_readback_wait waits for what was enqueued before the copy only, so that
+ * the next work can be enqueued meanwhile. */
+typedef struct ph_readback ph_readback;
+PH_API ph_readback* ph_readback_create(ph_device* device, uint64_t bytes, int32_t* status, char* error,
+                                       uint32_t error_bytes);
+/* Waits until a copy to it is done, then frees it. No other call may be using it. */
+PH_API int32_t ph_readback_destroy(ph_device* device, ph_readback* readback, char* error,
+                                   uint32_t error_bytes);
+/* Enqueues a copy of `bytes` bytes (> 0, at most those it was created for) of the buffer. What was copied before is lost. */
+PH_API int32_t ph_readback_enqueue(ph_device* device, ph_readback* readback, const ph_buffer* buffer,
+                                   uint64_t offset, uint64_t bytes, char* error, uint32_t error_bytes);
+/* Waits for the copy that was enqueued last, and writes its first `bytes` bytes, at most all, to `target`. */
+PH_API int32_t ph_readback_wait(ph_device* device, ph_readback* readback, void* target, uint64_t bytes,
+                                char* error, uint32_t error_bytes);
 /* Enqueues a copy between buffers of one device; the ranges must not overlap. */
 PH_API int32_t ph_buffer_copy(ph_device* device, ph_buffer* target, uint64_t target_offset,
                               const ph_buffer* source, uint64_t source_offset, uint64_t bytes, char* error,
@@ -925,6 +940,20 @@ PH_API int32_t ph_graph_edge_dot(ph_device* device, const ph_buffer* y, uint64_t
                                  uint64_t out_offset, uint32_t rows, uint32_t x_rows, uint32_t entries,
                                  uint32_t heads, uint32_t width, uint32_t accumulate, char* error,
                                  uint32_t error_bytes);
+
+/* The entries of a sparse matrix of full blocks, of which block o has the rows from row_offsets[o] to row_offsets[o + 1] and the
+ * columns likewise: one after another from entry_offsets[o] on, row by row. columns[p] is the column of entry p. For the
+ * transposed matrix, whose blocks lie at the same places column by column: rows[q] is the row of its entry q, order[q] the
+ * entry p that it is, and inverse[p] = q. All offsets [blocks + 1]; all else [entries]. A block that its entries have no room
+ * for is left out. */
+PH_API int32_t ph_graph_full_blocks(ph_device* device, const ph_buffer* row_offsets,
+                                    uint64_t row_offsets_offset, const ph_buffer* column_offsets,
+                                    uint64_t column_offsets_offset, const ph_buffer* entry_offsets,
+                                    uint64_t entry_offsets_offset, ph_buffer* columns,
+                                    uint64_t columns_offset, ph_buffer* rows, uint64_t rows_offset,
+                                    ph_buffer* order, uint64_t order_offset, ph_buffer* inverse,
+                                    uint64_t inverse_offset, uint32_t blocks, uint32_t entries, char* error,
+                                    uint32_t error_bytes);
 
 /* out[i, c] = the largest x[p, c] of the entries p of row i, places[i, c] the first p that has it; 0 and -1 without entries.
  * x [x_rows, width]; offsets [rows + 1], of x_rows entries; out, places [rows, width]. A NaN is larger than all. */

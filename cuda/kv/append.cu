@@ -1,7 +1,7 @@
 // Appending to the growing kv cache on the GPU: packing a step's blocks as tiles, and keeping its newest tokens.
 //
 // A step that packs nothing runs CopyKernel only, which copies tokens to their places in 16 bits, a thread block each.
-// A step that packs runs one kernel too, on GPUs with clusters and for as many kv heads as a cluster holds:
+// A step that packs runs one kernel too, on GPUs with clusters and for up to 32 kv heads (see there):
 // append_cluster.cu. Otherwise it runs three, one after another on the device's stream:
 //   ParamsKernel   a thread block per block of 64 tokens, a warp per token: extremes over all heads and
 //                  channels, scales and zero points. They go to the workspace; the block's index entries
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
     TileKernel(const __grid_constant__ PackParameters parameters) {
   extern __shared__ uint4 dynamic_shared[];  // codes of keys, of values: 64 * head_dim bytes each
   __shared__ RecordShared<kMixed> shared;
-  __shared__ std::conditional_t<kMixed, GroupAffines, NoAffines> affines;
+  __shared__ std::conditional_t<kMixed, GroupAffines<>, NoAffines> affines;
   const auto& [cache, shape, step, tensors, layer, first_non_finite] = parameters.append;
   const Workspace& workspace = parameters.workspace;
   uint8_t* const key_codes = reinterpret_cast<uint8_t*>(dynamic_shared);

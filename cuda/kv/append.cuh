@@ -24,12 +24,12 @@ inline uint32_t copy_splits(const CacheView& cache, const StepView& step) {
   return tokens < most ? tokens : most > 0 ? most : 1;
 }
 
-// Copies 16-byte units [0, count) by all threads of a thread block, some of them at once: `source` and `target` name a
+// Copies 16-byte units [0, count) by kThreads threads of a thread block, some of them at once: `source` and `target` name a
 // unit's places.
 template <uint32_t kThreads, typename Source, typename Target>
 __device__ __forceinline__ void copy_units(uint32_t count, Source source, Target target) {
   constexpr uint32_t kAtOnce = 4;
-  for (uint32_t first = threadIdx.x; first < count; first += kAtOnce * kThreads) {
+  for (uint32_t first = threadIdx.x % kThreads; first < count; first += kAtOnce * kThreads) {
     uint4 held[kAtOnce];
 #pragma unroll
     for (uint32_t i = 0; i < kAtOnce; ++i) {
@@ -105,7 +105,7 @@ __device__ __forceinline__ void copy_kept(const AppendParameters& append, const 
 
 // ---- append_cluster.cu ----
 
-// Whether a cluster of thread blocks can pack a block: a thread block for each kv head.
+// Whether a cluster of thread blocks can pack a block, with all its kv heads.
 bool can_pack_in_clusters(const ph_device& device, const CacheView& cache);
 
 // Packs the step's blocks and copies its kept tokens, in one launch.

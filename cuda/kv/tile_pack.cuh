@@ -19,6 +19,9 @@ namespace ph::kv {
 constexpr int kTileThreads = 256;
 constexpr int kTileWarps = kTileThreads / kWarpThreads;
 
+// Which of the threads that pack a head this is.
+__device__ __forceinline__ uint32_t tile_thread() { return thread_index() % kTileThreads; }
+
 // Calls run(element, whether a part is kivi or raw16, as a constant).
 template <typename Run>
 void dispatch_pack_kernel(const TileShape& shape, Run run) {
@@ -136,17 +139,18 @@ struct ByteMinimum {
   }
 };
 
-// What becomes of a head, in shared memory.
-template <bool kMixed>
+// What becomes of a head, in shared memory. kScales: of a part, at most.
+template <bool kMixed, uint32_t kScales = kMixed ? kMostScales : kBlockTokens>
 struct TileShared {
-  Quantizer quantizers[kParts][kMixed ? kMostScales : kBlockTokens];  // by scale_index
+  Quantizer quantizers[kParts][kScales];               // by scale_index
   alignas(16) uint32_t bases[kParts][kMostBaseWords];  // a byte each, in the order of base_place
   uint32_t widths[kParts];                             // the header's words
 };
 
 // Scales and zero points of kivi, as the record has them.
+template <uint32_t kScales = kMostScales>
 struct GroupAffines {
-  alignas(16) uint16_t halves[kParts][2 * kMostScales];
+  alignas(16) uint16_t halves[kParts][2 * kScales];
 };
 struct NoAffines {};
 
@@ -322,8 +326,8 @@ __device__ __forceinline__ void store_any_group(uint32_t width, const uint32_t (
 }
 
 // The u-th unit of a record's bases, or of what stands in their place, keys' first.
-template <bool kMixed, typename Affines>
-__device__ __forceinline__ uint4 base_unit(const TileShape& shape, const TileShared<kMixed>& shared,
+template <bool kMixed, uint32_t kScales, typename Affines>
+__device__ __forceinline__ uint4 base_unit(const TileShape& shape, const TileShared<kMixed, kScales>& shared,
                                            const Affines& affines, uint32_t unit) {
   const uint32_t key_units = base_bytes(shape, PH_KV_KEYS) / kUnitBytes;
   const uint32_t part = unit < key_units ? PH_KV_KEYS : PH_KV_VALUES;
@@ -338,11 +342,12 @@ __device__ __forceinline__ uint4 base_unit(const TileShape& shape, const TileSha
 }
 
 // Finds the scales and zero points of a kivi part, a thread for each.
-template <typename Element, typename Rows>
+template <typename Element, typename Rows, uint32_t kScales>
 __device__ __forceinline__ void make_group_quantizers(const TileShape& shape, uint32_t part, const Rows& rows,
-                                                      TileShared<true>& shared, GroupAffines& affines) {
+                                                      TileShared<true, kScales>& shared,
+                                                      GroupAffines<kScales>& affines) {
   using Vector = typename Element::Vector;
-  const uint32_t index = threadIdx.x, count = group_scales(shape, part);
+  const uint32_t index = tile_thread(), count = group_scales(shape, part);
   if (index >= count) return;
   float minimum = INFINITY, maximum = -INFINITY;
   if (part == PH_KV_KEYS) {
@@ -373,13 +378,12 @@ __device__ __forceinline__ void make_group_quantizers(const TileShape& shape, ui
 }
 
 // Quantises the block's tokens of one head into shared memory.
-template <typename Element, int kRounds, bool kMixed, typename Rows>
+template <typename Element, int kRounds, bool kMixed, uint32_t kScales, typename Rows>
 __device__ __forceinline__ void quantize_head(const TileShape& shape, const Rows& rows,
-                                              const TileShared<kMixed>& shared, uint64_t non_finite,
+                                              const TileShared<kMixed, kScales>& shared, uint64_t non_finite,
                                               uint8_t* key_codes, uint8_t* value_codes) {
   using Vector = typename Element::Vector;
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
-  const bool is_coded[kParts] = {!kMixed || !is_raw16(shape.parts[0]), !kMixed || !is_raw16(shape.parts[1])};
+  const uint32_t thread = tile_thread(), warp = thread / kWarpThreads, lane = thread % kWarpThreads;
   // A warp takes 8 vectors (whole 128-byte lines) of 4 x 4 tokens, or 4 of 8 x 4 where the head does not
   // divide by 64.
   const uint32_t vector_bits = shape.head_dim % 64 == 0 ? 3 : 2;
@@ -389,56 +393,47 @@ __device__ __forceinline__ void quantize_head(const TileShape& shape, const Rows
     if (task >= shape.head_dim / 16) break;
     const uint32_t vector = (task >> (vector_bits - 1) << vector_bits) + lane % (1u << vector_bits);
     const uint32_t quad = (task % (1u << (vector_bits - 1)) << (5 - vector_bits)) + (lane >> vector_bits);
-    Vector held[kParts][4];
 #pragma unroll
     for (uint32_t part = 0; part < kParts; ++part) {
-      if (!is_coded[part]) continue;
-#pragma unroll
-      for (uint32_t k = 0; k < 4; ++k) {
-        held[part][k].load(rows.at(part, 4 * quad + k) + vector * kVectorBytes);
-      }
-    }
-    if ((non_finite >> 4 * quad & 15) != 0) {
-#pragma unroll
-      for (uint32_t part = 0; part < kParts; ++part) {
-        if (!is_coded[part]) continue;
-#pragma unroll
-        for (uint32_t k = 0; k < 4; ++k) zero_non_finite<Element>(held[part][k]);
-      }
-    }
-    const auto codes_of = [&](uint32_t part, uint32_t k) {
+      if (kMixed && is_raw16(shape.parts[part])) continue;
       const uint32_t limit = shape.parts[part].code_limit;
-      uint32_t index = 4 * quad + k;
-      if constexpr (kMixed) {
-        index = scale_index(shape, part, index, vector * kVectorValues);
-        if (part == PH_KV_KEYS && is_kivi(shape.parts[part])) {
-          return make_channel_codes<Element>(held[part][k], shared.quantizers[part] + index, limit);
-        }
+      Vector held[4];
+#pragma unroll
+      for (uint32_t k = 0; k < 4; ++k) held[k].load(rows.at(part, 4 * quad + k) + vector * kVectorBytes);
+      if ((non_finite >> 4 * quad & 15) != 0) {
+#pragma unroll
+        for (uint32_t k = 0; k < 4; ++k) zero_non_finite<Element>(held[k]);
       }
-      return make_codes<Element>(held[part][k], shared.quantizers[part][index], limit);
-    };
-    uint2 codes[4];
-    if (is_coded[PH_KV_KEYS]) {
-#pragma unroll
-      for (uint32_t k = 0; k < 4; ++k) codes[k] = codes_of(PH_KV_KEYS, k);
-      *reinterpret_cast<uint4*>(key_codes + key_chunk(2 * vector, quad)) =
-          make_uint4(codes[0].x, codes[1].x, codes[2].x, codes[3].x);
-      *reinterpret_cast<uint4*>(key_codes + key_chunk(2 * vector + 1, quad)) =
-          make_uint4(codes[0].y, codes[1].y, codes[2].y, codes[3].y);
-    }
-    if (!is_coded[PH_KV_VALUES]) continue;
-#pragma unroll
-    for (uint32_t k = 0; k < 4; ++k) codes[k] = codes_of(PH_KV_VALUES, k);
-#pragma unroll
-    for (uint32_t half = 0; half < 2; ++half) {
-      uint32_t in[4], out[4];
-#pragma unroll
-      for (uint32_t k = 0; k < 4; ++k) in[k] = half == 0 ? codes[k].x : codes[k].y;
-      transpose4(in, out);
+      uint2 codes[4];
 #pragma unroll
       for (uint32_t k = 0; k < 4; ++k) {
-        const uint32_t channel = vector * kVectorValues + 4 * half + k;
-        *reinterpret_cast<uint32_t*>(value_codes + value_chunk(channel, quad / 4) + 4 * (quad % 4)) = out[k];
+        uint32_t index = 4 * quad + k;
+        if constexpr (kMixed) {
+          index = scale_index(shape, part, index, vector * kVectorValues);
+          if (part == PH_KV_KEYS && is_kivi(shape.parts[part])) {
+            codes[k] = make_channel_codes<Element>(held[k], shared.quantizers[part] + index, limit);
+            continue;
+          }
+        }
+        codes[k] = make_codes<Element>(held[k], shared.quantizers[part][index], limit);
+      }
+#pragma unroll
+      for (uint32_t half = 0; half < 2; ++half) {
+        uint32_t words[4], channels[4];
+#pragma unroll
+        for (uint32_t k = 0; k < 4; ++k) words[k] = half == 0 ? codes[k].x : codes[k].y;
+        if (part == PH_KV_KEYS) {
+          *reinterpret_cast<uint4*>(key_codes + key_chunk(2 * vector + half, quad)) =
+              make_uint4(words[0], words[1], words[2], words[3]);
+          continue;
+        }
+        transpose4(words, channels);
+#pragma unroll
+        for (uint32_t k = 0; k < 4; ++k) {
+          const uint32_t channel = vector * kVectorValues + 4 * half + k;
+          *reinterpret_cast<uint32_t*>(value_codes + value_chunk(channel, quad / 4) + 4 * (quad % 4)) =
+              channels[k];
+        }
       }
     }
   }
@@ -455,8 +450,8 @@ __device__ __forceinline__ uint32_t transpose8(uint32_t pair) {
 template <typename Rows>
 __device__ __forceinline__ void store_raw(const TileShape& shape, uint32_t part, const Rows& rows,
                                           const RecordTarget& target, uint32_t begin) {
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
-                 i = lane % 4;
+  const uint32_t thread = tile_thread(), warp = thread / kWarpThreads, lane = thread % kWarpThreads,
+                 g = lane / 4, i = lane % 4;
   for (uint32_t f = warp; f < shape.head_dim / kFragmentChannels * 4; f += kTileWarps) {
     const uint32_t channel = kFragmentChannels * (f / 4);
     uint32_t words[4];
@@ -480,11 +475,12 @@ __device__ __forceinline__ void store_raw(const TileShape& shape, uint32_t part,
 }
 
 // The residuals of a head, from its codes: a warp's groups, kRounds of them. Notes bases and widths.
-template <int kRounds, bool kMixed>
+template <int kRounds, bool kMixed, uint32_t kScales>
 __device__ __forceinline__ void find_residuals(const TileShape& shape, const uint8_t* key_codes,
-                                               const uint8_t* value_codes, TileShared<kMixed>& shared,
+                                               const uint8_t* value_codes,
+                                               TileShared<kMixed, kScales>& shared,
                                                uint32_t (&residuals)[kRounds][kRegisters]) {
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  const uint32_t thread = tile_thread(), warp = thread / kWarpThreads, lane = thread % kWarpThreads;
   const uint32_t groups = tile_groups(shape);
 #pragma unroll
   for (uint32_t round = 0; round < kRounds; ++round) {
@@ -512,13 +508,14 @@ __device__ __forceinline__ void find_residuals(const TileShape& shape, const uin
 }
 
 // Writes a head's record, of `record_bytes`, from unit `begin` on.
-template <int kRounds, bool kMixed, typename Affines, typename Rows>
-__device__ __forceinline__ void store_record(const TileShape& shape, const TileShared<kMixed>& shared,
+template <int kRounds, bool kMixed, uint32_t kScales, typename Affines, typename Rows>
+__device__ __forceinline__ void store_record(const TileShape& shape,
+                                             const TileShared<kMixed, kScales>& shared,
                                              const Affines& affines, const Rows& rows,
                                              const uint32_t (&residuals)[kRounds][kRegisters],
                                              const RecordTarget& target, uint32_t begin,
                                              uint32_t record_bytes) {
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  const uint32_t thread = tile_thread(), warp = thread / kWarpThreads, lane = thread % kWarpThreads;
   const uint32_t groups = tile_groups(shape);
 #pragma unroll
   for (uint32_t round = 0; round < kRounds; ++round) {
@@ -530,10 +527,10 @@ __device__ __forceinline__ void store_record(const TileShape& shape, const TileS
     store_any_group(shared.widths[part] >> 4 * group & 15, residuals[round], lane, target,
                     begin + group_unit(shape, shared.widths, part, group));
   }
-  if (threadIdx.x < bases_position(shape, kParts) / kUnitBytes) {
-    *reinterpret_cast<uint4*>(target.unit(begin + threadIdx.x)) =
-        threadIdx.x == 0 ? make_uint4(shared.widths[PH_KV_KEYS], shared.widths[PH_KV_VALUES], 0, 0)
-                         : base_unit<kMixed>(shape, shared, affines, threadIdx.x - 1);
+  if (thread < bases_position(shape, kParts) / kUnitBytes) {
+    *reinterpret_cast<uint4*>(target.unit(begin + thread)) =
+        thread == 0 ? make_uint4(shared.widths[PH_KV_KEYS], shared.widths[PH_KV_VALUES], 0, 0)
+                    : base_unit(shape, shared, affines, thread - 1);
   }
   if constexpr (kMixed) {
     for (uint32_t part = 0; part < kParts; ++part) {

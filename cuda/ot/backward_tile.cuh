@@ -311,26 +311,25 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     const float* d_plan = call.d_plan == nullptr ? nullptr
                                                  : call.d_plan + tile.plan_offset() +
                                                        static_cast<int64_t>(tile.first_row) * tile.columns;
-    float4* kept = reinterpret_cast<float4*>(tile.entries + tile.thread * L::kThreadFloats);
 #pragma unroll
-    for (int ii = 0; ii < L::kRows; ++ii) {
-      const uint32_t row = tile.row_of(ii);
+    for (int jj = 0; jj < L::kColumns; ++jj) {
+      const uint32_t column = tile.column_of(jj);
 #pragma unroll
-      for (int jj = 0; jj < L::kColumns; jj += 4) {
+      for (int first = 0; first < L::kRows; first += 4) {
         float h[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const uint32_t column = tile.column_of(jj + i);
+          const uint32_t row = tile.row_of(first + i);
           h[i] = 0.0f;
           if (row < tile.block_rows && column < tile.columns && d_plan != nullptr)
             h[i] = d_plan[row * tile.columns + column];
           if (with_costs) {
-            const float cost = plan.entries[ii][jj + i];
+            const float cost = plan.entries[first + i][jj];
             h[i] = fabsf(cost) <= FLT_MAX ? fmaf(d_cost, cost, h[i]) : 0.0f;
           }
           h[i] *= inverse_epsilon;
         }
-        kept[(ii * L::kColumns + jj) / 4] = make_float4(h[0], h[1], h[2], h[3]);
+        tile.kept()[(jj * L::kRows + first) / 4] = make_float4(h[0], h[1], h[2], h[3]);
       }
     }
   }
@@ -387,7 +386,8 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
               value_of_masses = call.mode == PH_OT_DETACHED ? 0.0f : d_value;
   const auto mass_gradient = [&](float potential, float solved, float sum, const float* masses, int64_t at,
                                  uint32_t count, float penalty) {
-    if (!(fabsf(potential) <= FLT_MAX)) return 0.0f;  // no mass
+    // No mass: of exact solutions potentials are finite all the same.
+    if (!(fabsf(potential) <= FLT_MAX) || (masses != nullptr && !(masses[at] > 0.0f))) return 0.0f;
     if (isinf(penalty)) return fmaf(value_of_masses, potential, epsilon * solved);
     const float ratio = sum / (masses == nullptr ? 1.0f / count : masses[at]);
     return value_of_masses * penalty * (1.0f - ratio) + epsilon * solved * ratio;

@@ -1,7 +1,7 @@
 // Plans from potentials, their products, and gradients.
 #include "common/error.h"
 #include "ot/gradient_cuda.h"
-#include "ot/stream_cuda.h"
+#include "ot/stream_gradient_cuda.h"
 #include "ot/unrolled_cuda.h"
 
 namespace ph::ot {
@@ -68,13 +68,6 @@ void backward(ph_device&, Workspace& base, const Problem& problem, const Potenti
   const CudaWorkspace& workspace = static_cast<CudaWorkspace&>(base);
   const bool unrolled = gradient.mode == PH_OT_UNROLLED;
   if (unrolled) require_on_chip(workspace, "go back through the iterations of");
-  if (!workspace.large.empty()) {
-    throw Error(PH_ERROR_UNSUPPORTED,
-                "Cannot differentiate problem %u of %u x %u on CUDA, which does not lie on chip: up to 64 "
-                "columns it may have "
-                "2048 rows, up to 128 1024, up to 512 512; or open a CPU device",
-                workspace.large[0].problem, workspace.large[0].rows, workspace.large[0].columns);
-  }
   BackwardCall call = {};
   call.batch = batch_of(workspace, problem);
   call.mode = gradient.mode;
@@ -96,6 +89,8 @@ void backward(ph_device&, Workspace& base, const Problem& problem, const Potenti
   for_buckets(workspace, call, [&](auto layout, const Bucket& bucket, const BackwardCall& each) {
     launch_backward<decltype(layout)>(workspace.device, bucket, each);
   });
+  for (const LargeProblem& large : workspace.large)
+    stream_backward(workspace, problem, potentials, gradient, large);
 }
 
 }  // namespace ph::ot

@@ -124,11 +124,11 @@ __device__ __forceinline__ void multiply_matrix(const Tile<L>& tile, const Matri
   for (uint32_t k = 0; k < width; k += kChunk) {
     __syncthreads();  // before points are overwritten, and after the matrix is complete
     if (product.rows_matrix != nullptr)
-      stage_points(tile, staged_x, product.rows_matrix, product.row_scales, product.origin, tile.block_rows,
-                   most_rows, width, k);
+      stage_points<kChunk>(tile, staged_x, product.rows_matrix, product.row_scales, product.origin,
+                           tile.block_rows, most_rows, width, k);
     if (product.columns_matrix != nullptr)
-      stage_points(tile, staged_y, product.columns_matrix, product.column_scales, product.origin,
-                   tile.columns, columns, width, k);
+      stage_points<kChunk>(tile, staged_y, product.columns_matrix, product.column_scales, product.origin,
+                           tile.columns, columns, width, k);
     if (tile.ranks > 1) cluster_sync();
     else __syncthreads();
     if (product.rows_out != nullptr) {

@@ -21,6 +21,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// To 1 ulp.
+__device__ __forceinline__ float square_root(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The same value, of which the compiler does not know that: it computes anew what depends on it, instead of keeping it in
 // registers from far above.
 __device__ __forceinline__ uint32_t hidden(uint32_t value) {
@@ -41,20 +48,26 @@ __device__ __forceinline__ const T* in_cluster(const T* own, uint32_t rank) {
 #endif
 }
 
+// Counts a thread block's arrival, of which one thread calls this after a barrier; how many came before. What those wrote is
+// seen by all threads of this one after another barrier.
+__device__ __forceinline__ uint32_t arrive(uint32_t* arrivals) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals) : "memory");
+  return before;
+}
+
 // All thread blocks of a cooperative launch meet; `arrivals` counts on from 0, a block's `meetings` too. What a block wrote
-// before is seen by all that read it from the second cache (__ldcg).
+// before is seen by all.
 __device__ __forceinline__ void grid_barrier(uint32_t* arrivals, uint32_t& meetings) {
   ++meetings;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    atomicAdd(arrivals, 1);
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrivals) : "memory");
     const uint32_t all = meetings * gridDim.x;
     uint32_t seen;
     do {
       asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrivals) : "memory");
     } while (static_cast<int32_t>(seen - all) < 0);
-    __threadfence();
   }
   __syncthreads();
 }
@@ -72,9 +85,12 @@ __device__ __forceinline__ void await_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit elements, whose rows start where the lanes 8 i .. 8 i + 7 say for the i-th.
-__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
-  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+__device__ __forceinline__ uint32_t shared_address(const void* place) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(place));
+}
+
+// Four 8 x 8 matrices of 16-bit elements in shared memory, whose rows start where the lanes 8 i .. 8 i + 7 say for the i-th.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(from)

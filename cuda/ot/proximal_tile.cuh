@@ -46,60 +46,63 @@ struct TileProximal {
     return exp2f(static_cast<float>(lacking * (kLog2E / epsilon)));
   }
 
-  // A point's first iteration. False where a row or a column with mass has no partner of finite cost.
+  // f from where g goes on, in logarithms, and g so that the largest entry of every column of the kernel of both is 1; v makes it
+  // what it was. False where a row or a column with mass has no partner of finite cost.
   __device__ __forceinline__ bool begin_point(double epsilon) {
-    // The plan's rows from g, in logarithms.
 #pragma unroll
     for (int k = 0; k < L::kOwned; ++k) {
       const double g = start_of(k, epsilon);
       solver.g[k] = solver.b[k] > 0.0f ? static_cast<float>(g) : -INFINITY;
       solver.v[k] = solver.b[k] > 0.0f ? scaling_of(g - solver.g[k], epsilon) : 0.0f;
     }
-    float best[L::kRows], sums[L::kRows], f_row[L::kRows], g_column[L::kColumns], v_column[L::kColumns];
-    tile.of_columns(solver.g, g_column);
+    float best[L::kRows], sums[L::kRows], f_row[L::kRows], largest[L::kOwned];
 #pragma unroll
     for (int ii = 0; ii < L::kRows; ++ii) {
       best[ii] = -INFINITY;
       sums[ii] = 0.0f;
     }
-    tile.for_entries([&](int ii, int jj, float cost) { best[ii] = fmaxf(best[ii], g_column[jj] - cost); });
+    tile.for_kept_columns([&](uint32_t owner, int k, const float(&costs)[L::kRows]) {
+      const float g_column = tile.of_owner(solver.g, owner, k);
+#pragma unroll
+      for (int ii = 0; ii < L::kRows; ++ii) best[ii] = fmaxf(best[ii], g_column - costs[ii]);
+    });
     const float row_best = tile.combine_row(best, Max{});
-    __syncwarp();  // costs are read again rather than kept in registers
     const bool isolated = solver.a > 0.0f && row_best == -INFINITY;
     solver.f = row_best == -INFINITY ? 0.0f : -row_best;
     tile.of_rows(solver.f, f_row);
-    tile.of_columns(solver.v, v_column);
-    tile.for_entries([&](int ii, int jj, float cost) {
-      sums[ii] = fmaf(solver.power(f_row[ii], cost, g_column[jj]), v_column[jj], sums[ii]);
+    tile.for_kept_columns([&](uint32_t owner, int k, const float(&costs)[L::kRows]) {
+      const float g_column = tile.of_owner(solver.g, owner, k), v_column = tile.of_owner(solver.v, owner, k);
+#pragma unroll
+      for (int ii = 0; ii < L::kRows; ++ii)
+        sums[ii] = fmaf(solver.power(f_row[ii], costs[ii], g_column), v_column, sums[ii]);
     });
     const float row_sum = tile.combine_row(sums, Add{});
     solver.f = solver.a > 0.0f && !isolated ? solver.f + solver.length * log2f(__fdividef(solver.a, row_sum))
                                             : -INFINITY;
+    solver.u = solver.a > 0.0f ? 1.0f : 0.0f;
 
-    __syncwarp();
-    // Other g, for which no column of the kernel vanishes; v makes them the same again.
-    float largest[L::kColumns], own[L::kOwned];
     tile.of_rows(solver.f, f_row);
 #pragma unroll
-    for (int jj = 0; jj < L::kColumns; ++jj) largest[jj] = -INFINITY;
-    tile.for_entries([&](int ii, int jj, float cost) { largest[jj] = fmaxf(largest[jj], f_row[ii] - cost); });
-    bool feasible = !tile.combine_columns(largest, own, 0.0f, __any_sync(kAllLanes, isolated), Max{}).flag;
+    for (int k = 0; k < L::kOwned; ++k) largest[k] = -INFINITY;
+    tile.for_kept_columns([&](uint32_t owner, int k, const float(&costs)[L::kRows]) {
+      float most = -INFINITY;
+#pragma unroll
+      for (int ii = 0; ii < L::kRows; ++ii) most = fmaxf(most, f_row[ii] - costs[ii]);
+#pragma unroll
+      for (int distance = kWarp / 2; distance >= L::kLaneColumns; distance /= 2)
+        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, distance));
+      if (owner == tile.lane_row) largest[k] = most;
+    });
+    const bool feasible = !tile.combine_warps(largest, 0.0f, __any_sync(kAllLanes, isolated), Max{}).flag;
     bool partners = true;
 #pragma unroll
     for (int k = 0; k < L::kOwned; ++k) {
       const bool present = solver.b[k] > 0.0f;
-      if (present && own[k] == -INFINITY) partners = false;
-      solver.g[k] = present ? -own[k] : -INFINITY;
+      if (present && largest[k] == -INFINITY) partners = false;
+      solver.g[k] = present ? -largest[k] : -INFINITY;
       solver.v[k] = present ? scaling_of(start_of(k, epsilon) - solver.g[k], epsilon) : 0.0f;
     }
-    feasible &= __all_sync(kAllLanes, partners) != 0;
-    if (!feasible) return false;
-    __syncwarp();
-    solver.compute_kernel();
-    solver.u = solver.next_scaling(solver.a, solver.sum_row(), 1.0f, solver.f, 1.0f, 1.0f);
-    solver.sum_columns(solver.u, own, 0.0f, false);
-    if (!solver.update_columns(own, 1.0f)) solver.absorb();
-    return true;
+    return __all_sync(kAllLanes, partners) != 0 && feasible;
   }
 
   // Remembers a point, for the next one; others may read after a barrier.
@@ -117,21 +120,21 @@ struct TileProximal {
   // What is paid above the dual, in the unit of masses.
   __device__ __forceinline__ double gap() const {
     double sum = 0.0;
-    {
-      float g[L::kOwned], g_column[L::kColumns], best[L::kRows];
+    float g[L::kOwned], best[L::kRows];
 #pragma unroll
-      for (int k = 0; k < L::kOwned; ++k) {
-        g[k] = solver.column_potential(k);
-        if (tile.counts_column(k) && solver.b[k] > 0.0f) sum -= double{solver.b[k]} * g[k];
-      }
-      tile.of_columns(g, g_column);
-#pragma unroll
-      for (int ii = 0; ii < L::kRows; ++ii) best[ii] = -INFINITY;
-      tile.for_entries([&](int ii, int jj, float cost) { best[ii] = fmaxf(best[ii], g_column[jj] - cost); });
-      const float row_best = tile.combine_row(best, Max{});
-      if (tile.counts_row() && solver.a > 0.0f) sum += double{solver.a} * row_best;
+    for (int k = 0; k < L::kOwned; ++k) {
+      g[k] = solver.column_potential(k);
+      if (tile.counts_column(k) && solver.b[k] > 0.0f) sum -= double{solver.b[k]} * g[k];
     }
-    __syncwarp();
+#pragma unroll
+    for (int ii = 0; ii < L::kRows; ++ii) best[ii] = -INFINITY;
+    tile.for_kept_columns([&](uint32_t owner, int k, const float(&costs)[L::kRows]) {
+      const float g_column = tile.of_owner(g, owner, k);
+#pragma unroll
+      for (int ii = 0; ii < L::kRows; ++ii) best[ii] = fmaxf(best[ii], g_column - costs[ii]);
+    });
+    const float row_best = tile.combine_row(best, Max{});
+    if (tile.counts_row() && solver.a > 0.0f) sum += double{solver.a} * row_best;
     float v_column[L::kColumns], u_row[L::kRows], paid = 0.0f;
     tile.of_columns(solver.v, v_column);
     tile.of_rows(solver.u, u_row);
@@ -170,27 +173,31 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
 
   const uint32_t limit = max(call.limits == nullptr ? call.limit : call.limits[tile.problem], 1);
   const double least_gap = task.tolerance * double{task.largest};
-  Outcome outcome = {};
-  float row_sum = 0.0f, column_sums[L::kOwned];
-  while (!outcome.converged && outcome.iterations < limit) {
-    outcome.epsilon = task.epsilon / (outcome.iterations + 1);
-    solver.set_epsilon(outcome.epsilon, batch);
-    if (!points.begin_point(outcome.epsilon)) {
-      write_infeasible(tile, call, solver, outcome.iterations, task.epsilon);
+  Ending ending = {};
+  while (!ending.converged && ending.iterations < limit) {
+    ending.epsilon = task.epsilon / (ending.iterations + 1);
+    solver.set_epsilon(ending.epsilon, batch);
+    if (!points.begin_point(ending.epsilon)) {
+      write_infeasible(tile, call, solver, ending.iterations, task.epsilon);
       return end();
     }
-    for (uint32_t iteration = 1; iteration < call.inner; ++iteration)
-      if (!solver.iterate(1.0f).good) solver.absorb();
-    ++outcome.iterations;
-    points.end_point(outcome.epsilon);
-    row_sum = solver.sum_row();
-    const float error = tile.sum_warp(
-        tile.counts_row() ? fabsf(fmaf(solver.u, row_sum, -solver.row_target(solver.u))) : 0.0f);
-    outcome.error =
-        solver.sum_columns(solver.u, column_sums, error, false).error + solver.error_of_columns(column_sums);
-    outcome.converged = outcome.error <= task.tolerance && points.gap() <= least_gap;
+    ++ending.iterations;
+    Step step = Step::kIterate;
+    bool stale = true;
+    for (uint32_t left = call.inner;;) {
+      if (stale) solver.compute_kernel();
+      const typename TileSinkhorn<L>::Outcome outcome = solver.make(step, 1.0f);
+      ending.error = outcome.error;
+      if (step == Step::kMeasure) break;
+      stale = !outcome.good;
+      if (stale) solver.absorb();
+      if (--left > 0) continue;
+      points.end_point(ending.epsilon);
+      step = Step::kMeasure;
+    }
+    ending.converged = ending.error <= task.tolerance && points.gap() <= least_gap;
   }
-  write_solution(tile, call, solver, task, outcome, row_sum, column_sums);
+  write_solution(tile, call, solver, task, ending);
   end();
 }
 

@@ -81,6 +81,9 @@ __device__ __forceinline__ void write_nothing(const Tile<L>& tile, const Sinkhor
     call.reports[tile.problem] = {status, iterations, place, NAN, NAN, NAN, epsilon};
 }
 
+// Of an iteration: all, only g from f, or neither, and just the marginal error.
+enum class Step { kIterate, kColumns, kMeasure };
+
 template <typename L>
 struct TileSinkhorn {
   Tile<L>& tile;
@@ -88,10 +91,11 @@ struct TileSinkhorn {
   // Own elements; masses are in units of Masses::unit. Potentials are those in the kernel.
   float a, f, u;
   float b[L::kOwned], g[L::kOwned], v[L::kOwned];
-  float scale, length;                // log2(e) / epsilon, and epsilon * ln(2)
-  float row_damping, column_damping;  // 1 where marginals hold
-  float row_decay, column_decay;      // log2(e) / penalty
-  float column_error = 0.0f;          // of the columns when they were last updated
+  float scale, length;                    // log2(e) / epsilon, and epsilon * ln(2)
+  float row_damping, column_damping;      // 1 where marginals hold
+  float row_decay, column_decay;          // log2(e) / penalty
+  float column_error = 0.0f;              // of the columns when they were last updated
+  float row_sum, column_sums[L::kOwned];  // of K v and K' u, as they were last needed
 
   __device__ __forceinline__ bool holds_rows() const { return row_decay == 0.0f; }
   __device__ __forceinline__ bool holds_columns() const { return column_decay == 0.0f; }
@@ -120,11 +124,21 @@ struct TileSinkhorn {
     float f_row[L::kRows], g_column[L::kColumns];
     tile.of_rows(f, f_row);
     tile.of_columns(g, g_column);
-    tile.for_entries(
-        [&](int ii, int jj, float cost) { kernel[ii][jj] = power(f_row[ii], cost, g_column[jj]); });
+#pragma unroll
+    for (int jj = 0; jj < L::kColumns; ++jj) {
+      if (jj >= static_cast<int>(tile.groups)) {
+#pragma unroll
+        for (int ii = 0; ii < L::kRows; ++ii) kernel[ii][jj] = 0.0f;
+        continue;
+      }
+      float costs[L::kRows];
+      tile.read_kept(jj, costs);
+#pragma unroll
+      for (int ii = 0; ii < L::kRows; ++ii) kernel[ii][jj] = power(f_row[ii], costs[ii], g_column[jj]);
+    }
   }
 
-  // Moves u and v into the potentials.
+  // Moves u and v into the potentials, of which the kernel has to be computed anew.
   __device__ __forceinline__ void absorb() {
     f = row_potential();
     u = a > 0.0f ? 1.0f : 0.0f;
@@ -133,15 +147,6 @@ struct TileSinkhorn {
       g[k] = column_potential(k);
       v[k] = b[k] > 0.0f ? 1.0f : 0.0f;
     }
-    compute_kernel();
-  }
-
-  // Sums of K v over the own row.
-  __device__ __forceinline__ float sum_row() { return tile.weighted_row(kernel, v); }
-  // Sums of K' u over the own columns.
-  __device__ __forceinline__ typename Tile<L>::Sums sum_columns(float u_own, float (&own)[L::kOwned],
-                                                                float error, bool flag) {
-    return tile.weighted_columns(kernel, u_own, own, error, flag);
   }
 
   // The scaling that makes the sum what it has to be, or with relaxation goes further. `potential` is the one in the kernel.
@@ -183,16 +188,20 @@ struct TileSinkhorn {
     return __all_sync(kAllLanes, good);
   }
 
-  // f from g, then g from f, in logarithms. False where a row or a column with mass has no partner of finite cost.
-  __device__ __forceinline__ bool iterate_in_logarithms() {
-    float best[L::kRows], sums[L::kRows], f_row[L::kRows], g_column[L::kColumns];
-    tile.of_columns(g, g_column);
+  // f from g in logarithms, and g so that the largest entry of every column of the kernel of both is 1. False where a row or
+  // a column with mass has no partner of finite cost.
+  __device__ __forceinline__ bool begin_in_logarithms() {
+    float best[L::kRows], sums[L::kRows], f_row[L::kRows], largest[L::kOwned];
 #pragma unroll
     for (int ii = 0; ii < L::kRows; ++ii) {
       best[ii] = -INFINITY;
       sums[ii] = 0.0f;
     }
-    tile.for_entries([&](int ii, int jj, float cost) { best[ii] = fmaxf(best[ii], g_column[jj] - cost); });
+    tile.for_kept_columns([&](uint32_t owner, int k, const float(&costs)[L::kRows]) {
+      const float g_column = tile.of_owner(g, owner, k);
+#pragma unroll
+      for (int ii = 0; ii < L::kRows; ++ii) best[ii] = fmaxf(best[ii], g_column - costs[ii]);
+    });
     const float row_best = tile.combine_row(best, Max{});
     bool isolated = a > 0.0f && row_best == -INFINITY;
     if (isolated && !holds_rows()) {
@@ -201,48 +210,61 @@ struct TileSinkhorn {
     }
     f = row_best == -INFINITY ? 0.0f : -row_best;
     tile.of_rows(f, f_row);
-    tile.for_entries([&](int ii, int jj, float cost) { sums[ii] += power(f_row[ii], cost, g_column[jj]); });
+    tile.for_kept_columns([&](uint32_t owner, int k, const float(&costs)[L::kRows]) {
+      const float g_column = tile.of_owner(g, owner, k);
+#pragma unroll
+      for (int ii = 0; ii < L::kRows; ++ii) sums[ii] += power(f_row[ii], costs[ii], g_column);
+    });
     const float row_sum = tile.combine_row(sums, Add{});
     f = a > 0.0f && !isolated ? row_damping * (f + length * log2f(__fdividef(a, row_sum))) : -INFINITY;
     u = a > 0.0f ? 1.0f : 0.0f;
 
-    float largest[L::kColumns], own[L::kOwned];
     tile.of_rows(f, f_row);
 #pragma unroll
-    for (int jj = 0; jj < L::kColumns; ++jj) largest[jj] = -INFINITY;
-    tile.for_entries([&](int ii, int jj, float cost) { largest[jj] = fmaxf(largest[jj], f_row[ii] - cost); });
-    bool feasible = !tile.combine_columns(largest, own, 0.0f, __any_sync(kAllLanes, isolated), Max{}).flag;
+    for (int k = 0; k < L::kOwned; ++k) largest[k] = -INFINITY;
+    tile.for_kept_columns([&](uint32_t owner, int k, const float(&costs)[L::kRows]) {
+      float most = -INFINITY;
+#pragma unroll
+      for (int ii = 0; ii < L::kRows; ++ii) most = fmaxf(most, f_row[ii] - costs[ii]);
+#pragma unroll
+      for (int distance = kWarp / 2; distance >= L::kLaneColumns; distance /= 2)
+        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, distance));
+      if (owner == tile.lane_row) largest[k] = most;
+    });
+    bool feasible = !tile.combine_warps(largest, 0.0f, __any_sync(kAllLanes, isolated), Max{}).flag;
     bool partners = true;
 #pragma unroll
     for (int k = 0; k < L::kOwned; ++k) {
-      if (own[k] == -INFINITY && b[k] > 0.0f) {
+      if (largest[k] == -INFINITY && b[k] > 0.0f) {
         if (holds_columns()) partners = false;
         else b[k] = 0.0f;
       }
-      g[k] = b[k] > 0.0f ? -own[k] : -INFINITY;
+      g[k] = b[k] > 0.0f ? -largest[k] : -INFINITY;
       v[k] = b[k] > 0.0f ? 1.0f : 0.0f;
     }
-    feasible &= __all_sync(kAllLanes, partners) != 0;
-    compute_kernel();
-    sum_columns(u, own, 0.0f, false);
-    const bool good = update_columns(own, 1.0f);
-    if (!good && feasible) absorb();
-    return feasible;
+    return __all_sync(kAllLanes, partners) != 0 && feasible;
   }
 
-  struct Step {
-    float error;  // of the iterate before
+  struct Outcome {
+    float error;  // of the iterate before, or the one that is measured
     bool good;    // scalings are in their range
   };
-  __device__ __forceinline__ Step iterate(float relaxation) {
-    const float row_sum = sum_row();
-    const float error = tile.sum_warp(tile.counts_row() ? fabsf(fmaf(u, row_sum, -row_target(u))) : 0.0f);
-    u = next_scaling(a, row_sum, u, f, row_damping, relaxation);
-    float own[L::kOwned];
+  // One copy of what every step needs: instructions are fetched more slowly than they are carried out.
+  __device__ __forceinline__ Outcome make(Step step, float relaxation) {
+    float error = 0.0f;
+    bool left = false;
+    if (step != Step::kColumns) {
+      row_sum = tile.weighted_row(kernel, v);
+      error = tile.sum_warp(tile.counts_row() ? fabsf(fmaf(u, row_sum, -row_target(u))) : 0.0f);
+      if (step == Step::kIterate) {
+        u = next_scaling(a, row_sum, u, f, row_damping, relaxation);
+        left = __any_sync(kAllLanes, !within(a, u)) != 0;
+      }
+    }
+    const typename Tile<L>::Sums sums = tile.weighted_columns(kernel, u, column_sums, error, left);
+    if (step == Step::kMeasure) return {sums.error + error_of_columns(column_sums), true};
     const float before = column_error;
-    const bool left = __any_sync(kAllLanes, !within(a, u));
-    const typename Tile<L>::Sums sums = sum_columns(u, own, error, left);
-    const bool good = update_columns(own, relaxation);
+    const bool good = update_columns(column_sums, relaxation);
     return {sums.error + before, good && !sums.flag};
   }
 };
@@ -254,7 +276,6 @@ struct TileTask {
   double epsilon;   // absolute
   float tolerance;  // in the unit of masses
 
-  __device__ __forceinline__ double b_unit(bool balanced) const { return balanced ? masses.b_total : 1.0; }
   template <typename L>
   __device__ __forceinline__ double row_mass(const Tile<L>& tile) const {
     const uint32_t row = tile.own_row();
@@ -302,12 +323,13 @@ __device__ __forceinline__ bool begin(Tile<L>& tile, const Call& call, TileSinkh
                   fault & ~kCostFault, 0, 0.0);
     return false;
   }
-  task.largest = largest;
 
+  task.largest = largest;
   solver.row_decay = isinf(batch.row_penalty) ? 0.0f : static_cast<float>(kLog2E / batch.row_penalty);
   solver.column_decay =
       isinf(batch.column_penalty) ? 0.0f : static_cast<float>(kLog2E / batch.column_penalty);
-  const double unit = task.masses.unit, b_unit = task.b_unit(solver.holds_rows() && solver.holds_columns());
+  const bool balanced = solver.holds_rows() && solver.holds_columns();
+  const double unit = task.masses.unit, b_unit = balanced ? task.masses.b_total : 1.0;
   solver.a = static_cast<float>(task.row_mass(tile) / unit);
 #pragma unroll
   for (int k = 0; k < L::kOwned; ++k) {
@@ -327,7 +349,7 @@ __device__ __forceinline__ bool begin(Tile<L>& tile, const Call& call, TileSinkh
   return true;
 }
 
-// The end of a problem that iterate_in_logarithms found no answer to.
+// The end of a problem where potentials find no partner.
 template <typename L>
 __device__ __forceinline__ void write_infeasible(Tile<L>& tile, const SinkhornCall& call,
                                                  const TileSinkhorn<L>& solver, uint32_t iterations,
@@ -344,26 +366,25 @@ __device__ __forceinline__ void write_infeasible(Tile<L>& tile, const SinkhornCa
 }
 
 // How the iterations ended.
-struct Outcome {
+struct Ending {
   bool converged;
   uint32_t iterations;
   float error;  // in the unit of masses
   double epsilon;
 };
 
-// What comes out, in the caller's unit. `row_sum` and `column_sums` are those of K v and K' u.
+// What comes out, in the caller's unit. The solver's sums are those of its scalings.
 template <typename L>
 __device__ __forceinline__ void write_solution(Tile<L>& tile, const SinkhornCall& call,
                                                TileSinkhorn<L>& solver, const TileTask& task,
-                                               const Outcome& outcome, float row_sum,
-                                               const float (&column_sums)[L::kOwned]) {
+                                               const Ending& ending) {
   const Batch& batch = call.batch;
-  const double unit = task.masses.unit, epsilon = outcome.epsilon;
+  const double unit = task.masses.unit, epsilon = ending.epsilon;
   double value = 0.0, cost = 0.0;
   const float f =
       solver.a > 0.0f ? solver.row_potential() + static_cast<float>(epsilon * log(unit)) : -INFINITY;
   if (tile.counts_row()) {
-    const double sum = unit * solver.u * row_sum, mass = task.row_mass(tile);
+    const double sum = unit * solver.u * solver.row_sum, mass = task.row_mass(tile);
     if (sum > 0.0) value += sum * (f - epsilon);
     if (!solver.holds_rows() && mass > 0.0)
       value += batch.row_penalty * (mass - sum + (sum > 0.0 ? sum * log(sum / mass) : 0.0));
@@ -373,7 +394,7 @@ __device__ __forceinline__ void write_solution(Tile<L>& tile, const SinkhornCall
   for (int k = 0; k < L::kOwned; ++k) {
     if (!tile.counts_column(k)) continue;
     const float g = solver.column_potential(k);
-    const double sum = unit * solver.v[k] * column_sums[k], mass = task.column_mass(tile, k);
+    const double sum = unit * solver.v[k] * solver.column_sums[k], mass = task.column_mass(tile, k);
     if (sum > 0.0) value += sum * g;
     if (!solver.holds_columns() && mass > 0.0)
       value += batch.column_penalty * (mass - sum + (sum > 0.0 ? sum * log(sum / mass) : 0.0));
@@ -393,10 +414,10 @@ __device__ __forceinline__ void write_solution(Tile<L>& tile, const SinkhornCall
   value = tile.combine_all(value, Add{});
   if (tile.thread == 0 && tile.rank == 0) {
     ph_ot_report& report = call.reports[tile.problem];
-    report.status = outcome.converged ? PH_OT_CONVERGED : PH_OT_ITERATION_LIMIT;
-    report.iterations = outcome.iterations;
+    report.status = ending.converged ? PH_OT_CONVERGED : PH_OT_ITERATION_LIMIT;
+    report.iterations = ending.iterations;
     report.place = 0;
-    report.marginal_error = outcome.error * unit;
+    report.marginal_error = ending.error * unit;
     report.cost = cost;
     report.value = value;
     report.epsilon = epsilon;
@@ -418,46 +439,49 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
   TileSinkhorn<L> solver{tile};
   TileTask task;
   if (!begin(tile, call, solver, task)) return end();
-  const double target_epsilon = task.epsilon;
-  const float enough = task.tolerance;
   const uint32_t limit = max(call.limits == nullptr ? call.limit : call.limits[tile.problem], 1);
   // Errors are in the unit of masses here; stages end with kStageTolerance of a's total.
+  const float enough = task.tolerance;
   const float loose = static_cast<float>(kStageTolerance * task.masses.a_total / task.masses.unit);
 
+  const double target_epsilon = task.epsilon;
   double epsilon =
       call.scaling > 0.0 && limit > 1 ? fmax(target_epsilon, double{task.largest}) : target_epsilon;
   uint32_t iterations = 0;
   float error = 0.0f;
-  float row_sum = 0.0f, column_sums[L::kOwned];
-  for (bool last = false; !last;) {
-    last = epsilon <= target_epsilon;
+  for (;;) {
+    const bool last = epsilon <= target_epsilon;
     if (last) epsilon = target_epsilon;
     const uint32_t stage_limit = last ? limit : limit - 1;
     const float stage_enough = last ? enough : fmaxf(enough, loose);
     solver.set_epsilon(epsilon, batch);
-    const bool feasible = solver.iterate_in_logarithms();
-    ++iterations;
-    if (!feasible) {
-      write_infeasible(tile, call, solver, iterations, target_epsilon);
+    if (!solver.begin_in_logarithms()) {
+      write_infeasible(tile, call, solver, iterations + 1, target_epsilon);
       return end();
     }
+    Step step = Step::kColumns;
+    bool stale = true;
     float relaxation = 1.0f;
     for (;;) {
-      bool converged = false;
-      while (iterations < stage_limit && !converged) {
-        const typename TileSinkhorn<L>::Step step = solver.iterate(relaxation);
-        if (!step.good) solver.absorb();
-        ++iterations;
-        relaxation = step.error <= loose ? call.relaxation : 1.0f;
-        converged = step.error <= stage_enough;
+      if (stale) solver.compute_kernel();
+      const typename TileSinkhorn<L>::Outcome outcome = solver.make(step, relaxation);
+      error = outcome.error;
+      if (step == Step::kMeasure) {
+        if (error <= enough || iterations >= limit) break;
+        stale = false;
+        step = Step::kIterate;
+        continue;
       }
-      if (!last) break;
-      row_sum = solver.sum_row();
-      error = tile.sum_warp(tile.counts_row() ? fabsf(fmaf(solver.u, row_sum, -solver.row_target(solver.u)))
-                                              : 0.0f);
-      error = solver.sum_columns(solver.u, column_sums, error, false).error +
-              solver.error_of_columns(column_sums);
-      if (error <= enough || iterations >= limit) break;
+      ++iterations;
+      stale = !outcome.good;
+      if (stale) solver.absorb();
+      bool done = iterations >= stage_limit;
+      if (step == Step::kIterate) {
+        relaxation = error <= loose ? call.relaxation : 1.0f;
+        done |= error <= stage_enough;
+      }
+      if (done && !last) break;
+      step = done ? Step::kMeasure : Step::kIterate;
     }
     if (last) break;
     // Out of iterations but for one: the last one is for the problem's own epsilon.
@@ -469,8 +493,7 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     }
   }
 
-  write_solution(tile, call, solver, task, {error <= enough, iterations, error, epsilon}, row_sum,
-                 column_sums);
+  write_solution(tile, call, solver, task, {error <= enough, iterations, error, epsilon});
   end();
 }
 

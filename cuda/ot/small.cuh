@@ -42,7 +42,8 @@ struct Larger {
   __device__ double operator()(double a, double b) const { return a > b ? a : b; }
 };
 
-// The threads of a block of kWarps warps, and what they combine values through: shared memory [kWarps] of 8 bytes.
+// The threads of a block of kWarps warps, and what they combine values through: shared memory [kWarps], for each of the values
+// that are combined at once.
 template <int kWarps>
 struct Threads {
   static constexpr uint32_t kCount = kWarps * kWarp;
@@ -79,6 +80,24 @@ struct Threads {
     return value;
   }
   __device__ __forceinline__ double sum(double value) const { return combine(value, Add{}); }
+  template <int kValues>
+  __device__ __forceinline__ void sum_each(double (&values)[kValues]) const {
+#pragma unroll
+    for (double& value : values) value = combine_warp(value, Add{});
+    if constexpr (kWarps > 1) {
+      double* all = reinterpret_cast<double*>(scratch);
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kValues; ++i)
+        if (lane == 0) all[warp * kValues + i] = values[i];
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {
+        values[i] = all[i];
+        for (int w = 1; w < kWarps; ++w) values[i] += all[w * kValues + i];
+      }
+    }
+  }
 };
 
 // What a problem's masses say. `fault`: kNoFault, or the place of the first that is none, or rows + columns for totals.

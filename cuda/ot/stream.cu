@@ -7,58 +7,31 @@ namespace ph::ot {
 
 namespace {
 
-constexpr uint64_t kAlignment = 256;
-
-uint64_t aligned(uint64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
-// Takes pieces of the scratch memory.
-class Pieces {
- public:
-  explicit Pieces(uint8_t* memory) : memory_(memory) {}
-  template <typename T>
-  T* take(uint64_t count) {
-    T* piece = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
-    used_ += aligned(count * sizeof(T));
-    return piece;
-  }
-  uint64_t used() const { return used_; }
-
- private:
-  uint8_t* memory_;
-  uint64_t used_ = 0;
-};
+uint32_t row_tiles(const StreamSide& side) { return (side.count + kTileRows - 1) / kTileRows; }
 
 uint64_t lay_out(const ph_device& device, StreamCall& call, uint8_t* memory) {
   Pieces pieces(memory);
   call.state = pieces.take<StreamState>(1);
-  call.block_values = pieces.take<double>(4ull * kMostBlocks * static_cast<uint32_t>(device.processors));
+  call.values_pitch = std::max({row_tiles(call.rows), row_tiles(call.columns),
+                                kMostBlocks * static_cast<uint32_t>(device.processors)});
+  call.values = pieces.take<double>(2ull * kMostValues * call.values_pitch);
   call.means = pieces.take<double>(kMeanParts * kHalfDimension);
-  // Norms of both sides together, which are cleared.
-  float* norms = pieces.take<float>(2ull * (call.rows.count + call.columns.count));
+  // What is cleared comes first: norms and arrivals.
   for (StreamSide* side : {&call.rows, &call.columns}) {
-    side->norms = norms;
-    norms = memory == nullptr ? nullptr : norms + 2ull * side->count;
-    side->bias = pieces.take<float>(side->count);
-    side->next_bias = pieces.take<float>(side->count);
-    side->sums = pieces.take<float>(static_cast<uint64_t>(kMostSplits) * side->count);
-    side->largest = pieces.take<float>(static_cast<uint64_t>(kMostSplits) * side->count);
+    side->norms = pieces.take<float>(2ull * side->count);
+    side->arrivals = pieces.take<uint32_t>(row_tiles(*side));
+  }
+  call.rest = pieces.take<uint8_t>(0);
+  for (StreamSide* side : {&call.rows, &call.columns}) {
+    const uint32_t padded = (side->count + kTileColumns - 1) / kTileColumns * kTileColumns;
+    side->bias = pieces.take<float>(padded);
+    side->next_bias = pieces.take<float>(padded);
+    side->sums = pieces.take<float>(uint64_t{kMostParts} * side->count);
+    side->largest = pieces.take<float>(uint64_t{kMostParts} * side->count);
     side->halves = pieces.take<uint16_t>(
         call.dimension > 0 && call.dimension <= kHalfDimension ? 2ull * kHalfDimension * side->count : 0);
   }
   return pieces.used();
-}
-
-// How a problem's costs are computed.
-Costs costs_of(const StreamCall& call) {
-  if (call.cost != nullptr) return Costs::kMatrix;
-  return call.cost_kind != PH_OT_EUCLIDEAN && call.dimension <= kHalfDimension ? Costs::kHalves
-                                                                               : Costs::kDifferences;
-}
-template <typename Run>
-void dispatch_costs(Costs costs, Run run) {
-  if (costs == Costs::kHalves) run(std::integral_constant<Costs, Costs::kHalves>{});
-  else if (costs == Costs::kDifferences) run(std::integral_constant<Costs, Costs::kDifferences>{});
-  else run(std::integral_constant<Costs, Costs::kMatrix>{});
 }
 
 // What precedes all else: faults and totals of masses, norms and halves of points.
@@ -66,8 +39,8 @@ void prepare(const ph_device& device, const StreamCall& call) {
   constexpr uint32_t kFaultBytes = 4 * sizeof(unsigned long long);
   PH_CUDA_TRY(cudaMemsetAsync(call.state, 0, sizeof(StreamState), device.stream));
   PH_CUDA_TRY(cudaMemsetAsync(call.state, 0xff, kFaultBytes, device.stream));
-  PH_CUDA_TRY(cudaMemsetAsync(call.rows.norms, 0,
-                              2ull * (call.rows.count + call.columns.count) * sizeof(float), device.stream));
+  const uint8_t* cleared = reinterpret_cast<const uint8_t*>(call.rows.norms);
+  PH_CUDA_TRY(cudaMemsetAsync(call.rows.norms, 0, static_cast<size_t>(call.rest - cleared), device.stream));
   start_stream(device, StreamMassKernel<0>, 1, 1024, 32 * sizeof(double), false, call);
   const Costs costs = costs_of(call);
   if (costs == Costs::kMatrix) return;
@@ -130,12 +103,16 @@ void stream_sinkhorn(const CudaWorkspace& workspace, const StreamCall& call) {
                  [&](auto costs) { launch_stream_sinkhorn<decltype(costs)::value>(device, call); });
 }
 
-void stream_plan(const CudaWorkspace& workspace, const StreamCall& call, bool transposed) {
-  const ph_device& device = workspace.device;
+void prepare_potentials(const ph_device& device, const StreamCall& call) {
   prepare(device, call);
   const uint32_t points = std::max(call.rows.count, call.columns.count);
   start_stream(device, StreamBiasKernel<0>, (points + kStreamThreads - 1) / kStreamThreads, kStreamThreads, 0,
                false, call);
+}
+
+void stream_plan(const CudaWorkspace& workspace, const StreamCall& call, bool transposed) {
+  const ph_device& device = workspace.device;
+  prepare_potentials(device, call);
   dispatch_costs(costs_of(call),
                  [&](auto costs) { launch_stream_plan<decltype(costs)::value>(device, call, transposed); });
 }

@@ -1,11 +1,12 @@
 // Sinkhorn's iterations of one large problem, on all of the GPU, that never hold its n x m entries.
 //
 // One cooperative launch makes all iterations. A pass computes, for every row (or, with the sides exchanged, every column), a
-// sum over all columns of 2^(exponent) with exponent = (f + g - C) log2(e) / epsilon: thread blocks take tiles of kTileRows
-// rows and a part of the columns each, so that all multiprocessors work, and go through the columns kTileColumns at a time.
-// Parts are summed in their order, blocks meet, and potentials are updated: results are the same every time. The first
-// iteration keeps the largest exponent beside each sum; afterwards all exponents are relative to the potentials before, with
-// which plans have columns of the right mass, so that none is above 0 and sums are at least the product of two masses.
+// sum over all columns of 2^(exponent) with exponent = (f + g - C) log2(e) / epsilon: thread blocks have equal shares of the
+// tiles of kTileRows rows x kTileColumns columns, in the order of the rows, so that rows are one to kMostParts blocks'. Who
+// of them ends last adds what they have, in their order, and updates the potentials; then all blocks meet, once a pass, and
+// add the errors of all tiles of rows, each for itself: results are the same every time. The first iteration keeps the
+// largest exponent beside each sum; afterwards all exponents are relative to the potentials before, with which plans have
+// columns of the right mass, so that none is above 0 and sums are at least the product of two masses.
 //
 // Where costs come from:
 //   Halves       squared Euclidean, cosine and dot costs of up to 64 dimensions: x.y by tensor cores. A coordinate, less the
@@ -28,7 +29,51 @@ namespace ph::ot {
 constexpr uint32_t kStreamThreads = 128, kStreamWarps = 4;
 constexpr uint32_t kTileRows = 128, kTileColumns = 64;
 constexpr uint32_t kHalfDimension = 64, kHalfPitch = 2 * kHalfDimension + 8;  // of halves
+// Of columns: two are on their way while one is read, and a tile takes one barrier.
+constexpr uint32_t kBuffers = 3;
 constexpr uint32_t kMeanParts = 128;
+constexpr uint32_t kMostParts = 16;  // of a tile of rows
+constexpr uint32_t kMostValues = 5;  // that all blocks add up
+
+// How a pass is shared out: thread block b has the tiles [b T / blocks, (b + 1) T / blocks) of all T, row by row.
+struct StreamShare {
+  uint32_t row_tiles, column_tiles, blocks;
+
+  __host__ __device__ StreamShare(uint32_t rows, uint32_t columns, uint32_t most_blocks)
+      : row_tiles((rows + kTileRows - 1) / kTileRows),
+        column_tiles((columns + kTileColumns - 1) / kTileColumns) {
+    uint64_t most = uint64_t{kMostParts - 1} * row_tiles;
+    most = most < tiles() ? most : tiles();
+    blocks = most < most_blocks ? static_cast<uint32_t>(most) : most_blocks;
+  }
+  __host__ __device__ uint64_t tiles() const { return uint64_t{row_tiles} * column_tiles; }
+  __device__ uint64_t first_tile(uint32_t block) const { return tiles() * block / blocks; }
+  __device__ uint32_t block_of(uint64_t tile) const {
+    return static_cast<uint32_t>(((tile + 1) * blocks - 1) / tiles());
+  }
+  // The first block of a tile of rows, and how many it is shared by.
+  __device__ uint32_t first_block(uint32_t row_tile) const {
+    return block_of(uint64_t{row_tile} * column_tiles);
+  }
+  __device__ uint32_t parts(uint32_t row_tile) const {
+    return block_of(uint64_t{row_tile + 1} * column_tiles - 1) - first_block(row_tile) + 1;
+  }
+
+  // Calls run(tile of rows, first tile of columns, last) for what this block has.
+  template <typename Run>
+  __device__ __forceinline__ void for_own(Run run) const {
+    if (blockIdx.x >= blocks) return;
+    const uint64_t end = first_tile(blockIdx.x + 1);
+    for (uint64_t tile = first_tile(blockIdx.x); tile < end;) {
+      const uint32_t row_tile = static_cast<uint32_t>(tile / column_tiles),
+                     first = static_cast<uint32_t>(tile - uint64_t{row_tile} * column_tiles);
+      const uint64_t left = end - tile;
+      const uint32_t count = left < column_tiles - first ? static_cast<uint32_t>(left) : column_tiles - first;
+      run(row_tile, first, first + count);
+      tile += count;
+    }
+  }
+};
 
 // What the thread blocks share; zeros but for faults, all ones.
 struct StreamState {
@@ -45,9 +90,10 @@ struct StreamSide {
   float penalty;
   uint16_t* halves;  // [count][hi, lo][kHalfDimension]
   float* norms;      // what of a cost is the point's own; 0 but for Halves
-  // Potentials times scale less norms times scale, now and next.
+  // Potentials times scale less norms times scale, now and next; -infinity up to a multiple of kTileColumns.
   float *bias, *next_bias;
-  float *sums, *largest;  // [splits][count]
+  float *sums, *largest;  // [kMostParts][count]
+  uint32_t* arrivals;     // [tiles of rows], 0: blocks that have added to the sums
   float* out;             // potentials, or null
 };
 
@@ -64,9 +110,10 @@ struct StreamCall {
   const float* warm_g;
   float relaxation;
   double scaling;
-  uint32_t row_splits, column_splits;  // parts of the columns in a pass over rows, and the other way round
-  double* means;                       // [kMeanParts][kHalfDimension]
-  double* block_values;                // [blocks][4]
+  double* means;          // [kMeanParts][kHalfDimension]
+  double* values;         // [2][values_pitch][kMostValues]
+  uint32_t values_pitch;  // at least the tiles of rows, those of columns, and blocks
+  uint8_t* rest;          // what follows norms and arrivals, which are cleared
   StreamState* state;
   ph_ot_report* reports;
   const ph_ot_report* solved;  // of earlier, for StreamPlanKernel
@@ -76,22 +123,34 @@ struct StreamCall {
   float* product;
   uint32_t width;
   bool normalised;
+  // For gradients: the plan where it is kept, else null; G = d_plan + d_cost C, null: without.
+  const float *kept, *d_plan;
 };
 
 enum class Costs { kHalves, kDifferences, kMatrix };
 
-// How exponents are used.
-enum class Use { kLargestCost, kOnline, kSum, kEnergy, kWrite };
+// How exponents are used. The last three are for gradients: sums of T x over the columns, and entries or sums over the columns
+// of T o (alpha 1' + 1 beta' - G / epsilon).
+enum class Use { kLargestCost, kOnline, kSum, kEnergy, kWrite, kProduct, kSlope, kSlopeSum };
+template <Use kUse>
+constexpr bool kHasSlope = kUse == Use::kSlope || kUse == Use::kSlopeSum;
+template <Use kUse>
+constexpr bool kHasVector = kHasSlope<kUse> || kUse == Use::kProduct;
 
-struct StreamPass {
-  float scale;      // log2(e) / epsilon; 1 for costs
-  bool transposed;  // rows are the problem's columns
-  uint32_t splits;
+// What a block does of a pass.
+struct StreamPart {
+  float scale;                     // log2(e) / epsilon; 1 for costs
+  bool transposed;                 // rows are the problem's columns
+  uint32_t row_tile, first, last;  // tiles [first, last) of the columns
+  uint32_t place;                  // among the parts of the tile of rows
+  // For gradients: x, or beta, 0 up to a multiple of kTileColumns; alpha, less `shift`; d_cost / epsilon, 1 / epsilon.
+  const float *vector = nullptr, *solved = nullptr;
+  float shift = 0.0f, d_cost = 0.0f, inverse_epsilon = 0.0f;
 };
 
 struct alignas(16) StreamShared {
   union {
-    uint16_t halves[2][kTileColumns][kHalfPitch];
+    uint16_t halves[kBuffers][kTileColumns][kHalfPitch];
     struct {
       float x[kTileRows][kPitch], y[kTileColumns][kPitch];
     } points;
@@ -100,8 +159,9 @@ struct alignas(16) StreamShared {
   struct Product {
     float plan[kTileRows][kTileColumns + 4], matrix[kTileColumns][kPitch];
   };
-  float bias[2][kTileColumns];
-  double values[kStreamWarps][4];
+  float bias[kBuffers][kTileColumns], vector[kBuffers][kTileColumns], norms[kBuffers][kTileColumns];
+  double values[kStreamWarps][kMostValues];
+  bool last;
 };
 
 // What a unit of the tensor cores' product is of the cost: C = norm + norm - unit * product.
@@ -116,12 +176,21 @@ template <Costs kCosts, Use kUse>
 struct StreamTile {
   const StreamCall& call;
   const StreamSide own, other;
-  const StreamPass pass;
+  const float scale;
+  const bool transposed;
   StreamShared& shared;
   uint32_t lane, warp, first_row;
   float unit;  // of products in exponents
   uint32_t hi[2][4][4], lo[2][4][4];
   float costs[4][2][2][4];
+  // Where the lane's row of the first matrices is in shared memory: of four, columns 0..7 and k 0..7, k 8..15, columns 8..15
+  // likewise.
+  uint32_t fragment;
+  // For gradients, of the sixteen columns at hand: costs, x or beta; and of the rows.
+  const StreamPart& part;
+  float given[2][2][4];
+  const float* vector;
+  float alpha[4], norm[4];
 
   __device__ __forceinline__ uint32_t row_of(int r) const {
     return first_row + warp * 32 + (r / 2) * 16 + (r % 2) * 8 + lane / 4;
@@ -133,7 +202,7 @@ struct StreamTile {
     first_row = row;
     if constexpr (kCosts == Costs::kHalves) {
       const float coordinates = coordinate_scale(*call.state);
-      unit = (call.cost_kind == PH_OT_SQEUCLIDEAN ? 2.0f : 1.0f) * pass.scale / coordinates / coordinates;
+      unit = (call.cost_kind == PH_OT_SQEUCLIDEAN ? 2.0f : 1.0f) * scale / coordinates / coordinates;
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -151,28 +220,50 @@ struct StreamTile {
     }
   }
 
+  static __device__ __forceinline__ StreamTile of(const StreamCall& call, const StreamPart& part,
+                                                  StreamShared& shared) {
+    return {call,
+            part.transposed ? call.columns : call.rows,
+            part.transposed ? call.rows : call.columns,
+            part.scale,
+            part.transposed,
+            shared,
+            threadIdx.x % kWarp,
+            threadIdx.x / kWarp,
+            0,
+            0.0f,
+            {},
+            {},
+            {},
+            hidden(shared_address(
+                &shared.halves[0][threadIdx.x / 16 % 2 * 8 + threadIdx.x % 8][threadIdx.x / 8 % 2 * 8])),
+            part,
+            {},
+            nullptr,
+            {},
+            {}};
+  }
+
   // Columns [column, column + kTileColumns) on their way to a buffer.
   __device__ __forceinline__ void stage(uint32_t column, uint32_t buffer) {
     const uint32_t thread = threadIdx.x;
-    if (thread < kTileColumns) {
-      float bias = -INFINITY;
-      if (column + thread < other.count)
-        bias =
-            kUse == Use::kLargestCost ? -other.norms[column + thread] : __ldcg(other.bias + column + thread);
-      shared.bias[buffer][thread] = bias;
+    if (thread < kTileColumns / 4)
+      copy_ahead(&shared.bias[buffer][thread * 4], other.bias + column + thread * 4, true);
+    if constexpr (kHasVector<kUse>) {
+      if (thread < kTileColumns / 4)
+        copy_ahead(&shared.vector[buffer][thread * 4], part.vector + column + thread * 4, true);
+      // There is room for more norms than there are columns.
+      if (kCosts == Costs::kHalves && thread < kTileColumns / 4)
+        copy_ahead(&shared.norms[buffer][thread * 4], other.norms + column + thread * 4, true);
     }
     if constexpr (kCosts == Costs::kHalves) {
-      constexpr uint32_t kPieces = 2 * kHalfDimension / 8;
+      constexpr uint32_t kPieces = 2 * kHalfDimension / 8, kRows = kStreamThreads / kPieces;
+      const uint32_t at = thread / kPieces, piece = thread % kPieces * 8, left = other.count - column;
+      const uint16_t* from = other.halves + static_cast<uint64_t>(column + at) * (2 * kHalfDimension) + piece;
 #pragma unroll
-      for (uint32_t item = thread; item < kTileColumns * kPieces; item += kStreamThreads) {
-        const uint32_t at = item / kPieces, piece = item % kPieces;
-        const bool present = column + at < other.count;
-        copy_ahead(&shared.halves[buffer][at][piece * 8],
-                   other.halves + (static_cast<uint64_t>(present ? column + at : 0) * kPieces + piece) * 8,
-                   present);
-      }
+      for (uint32_t i = 0; i < kTileColumns; i += kRows)
+        copy_ahead(&shared.halves[buffer][at + i][piece], from + i * (2 * kHalfDimension), at + i < left);
     }
-    end_copies();
   }
 
   // Costs of the tile, where they are not made sixteen columns at a time.
@@ -184,7 +275,7 @@ struct StreamTile {
           const uint64_t row = row_of(2 * m + e / 2), at = column + q * 16 + column_of(n, e % 2);
           float cost = INFINITY;
           if (row < own.count && at < other.count)
-            cost = call.cost[pass.transposed ? at * own.count + row : row * other.count + at];
+            cost = call.cost[transposed ? at * own.count + row : row * other.count + at];
           costs[q][m][n][e] = cost;
         });
       }
@@ -250,39 +341,95 @@ struct StreamTile {
     }
   }
 
-  // The exponents of the q-th sixteen columns of the tile in a buffer, less the rows' bias.
-  __device__ __forceinline__ void exponents(int q, uint32_t buffer, float (&values)[2][2][4]) {
-    float bias[2][2];
+  // The bias of the lane's columns among the q-th sixteen.
+  __device__ __forceinline__ void load_bias(int q, uint32_t buffer, float (&bias)[2][2]) const {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const float2 two = *reinterpret_cast<const float2*>(&shared.bias[buffer][q * 16 + column_of(n, 0)]);
       bias[n][0] = two.x;
       bias[n][1] = two.y;
     }
+  }
+  // Adds the products of sixteen of the dimensions with sixteen columns, whose halves start at a place in shared memory.
+  __device__ __forceinline__ void multiply_step(int step, uint32_t at, float (&values)[2][2][4]) const {
+    uint32_t high[4], low[4];
+    load_matrices(high, at + step * 32);
+    load_matrices(low, at + step * 32 + kHalfDimension * 2);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        multiply_add(values[m][n], lo[m][step], high[2 * n], high[2 * n + 1]);
+        multiply_add(values[m][n], hi[m][step], low[2 * n], low[2 * n + 1]);
+        multiply_add(values[m][n], hi[m][step], high[2 * n], high[2 * n + 1]);
+      }
+    }
+  }
+
+  // Whether costs must be known, of which the exponents are made where no plan is kept.
+  __device__ __forceinline__ bool needs_costs() const {
+    return !kHasVector<kUse> || call.kept == nullptr || (kHasSlope<kUse> && part.d_cost != 0.0f) ||
+           (kUse == Use::kSlope && (call.cost_kind == PH_OT_EUCLIDEAN || call.cost_kind == PH_OT_COSINE));
+  }
+  // An entry of the plan, from its exponent but for the rows' bias or as it is kept; 0 outside.
+  __device__ __forceinline__ float plan_of(float exponent, int r, uint32_t at) const {
+    if (call.kept == nullptr) return exp2_fast(exponent);
+    return inside(r, at) ? call.kept[place_of(r, at)] : 0.0f;
+  }
+  __device__ __forceinline__ bool inside(int r, uint32_t at) const {
+    return row_of(r) < own.count && at < other.count;
+  }
+  __device__ __forceinline__ uint64_t place_of(int r, uint32_t at) const {
+    const uint64_t row = row_of(r);
+    return transposed ? static_cast<uint64_t>(at) * own.count + row : row * other.count + at;
+  }
+  // T (alpha + beta - G / epsilon) of an entry.
+  __device__ __forceinline__ float slope(float exponent, uint32_t column, int m, int n, int e) const {
+    const int r = 2 * m + e / 2;
+    const uint32_t at = column + column_of(n, e % 2);
+    float h = 0.0f;
+    if (call.d_plan != nullptr && inside(r, at)) h = call.d_plan[place_of(r, at)] * part.inverse_epsilon;
+    if (part.d_cost != 0.0f)
+      h = fabsf(given[m][n][e]) <= FLT_MAX ? fmaf(part.d_cost, given[m][n][e], h) : 0.0f;
+    return plan_of(exponent, r, at) * (alpha[r] + (vector[column_of(n, e % 2)] - h));
+  }
+  // What gradients need of the rows; their bias is returned.
+  __device__ __forceinline__ void begin_rows(float (&bias)[4]) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const uint32_t row = row_of(r);
+      bias[r] = row < own.count ? __ldcg(own.bias + row) : -INFINITY;
+      alpha[r] = part.shift + (row < own.count && part.solved != nullptr ? __ldcg(part.solved + row) : 0.0f);
+      norm[r] = kCosts == Costs::kHalves && row < own.count ? own.norms[row] : 0.0f;
+    }
+  }
+
+  // The exponents of the q-th sixteen columns of the tile in a buffer, less the rows' bias.
+  __device__ __forceinline__ void exponents(int q, uint32_t buffer, float (&values)[2][2][4]) {
+    if constexpr (kHasVector<kUse>) {
+      vector = &shared.vector[buffer][q * 16];
+      if (!needs_costs()) return;
+    }
+    float bias[2][2];
+    load_bias(q, buffer, bias);
     if constexpr (kCosts == Costs::kHalves) {
       for_values([&](int m, int n, int e) { values[m][n][e] = 0.0f; });
-      // Of the four matrices: columns 0..7 and k 0..7, k 8..15, columns 8..15 likewise.
-      const uint16_t* at = &shared.halves[buffer][q * 16 + lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8];
+      const uint32_t at = fragment + (buffer * kTileColumns + q * 16) * (kHalfPitch * sizeof(uint16_t));
 #pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        uint32_t high[4], low[4];
-        load_matrices(high, at + step * 16);
-        load_matrices(low, at + step * 16 + kHalfDimension);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            multiply_add(values[m][n], lo[m][step], high[2 * n], high[2 * n + 1]);
-            multiply_add(values[m][n], hi[m][step], low[2 * n], low[2 * n + 1]);
-            multiply_add(values[m][n], hi[m][step], high[2 * n], high[2 * n + 1]);
-          }
-        }
+      for (int step = 0; step < 4; ++step) multiply_step(step, at, values);
+      if constexpr (kHasSlope<kUse>) {
+        const float* norms = &shared.norms[buffer][q * 16];
+        for_values([&](int m, int n, int e) {
+          given[m][n][e] =
+              norm[2 * m + e / 2] + (norms[column_of(n, e % 2)] - values[m][n][e] * (unit / scale));
+        });
       }
       for_values([&](int m, int n, int e) { values[m][n][e] = fmaf(values[m][n][e], unit, bias[n][e % 2]); });
     } else {
-      for_values([&](int m, int n, int e) {
-        values[m][n][e] = fmaf(-costs[q][m][n][e], pass.scale, bias[n][e % 2]);
-      });
+      if constexpr (kHasSlope<kUse>)
+        for_values([&](int m, int n, int e) { given[m][n][e] = costs[q][m][n][e]; });
+      for_values(
+          [&](int m, int n, int e) { values[m][n][e] = fmaf(-costs[q][m][n][e], scale, bias[n][e % 2]); });
     }
   }
 
@@ -298,30 +445,74 @@ struct StreamTile {
     }
   }
 
-  // Goes through columns, tiles [first, last), and calls use(column of the sixteen, values) for all of them.
+  // Calls run(tile, buffer) for tiles [first, last) of columns, each of which is there then.
+  template <typename Run>
+  __device__ __forceinline__ void for_tiles(uint32_t first, uint32_t last, Run run) {
+    __syncthreads();  // before buffers are written again
+#pragma unroll
+    for (uint32_t ahead = 0; ahead < kBuffers - 1; ++ahead) stage_if(first + ahead, last, ahead);
+    uint32_t buffer = 0, free = kBuffers - 1;
+    for (uint32_t tile = first; tile < last; ++tile) {
+      await_copies<kBuffers - 2>();
+      __syncthreads();  // the tile is there, and nobody reads the one before any more
+      stage_if(tile + kBuffers - 1, last, free);
+      run(tile, buffer);
+      free = buffer;
+      buffer = buffer == kBuffers - 1 ? 0 : buffer + 1;
+    }
+  }
+
+  // Goes through columns, tiles [first, last), and calls take(column of the sixteen, values) for all of them.
   template <typename Take>
   __device__ __forceinline__ void for_columns(uint32_t first, uint32_t last, Take take) {
-    __syncthreads();  // before buffers are written again
-    if (first < last) stage(first * kTileColumns, 0);
-    for (uint32_t tile = first; tile < last; ++tile) {
-      const uint32_t buffer = (tile - first) % 2;
-      if (tile + 1 < last) {
-        stage((tile + 1) * kTileColumns, buffer ^ 1);
-        await_copies<1>();
-      } else {
-        await_copies<0>();
-      }
-      __syncthreads();
-      compute_costs(tile * kTileColumns);
-      // Costs that are there are in registers, which have no index at run time.
+    for_tiles(first, last, [&](uint32_t tile, uint32_t buffer) {
+      if (needs_costs()) compute_costs(tile * kTileColumns);
+        // Costs that are there are in registers, which have no index at run time.
 #pragma unroll(kCosts == Costs::kHalves ? 1 : 4)
       for (int q = 0; q < 4; ++q) {
         float values[2][2][4];
         exponents(q, buffer, values);
         take(tile * kTileColumns + q * 16, values);
       }
-      __syncthreads();
-    }
+    });
+  }
+
+  // Adds the powers of all exponents of a row. The powers of sixteen columns are taken between the products of the next, so
+  // that tensor cores never wait for them: warps that began together would all take powers at once.
+  __device__ __forceinline__ void add_powers(uint32_t first, uint32_t last, const float (&bias)[4],
+                                             float (&sums)[4]) {
+    float before[2][2][4], bias_before[2][2];
+    for_values([&](int m, int n, int e) { before[m][n][e] = 0.0f; });
+#pragma unroll
+    for (int n = 0; n < 2; ++n) bias_before[n][0] = bias_before[n][1] = -INFINITY;
+    const auto add = [&](int m, int n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        sums[2 * m + e / 2] +=
+            exp2_fast(fmaf(before[m][n][e], unit, bias_before[n][e % 2]) + bias[2 * m + e / 2]);
+    };
+    for_tiles(first, last, [&](uint32_t, uint32_t buffer) {
+#pragma unroll 2
+      for (int q = 0; q < 4; ++q) {
+        float products[2][2][4] = {};
+        const uint32_t at = fragment + (buffer * kTileColumns + q * 16) * (kHalfPitch * sizeof(uint16_t));
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          multiply_step(step, at, products);
+          add(step / 2, step % 2);
+        }
+        for_values([&](int m, int n, int e) { before[m][n][e] = products[m][n][e]; });
+        load_bias(q, buffer, bias_before);
+      }
+    });
+#pragma unroll
+    for (int step = 0; step < 4; ++step) add(step / 2, step % 2);
+  }
+
+ private:
+  __device__ __forceinline__ void stage_if(uint32_t tile, uint32_t last, uint32_t buffer) {
+    if (tile < last) stage(tile * kTileColumns, buffer);
+    end_copies();
   }
 };
 
@@ -330,45 +521,34 @@ __device__ __forceinline__ float combine_quad_sum(float value) {
   return value + __shfl_xor_sync(kAllLanes, value, 2);
 }
 
-// A pass over all rows of a side. Not inlined, as registers are for one use at a time.
+// A part of a pass. Not inlined, as registers are for one use at a time.
 template <Costs kCosts, Use kUse>
-__device__ __noinline__ void run_pass(const StreamCall& call, const StreamPass& pass, StreamShared& shared) {
+__device__ __noinline__ void run_part(const StreamCall& call, const StreamPart& part, StreamShared& shared) {
   using Tile = StreamTile<kCosts, kUse>;
-  const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  Tile tile{call,
-            pass.transposed ? call.columns : call.rows,
-            pass.transposed ? call.rows : call.columns,
-            pass,
-            shared,
-            lane,
-            warp,
-            0,
-            0.0f,
-            {},
-            {},
-            {}};
+  Tile tile = Tile::of(call, part, shared);
   const StreamSide &own = tile.own, &other = tile.other;
-  const uint32_t row_tiles = (own.count + kTileRows - 1) / kTileRows,
-                 column_tiles = (other.count + kTileColumns - 1) / kTileColumns, splits = pass.splits;
-  for (uint32_t item = blockIdx.x; item < row_tiles * splits; item += gridDim.x) {
-    const uint32_t split = item % splits;
-    tile.begin(item / splits * kTileRows);
-    float bias[4], sums[4], second[4];  // second: largest exponents, or energies, or the largest cost
+  const uint32_t lane = tile.lane;
+  tile.begin(part.row_tile * kTileRows);
+  float bias[4], sums[4], second[4];  // second: largest exponents, or energies, or the largest cost
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const uint32_t row = tile.row_of(r);
-      bias[r] = -INFINITY;
-      if (row < own.count) {
-        if (kUse == Use::kLargestCost) bias[r] = own.norms[row];
-        else if (kUse != Use::kOnline) bias[r] = __ldcg(own.bias + row);
-      }
-      sums[r] = 0.0f;
-      second[r] = kUse == Use::kOnline ? -INFINITY : 0.0f;
+  for (int r = 0; r < 4; ++r) {
+    const uint32_t row = tile.row_of(r);
+    bias[r] = -INFINITY;
+    if (row < own.count) {
+      if (kUse == Use::kLargestCost) bias[r] = own.norms[row];
+      else if (kUse != Use::kOnline) bias[r] = __ldcg(own.bias + row);
     }
-    [[maybe_unused]] unsigned long long fault = kNoFault;
-    const uint32_t first = static_cast<uint32_t>(static_cast<uint64_t>(column_tiles) * split / splits),
-                   last = static_cast<uint32_t>(static_cast<uint64_t>(column_tiles) * (split + 1) / splits);
-    tile.for_columns(first, last, [&](uint32_t column, const float(&values)[2][2][4]) {
+    sums[r] = 0.0f;
+    second[r] = kUse == Use::kOnline ? -INFINITY : 0.0f;
+  }
+  if constexpr (kHasVector<kUse>) tile.begin_rows(bias);
+  // Of a tile of columns in single precision, of all in double.
+  [[maybe_unused]] double totals[4] = {};
+  [[maybe_unused]] unsigned long long fault = kNoFault;
+  if constexpr (kUse == Use::kSum && kCosts == Costs::kHalves) {
+    tile.add_powers(part.first, part.last, bias, sums);
+  } else {
+    tile.for_columns(part.first, part.last, [&](uint32_t column, const float(&values)[2][2][4]) {
       if constexpr (kUse == Use::kSum) {
         Tile::for_values([&](int m, int n, int e) {
           const int r = 2 * m + e / 2;
@@ -404,66 +584,120 @@ __device__ __noinline__ void run_pass(const StreamCall& call, const StreamPass& 
             fault = min(fault, static_cast<unsigned long long>(row) * other.count + at);
           else if (cost <= FLT_MAX) second[0] = fmaxf(second[0], fabsf(cost));
         });
+      } else if constexpr (kHasVector<kUse> && kUse != Use::kSlope) {
+        Tile::for_values([&](int m, int n, int e) {
+          const int r = 2 * m + e / 2;
+          const float exponent = values[m][n][e] + bias[r];
+          if constexpr (kUse == Use::kProduct) {
+            const uint32_t at = tile.column_of(n, e % 2);
+            sums[r] = fmaf(tile.plan_of(exponent, r, column + at), tile.vector[at], sums[r]);
+          } else {
+            sums[r] += tile.slope(exponent, column, m, n, e);
+          }
+        });
+        if (column % kTileColumns + 16 < kTileColumns) return;
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          totals[r] += sums[r];
+          sums[r] = 0.0f;
+        }
       } else {
         Tile::for_values([&](int m, int n, int e) {
           const int r = 2 * m + e / 2;
           const uint64_t row = tile.row_of(r), at = column + tile.column_of(n, e % 2);
-          if (row < own.count && at < other.count)
-            __stcs(call.plan + row * other.count + at, exp2_fast(values[m][n][e] + bias[r]));
+          if (row >= own.count || at >= other.count) return;
+          const float exponent = values[m][n][e] + bias[r];
+          __stcs(call.plan + row * other.count + at,
+                 kUse == Use::kSlope ? tile.slope(exponent, column, m, n, e) : exp2_fast(exponent));
         });
       }
     });
-    if constexpr (kUse == Use::kLargestCost) {
-      if (second[0] > 0.0f) atomicMax(&call.state->largest_cost, __float_as_uint(second[0]));
-      if (fault != kNoFault) atomicMin(&call.state->cost_fault, fault);
-    } else if constexpr (kUse != Use::kWrite) {
+  }
+  if constexpr (kUse == Use::kLargestCost) {
+    if (second[0] > 0.0f) atomicMax(&call.state->largest_cost, __float_as_uint(second[0]));
+    if (fault != kNoFault) atomicMin(&call.state->cost_fault, fault);
+  } else if constexpr (kHasVector<kUse> && kUse != Use::kSlope) {
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        if (kUse == Use::kOnline) {
-          float largest = fmaxf(second[r], __shfl_xor_sync(kAllLanes, second[r], 1));
-          largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
-          sums[r] = combine_quad_sum(largest == -INFINITY ? 0.0f : sums[r] * exp2_fast(second[r] - largest));
-          second[r] = largest;
-        } else {
-          sums[r] = combine_quad_sum(sums[r]);
-          if (kUse == Use::kEnergy) second[r] = combine_quad_sum(second[r]);
-        }
-        const uint32_t row = tile.row_of(r);
-        if (lane % 4 != 0 || row >= own.count) continue;
-        const uint64_t at = static_cast<uint64_t>(split) * own.count + row;
-        own.sums[at] = sums[r];
-        if (kUse != Use::kSum) own.largest[at] = second[r];
+    for (int r = 0; r < 4; ++r) {
+      totals[r] += __shfl_xor_sync(kAllLanes, totals[r], 1);
+      totals[r] += __shfl_xor_sync(kAllLanes, totals[r], 2);
+      const uint32_t row = tile.row_of(r);
+      if (lane % 4 == 0 && row < own.count)
+        own.sums[static_cast<uint64_t>(part.place) * own.count + row] = static_cast<float>(totals[r]);
+    }
+  } else if constexpr (kUse != Use::kWrite && kUse != Use::kSlope) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      if (kUse == Use::kOnline) {
+        float largest = fmaxf(second[r], __shfl_xor_sync(kAllLanes, second[r], 1));
+        largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+        sums[r] = combine_quad_sum(largest == -INFINITY ? 0.0f : sums[r] * exp2_fast(second[r] - largest));
+        second[r] = largest;
+      } else {
+        sums[r] = combine_quad_sum(sums[r]);
+        if (kUse == Use::kEnergy) second[r] = combine_quad_sum(second[r]);
       }
+      const uint32_t row = tile.row_of(r);
+      if (lane % 4 != 0 || row >= own.count) continue;
+      const uint64_t at = static_cast<uint64_t>(part.place) * own.count + row;
+      own.sums[at] = sums[r];
+      if (kUse != Use::kSum) own.largest[at] = second[r];
     }
   }
 }
 
-// Sums over the block's threads of up to four values, into call.block_values of this block.
-__device__ __forceinline__ void sum_block_values(const StreamCall& call, StreamShared& shared,
-                                                 double (&values)[4]) {
+// The block's sums of values, for all its threads, which add in the same order in every block.
+template <int kCount>
+__device__ __forceinline__ void sum_block(StreamShared& shared, double (&values)[kCount]) {
+  static_assert(kCount <= kMostValues, "values pass through shared memory");
   const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  __syncthreads();  // before they are written again
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     for (uint32_t distance = kWarp / 2; distance > 0; distance /= 2)
       values[i] += __shfl_xor_sync(kAllLanes, values[i], distance);
     if (lane == 0) shared.values[warp][i] = values[i];
   }
   __syncthreads();
-  if (threadIdx.x < 4) {
-    double sum = 0.0;
-    for (uint32_t w = 0; w < kStreamWarps; ++w) sum += shared.values[w][threadIdx.x];
-    call.block_values[blockIdx.x * 4 + threadIdx.x] = sum;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    values[i] = shared.values[0][i];
+#pragma unroll
+    for (uint32_t w = 1; w < kStreamWarps; ++w) values[i] += shared.values[w][i];
+  }
+}
+// Leaves the block's sums as those of an item, and adds up those of all items once blocks have met.
+template <int kCount>
+__device__ __forceinline__ void leave_sums(StreamShared& shared, double* target, uint32_t item,
+                                           double (&values)[kCount]) {
+  sum_block(shared, values);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if (threadIdx.x == 0) target[item * kCount + i] = values[i];
+}
+template <int kCount>
+__device__ __forceinline__ void add_sums(StreamShared& shared, const double* source, uint32_t items,
+                                         double (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = 0.0;
+#pragma unroll 4
+  for (uint32_t item = threadIdx.x; item < items; item += kStreamThreads) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] += __ldcg(source + item * kCount + i);
+  }
+  sum_block(shared, values);
+}
+
+// Whether the block is the last of those that share a tile of rows, and sees what they wrote.
+__device__ __forceinline__ bool is_last(uint32_t* arrivals, uint32_t parts, StreamShared& shared) {
+  __syncthreads();
+  if (parts == 1) return true;
+  if (threadIdx.x == 0) {
+    shared.last = arrive(arrivals) == parts - 1;
+    if (shared.last) *arrivals = 0;
   }
   __syncthreads();
-}
-// All blocks' sum of one of the values, after they met; the same in all of them.
-__device__ __forceinline__ double sum_of_blocks(const StreamCall& call, int which) {
-  double sum = 0.0;
-  for (uint32_t block = threadIdx.x % kWarp; block < gridDim.x; block += kWarp)
-    sum += __ldcg(call.block_values + block * 4 + which);
-  for (uint32_t distance = kWarp / 2; distance > 0; distance /= 2)
-    sum += __shfl_xor_sync(kAllLanes, sum, distance);
-  return sum;
+  return shared.last;
 }
 
 // The problem as the iterations see it; the same in all threads.
@@ -479,71 +713,61 @@ __device__ __forceinline__ double mass_of(const StreamSide& side, uint32_t i, do
 
 struct StreamUpdate {
   double error;  // of the marginal before, and after where it need not hold
-  double after;
-  bool good;
+  double after;  // NaN: a sum left the range of floats
 };
 
-// The next potentials of a side from its sums; in a pass with Use::kOnline sums come with their largest exponents. The
-// first update of a stage is plain.
-__device__ __forceinline__ StreamUpdate update_side(const StreamCall& call, const StreamSide& own,
-                                                    const StreamSetting& setting, double unit,
-                                                    uint32_t splits, bool online, float relaxation,
-                                                    uint32_t place) {
-  StreamUpdate result = {0.0, 0.0, true};
+// The next potential of a row from its sums, `parts` of them; in a pass with Use::kOnline they come with their largest
+// exponents. The first update of a stage is plain. `place` is that of the side's first element among faults.
+__device__ __forceinline__ StreamUpdate update_row(const StreamCall& call, const StreamSide& own,
+                                                   const StreamSetting& setting, double unit, uint32_t i,
+                                                   uint32_t parts, bool online, float relaxation,
+                                                   uint32_t place) {
   const bool holds = isinf(own.penalty);
   const double damping = holds ? 1.0 : own.penalty / (own.penalty + setting.epsilon);
   const double decay = holds ? 0.0 : setting.epsilon / own.penalty;
-  for (uint32_t i = blockIdx.x * kStreamThreads + threadIdx.x; i < own.count;
-       i += gridDim.x * kStreamThreads) {
-    const double mass = mass_of(own, i, unit);
-    if (mass == 0.0) {
-      own.next_bias[i] = -INFINITY;
-      continue;
-    }
-    const double norm = own.norms[i] * setting.scale_exact;
-    double exponent;  // log2 of the sum without the own potential
-    double old = 0.0;
-    if (online) {
-      float largest = -INFINITY;
-      for (uint32_t s = 0; s < splits; ++s)
-        largest = fmaxf(largest, __ldcg(own.largest + static_cast<uint64_t>(s) * own.count + i));
-      double sum = 0.0;
-      for (uint32_t s = 0; s < splits && largest > -INFINITY; ++s) {
-        const uint64_t at = static_cast<uint64_t>(s) * own.count + i;
-        sum += double{__ldcg(own.sums + at)} * exp2f(__ldcg(own.largest + at) - largest);
-      }
-      if (!(sum > 0.0)) {
-        // No partner: infeasible, or where mass may stay behind, none.
-        if (holds) atomicMin(&call.state->isolated, 0ull + place + i);
-        own.next_bias[i] = -INFINITY;
-        continue;
-      }
-      exponent = largest + log2(sum);
-    } else {
-      const float bias = __ldcg(own.bias + i);
-      if (bias == -INFINITY) {
-        own.next_bias[i] = bias;
-        continue;
-      }
-      double sum = 0.0;
-      for (uint32_t s = 0; s < splits; ++s)
-        sum += __ldcg(own.sums + static_cast<uint64_t>(s) * own.count + i);
-      old = bias + norm;
-      result.error += fabs(sum - mass * (holds ? 1.0 : exp2(-old * decay)));
-      result.good &= sum > 1e-30 && sum < 1e30;
-      exponent = log2(sum) - bias;
-    }
-    double next = damping * (log2(mass) - exponent + norm);
-    if (relaxation != 1.0f) next = old + relaxation * (next - old);
-    if (relaxation != 1.0f || !holds)
-      result.after += fabs(exp2(exponent + next - norm) - mass * (holds ? 1.0 : exp2(-next * decay)));
-    own.next_bias[i] = static_cast<float>(next - norm);
+  const double mass = mass_of(own, i, unit), norm = own.norms[i] * setting.scale_exact;
+  const float* sums = own.sums + i;
+  const float* most = own.largest + i;
+  const uint64_t step = own.count;
+  const float bias = online ? 0.0f : __ldcg(own.bias + i);
+  StreamUpdate result = {0.0, 0.0};
+  if (mass == 0.0 || bias == -INFINITY) {
+    own.next_bias[i] = -INFINITY;
+    return result;
   }
+  float largest = 0.0f;
+  double sum = 0.0, old = 0.0;
+  if (online) {
+    largest = -INFINITY;
+#pragma unroll 8
+    for (uint32_t s = 0; s < parts; ++s) largest = fmaxf(largest, __ldcg(most + s * step));
+#pragma unroll 8
+    for (uint32_t s = 0; s < parts && largest > -INFINITY; ++s)
+      sum += double{__ldcg(sums + s * step)} * exp2f(__ldcg(most + s * step) - largest);
+    if (!(sum > 0.0)) {
+      // No partner: infeasible, or where mass may stay behind, none.
+      if (holds) atomicMin(&call.state->isolated, 0ull + place + i);
+      own.next_bias[i] = -INFINITY;
+      return result;
+    }
+  } else {
+#pragma unroll 8
+    for (uint32_t s = 0; s < parts; ++s) sum += __ldcg(sums + s * step);
+    old = bias + norm;
+    result.error = fabs(sum - mass * (holds ? 1.0 : exp2(-old * decay)));
+  }
+  const double exponent = largest + log2(sum) - bias;  // of the sum without the own potential
+  double next = damping * (log2(mass) - exponent + norm);
+  if (relaxation != 1.0f) next = old + relaxation * (next - old);
+  if (relaxation != 1.0f || !holds)
+    result.after = fabs(exp2(exponent + next - norm) - mass * (holds ? 1.0 : exp2(-next * decay)));
+  if (!online && !(sum > 1e-30 && sum < 1e30)) result.after = NAN;
+  own.next_bias[i] = static_cast<float>(next - norm);
   return result;
 }
 
 template <Costs kCosts>
-__global__ void __launch_bounds__(kStreamThreads, kCosts == Costs::kHalves ? 4 : 3)
+__global__ void __launch_bounds__(kStreamThreads, 3)
     StreamSinkhornKernel(const __grid_constant__ StreamCall given) {
   StreamCall call = given;
   StreamShared& shared = *reinterpret_cast<StreamShared*>(dynamic_shared());
@@ -566,7 +790,21 @@ __global__ void __launch_bounds__(kStreamThreads, kCosts == Costs::kHalves ? 4 :
   if (state.mass_fault != kNoFault) return nothing(PH_OT_INVALID_MASS, state.mass_fault, 0, 0.0);
   if (state.point_fault != kNoFault) return nothing(PH_OT_NON_FINITE_POINT, state.point_fault, 0, 0.0);
 
-  run_pass<kCosts, Use::kLargestCost>(call, {1.0f, false, call.row_splits}, shared);
+  const StreamShare row_share(call.rows.count, call.columns.count, gridDim.x),
+      column_share(call.columns.count, call.rows.count, gridDim.x);
+  // As other costs of a cost, and no more columns than there are.
+  for (StreamSide* side : {&call.rows, &call.columns}) {
+    const uint32_t padded = (side->count + kTileColumns - 1) / kTileColumns * kTileColumns;
+    for (uint32_t i = blockIdx.x * kStreamThreads + threadIdx.x; i < padded;
+         i += gridDim.x * kStreamThreads) {
+      side->bias[i] = i < side->count ? -side->norms[i] : -INFINITY;
+      side->next_bias[i] = -INFINITY;
+    }
+  }
+  meet();
+  row_share.for_own([&](uint32_t row_tile, uint32_t first, uint32_t last) {
+    run_part<kCosts, Use::kLargestCost>(call, {1.0f, false, row_tile, first, last, 0}, shared);
+  });
   meet();
   const unsigned long long cost_fault = __ldcg(&state.cost_fault);
   if (cost_fault != kNoFault) return nothing(PH_OT_NON_FINITE_COST, cost_fault, 0, 0.0);
@@ -609,24 +847,34 @@ __global__ void __launch_bounds__(kStreamThreads, kCosts == Costs::kHalves ? 4 :
   meet();
 
   // One side's sums and next potentials; all blocks know the error then.
+  uint32_t turn = 0;  // of values, as some blocks still add them up when others leave the next
   const auto half_step = [&](bool columns, bool online, float relaxation) {
     const StreamSide& own = columns ? call.columns : call.rows;
-    const uint32_t splits = columns ? call.column_splits : call.row_splits;
-    for (;;) {
-      const StreamPass pass = {setting.scale, columns, splits};
-      if (online) run_pass<kCosts, Use::kOnline>(call, pass, shared);
-      else run_pass<kCosts, Use::kSum>(call, pass, shared);
+    const StreamShare& share = columns ? column_share : row_share;
+    for (bool again = false;; again = true) {
+      turn ^= 1;
+      double* values = call.values + turn * kMostValues * uint64_t{call.values_pitch};
+      share.for_own([&](uint32_t row_tile, uint32_t first, uint32_t last) {
+        const StreamPart part = {setting.scale, columns, row_tile,
+                                 first,         last,    blockIdx.x - share.first_block(row_tile)};
+        if (online) run_part<kCosts, Use::kOnline>(call, part, shared);
+        else run_part<kCosts, Use::kSum>(call, part, shared);
+        const uint32_t parts = share.parts(row_tile), i = row_tile * kTileRows + threadIdx.x;
+        if (!is_last(own.arrivals + row_tile, parts, shared)) return;
+        StreamUpdate update = {0.0, 0.0};
+        if (i < own.count)
+          update = update_row(call, own, setting, columns ? setting.unit_b : setting.unit_a, i, parts, online,
+                              relaxation, columns ? call.rows.count : 0);
+        double own_values[2] = {update.error, update.after};
+        leave_sums(shared, values, row_tile, own_values);
+      });
       meet();
-      const StreamUpdate update = update_side(call, own, setting, columns ? setting.unit_b : setting.unit_a,
-                                              splits, online, relaxation, columns ? call.rows.count : 0);
-      double values[4] = {update.error, update.after, update.good ? 0.0 : 1.0, 0.0};
-      sum_block_values(call, shared, values);
-      meet();
-      const StreamUpdate all = {sum_of_blocks(call, 0), sum_of_blocks(call, 1),
-                                sum_of_blocks(call, 2) == 0.0};
-      if (all.good || online) return all;
+      double all[2];
+      add_sums(shared, values, share.row_tiles, all);
+      if (online || !isnan(all[1])) return StreamUpdate{again ? INFINITY : all[0], all[1]};
       // A sum left the range of floats, which only relaxed or unbalanced iterations can: again, with largest exponents.
       online = true;
+      relaxation = 1.0f;
     }
   };
 
@@ -636,22 +884,25 @@ __global__ void __launch_bounds__(kStreamThreads, kCosts == Costs::kHalves ? 4 :
     if (last) epsilon = target_epsilon;
     const uint32_t stage_limit = last ? limit : limit - 1;
     const double stage_enough = last ? enough : fmax(enough, loose);
-    half_step(false, true, 1.0f);
-    swap_bias(call.rows);
-    double column_error = half_step(true, true, 1.0f).after;
-    swap_bias(call.columns);
-    ++iterations;
-    const unsigned long long isolated = __ldcg(&state.isolated);
-    if (isolated != kNoFault) return nothing(PH_OT_INFEASIBLE, isolated, iterations, target_epsilon);
-    float relaxation = 1.0f;
-    for (;;) {
-      const double error = half_step(false, false, relaxation).error + column_error;
-      if (error <= stage_enough || iterations >= stage_limit) break;
-      swap_bias(call.rows);
-      column_error = half_step(true, false, relaxation).after;
-      swap_bias(call.columns);
+    float relaxation = 1.0f, next_relaxation = 1.0f;
+    double column_error = 0.0;
+    for (uint32_t half = 0;; ++half) {
+      const bool columns = half % 2 == 1, online = half < 2;
+      const StreamUpdate update = half_step(columns, online, relaxation);
+      if (!columns && !online) {
+        const double error = update.error + column_error;
+        if (error <= stage_enough || iterations >= stage_limit) break;
+        // The columns that follow are those of this iteration.
+        next_relaxation = error <= loose ? call.relaxation : 1.0f;
+      }
+      swap_bias(columns ? call.columns : call.rows);
+      if (!columns) continue;
+      column_error = update.after;
       ++iterations;
-      relaxation = error <= loose ? call.relaxation : 1.0f;
+      relaxation = next_relaxation;
+      if (!online) continue;
+      const unsigned long long isolated = __ldcg(&state.isolated);
+      if (isolated != kNoFault) return nothing(PH_OT_INFEASIBLE, isolated, iterations, target_epsilon);
     }
     if (last) break;
     const double before = setting.scale_exact;
@@ -666,31 +917,41 @@ __global__ void __launch_bounds__(kStreamThreads, kCosts == Costs::kHalves ? 4 :
   }
 
   // Marginals, cost and value of the potentials.
-  run_pass<kCosts, Use::kEnergy>(call, {setting.scale, false, call.row_splits}, shared);
-  run_pass<kCosts, Use::kSum>(call, {setting.scale, true, call.column_splits}, shared);
+  row_share.for_own([&](uint32_t row_tile, uint32_t first, uint32_t last) {
+    run_part<kCosts, Use::kEnergy>(
+        call, {setting.scale, false, row_tile, first, last, blockIdx.x - row_share.first_block(row_tile)},
+        shared);
+  });
+  column_share.for_own([&](uint32_t row_tile, uint32_t first, uint32_t last) {
+    run_part<kCosts, Use::kSum>(
+        call, {setting.scale, true, row_tile, first, last, blockIdx.x - column_share.first_block(row_tile)},
+        shared);
+  });
   meet();
-  double values[4] = {0.0, 0.0, 0.0, 0.0};  // error, value but for the total, total, energy
+  double values[5] = {};  // error, value but for the total, total, energy, and what potentials add up to
   const double shift =
       balanced ? epsilon * log(setting.unit_a) : 0.0;  // of potentials, by the unit of masses
   for (const bool columns : {false, true}) {
     const StreamSide& own = columns ? call.columns : call.rows;
-    const uint32_t splits = columns ? call.column_splits : call.row_splits;
+    const StreamShare& share = columns ? column_share : row_share;
     const double unit = columns ? setting.unit_b : setting.unit_a, plan_unit = setting.unit_a;
     for (uint32_t i = blockIdx.x * kStreamThreads + threadIdx.x; i < own.count;
          i += gridDim.x * kStreamThreads) {
       double sum = 0.0, energy = 0.0;
-      for (uint32_t s = 0; s < splits; ++s) {
+      for (uint32_t s = 0, parts = share.parts(i / kTileRows); s < parts; ++s) {
         const uint64_t at = static_cast<uint64_t>(s) * own.count + i;
         sum += __ldcg(own.sums + at);
         if (!columns) energy += __ldcg(own.largest + at);
       }
+      sum *= plan_unit;
       const double mass = mass_of(own, i, unit) * plan_unit;
       const float bias = __ldcg(own.bias + i);
       const bool present = mass > 0.0 && bias > -INFINITY;
       double potential = present ? (bias / setting.scale_exact) + own.norms[i] : -INFINITY;
+      // The cost is what potentials without the shift add up to, less what is free energy; penalties are no part of it.
+      if (sum > 0.0 && present) values[4] += sum * potential;
       if (!columns && present) potential += shift;
       if (own.out != nullptr) own.out[i] = static_cast<float>(potential);
-      sum *= plan_unit;
       if (present) {
         const double target = isinf(own.penalty) ? mass : mass * exp(-potential / own.penalty);
         values[0] += fabs(sum - target);
@@ -702,32 +963,15 @@ __global__ void __launch_bounds__(kStreamThreads, kCosts == Costs::kHalves ? 4 :
         values[2] += sum;
         values[3] += energy * plan_unit;
       }
-      // The cost is what potentials add up to, less what is free energy; penalties are no part of it.
     }
   }
-  double plain = 0.0;
-  for (const bool columns : {false, true}) {
-    const StreamSide& own = columns ? call.columns : call.rows;
-    const uint32_t splits = columns ? call.column_splits : call.row_splits;
-    for (uint32_t i = blockIdx.x * kStreamThreads + threadIdx.x; i < own.count;
-         i += gridDim.x * kStreamThreads) {
-      double sum = 0.0;
-      for (uint32_t s = 0; s < splits; ++s)
-        sum += __ldcg(own.sums + static_cast<uint64_t>(s) * own.count + i);
-      const float bias = __ldcg(own.bias + i);
-      if (sum > 0.0 && bias > -INFINITY)
-        plain += sum * setting.unit_a * (bias / setting.scale_exact + own.norms[i]);
-    }
-  }
-  sum_block_values(call, shared, values);
+  turn ^= 1;
+  double* all = call.values + turn * kMostValues * uint64_t{call.values_pitch};
+  leave_sums(shared, all, blockIdx.x, values);
   meet();
-  const double error = sum_of_blocks(call, 0), value = sum_of_blocks(call, 1), total = sum_of_blocks(call, 2),
-               energy = sum_of_blocks(call, 3);
-  meet();
-  double more[4] = {plain, 0.0, 0.0, 0.0};
-  sum_block_values(call, shared, more);
-  meet();
-  const double potentials = sum_of_blocks(call, 0);
+  add_sums(shared, all, gridDim.x, values);
+  const double error = values[0], value = values[1], total = values[2], energy = values[3],
+               potentials = values[4];
   if (writer) {
     ph_ot_report& report = call.reports[call.problem];
     report.status = error <= tolerance * setting.unit_a ? PH_OT_CONVERGED : PH_OT_ITERATION_LIMIT;
@@ -745,7 +989,9 @@ __global__ void __launch_bounds__(kStreamThreads, kCosts == Costs::kHalves ? 4 :
     call.rows.next_bias[i] = static_cast<float>(__ldcg(call.rows.bias + i) + log2(setting.unit_a));
   swap_bias(call.rows);
   meet();
-  run_pass<kCosts, Use::kWrite>(call, {setting.scale, false, call.row_splits}, shared);
+  row_share.for_own([&](uint32_t row_tile, uint32_t first, uint32_t last) {
+    run_part<kCosts, Use::kWrite>(call, {setting.scale, false, row_tile, first, last, 0}, shared);
+  });
 }
 
 // Totals and faults of masses. One block of 1,024 threads.
@@ -883,25 +1129,40 @@ __global__ void __launch_bounds__(kStreamThreads)
   }
 }
 
+// Sums of a tile's rows group, group + 16, ... for four columns of a matrix from `at` on.
+struct MatrixSums {
+  float of[8][4];
+};
+// Adds the product of a tile's entries and the matrix in shared memory, and sums of the entries.
+__device__ __forceinline__ void add_product(const StreamShared::Product& product, uint32_t at, uint32_t group,
+                                            MatrixSums& sums, float (&masses)[8]) {
+#pragma unroll 1
+  for (uint32_t j = 0; j < kTileColumns; j += 4) {
+    float matrix[4][4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) read_four(&product.matrix[j + q][at], matrix[q]);
+#pragma unroll
+    for (int r = 0; r < 8; ++r) {
+      float plan[4];
+      read_four(&product.plan[group + 16 * r][j], plan);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        masses[r] += plan[q];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums.of[r][i] = fmaf(plan[q], matrix[q][i], sums.of[r][i]);
+      }
+    }
+  }
+}
+
 // out [rows, width] = T matrix [columns, width] of a side's rows, kChunk columns of the matrix at a time; the plan is computed
 // again for each. Threads take 8 rows x 4 columns.
 template <Costs kCosts>
-__device__ __noinline__ void run_product(const StreamCall& call, const StreamPass& pass, StreamShared& shared,
-                                         StreamShared::Product& product) {
+__device__ __noinline__ void run_product(const StreamCall& call, float scale, bool transposed,
+                                         StreamShared& shared, StreamShared::Product& product) {
   using Tile = StreamTile<kCosts, Use::kWrite>;
-  const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, width = call.width;
-  Tile tile{call,
-            pass.transposed ? call.columns : call.rows,
-            pass.transposed ? call.rows : call.columns,
-            pass,
-            shared,
-            lane,
-            warp,
-            0,
-            0.0f,
-            {},
-            {},
-            {}};
+  Tile tile = Tile::of(call, {scale, transposed, 0, 0, 0, 0}, shared);
+  const uint32_t width = call.width;
   const StreamSide &own = tile.own, &other = tile.other;
   const uint32_t row_tiles = (own.count + kTileRows - 1) / kTileRows,
                  column_tiles = (other.count + kTileColumns - 1) / kTileColumns,
@@ -910,7 +1171,8 @@ __device__ __noinline__ void run_product(const StreamCall& call, const StreamPas
   for (uint32_t item = blockIdx.x; item < row_tiles * chunks; item += gridDim.x) {
     const uint32_t k = item % chunks * kChunk, first_row = item / chunks * kTileRows;
     tile.begin(first_row);
-    float bias[4], sums[8][4] = {}, masses[8] = {};
+    float bias[4], masses[8] = {};
+    MatrixSums sums = {};
 #pragma unroll
     for (int r = 0; r < 4; ++r) bias[r] = tile.row_of(r) < own.count ? own.bias[tile.row_of(r)] : -INFINITY;
     tile.for_columns(0, column_tiles, [&](uint32_t column, const float(&values)[2][2][4]) {
@@ -929,23 +1191,7 @@ __device__ __noinline__ void run_product(const StreamCall& call, const StreamPas
                                    : 0.0f;
       }
       __syncthreads();
-#pragma unroll 1
-      for (uint32_t j = 0; j < kTileColumns; j += 4) {
-        float matrix[4][4];
-#pragma unroll
-        for (int q = 0; q < 4; ++q) read_four(&product.matrix[j + q][at], matrix[q]);
-#pragma unroll
-        for (int r = 0; r < 8; ++r) {
-          float plan[4];
-          read_four(&product.plan[group + 16 * r][j], plan);
-#pragma unroll
-          for (int q = 0; q < 4; ++q) {
-            masses[r] += plan[q];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sums[r][i] = fmaf(plan[q], matrix[q][i], sums[r][i]);
-          }
-        }
-      }
+      add_product(product, at, group, sums, masses);
       __syncthreads();
     });
 #pragma unroll
@@ -956,7 +1202,7 @@ __device__ __noinline__ void run_product(const StreamCall& call, const StreamPas
 #pragma unroll
       for (uint32_t i = 0; i < 4; ++i)
         if (k + at + i < width)
-          call.product[static_cast<uint64_t>(row) * width + k + at + i] = sums[r][i] * factor;
+          call.product[static_cast<uint64_t>(row) * width + k + at + i] = sums.of[r][i] * factor;
     }
   }
 }
@@ -968,10 +1214,11 @@ __global__ void __launch_bounds__(kStreamThreads) StreamBiasKernel(const __grid_
   const bool present = report.status < PH_OT_INFEASIBLE;
   const double scale = present ? 1.4426950408889634 / report.epsilon : 0.0;
   for (const StreamSide* side : {&call.rows, &call.columns}) {
-    for (uint32_t i = blockIdx.x * kStreamThreads + threadIdx.x; i < side->count;
-         i += gridDim.x * kStreamThreads)
-      side->bias[i] =
-          present ? static_cast<float>((double{side->out[i]} - side->norms[i]) * scale) : -INFINITY;
+    const uint32_t padded = (side->count + kTileColumns - 1) / kTileColumns * kTileColumns;
+    for (uint32_t i = blockIdx.x * kStreamThreads + threadIdx.x; i < padded; i += gridDim.x * kStreamThreads)
+      side->bias[i] = present && i < side->count
+                          ? static_cast<float>((double{side->out[i]} - side->norms[i]) * scale)
+                          : -INFINITY;
   }
 }
 
@@ -984,9 +1231,11 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
   const ph_ot_report& report = call.solved[call.problem];
   const float scale =
       report.status < PH_OT_INFEASIBLE ? static_cast<float>(1.4426950408889634 / report.epsilon) : 1.0f;
-  const StreamPass pass = {scale, transposed, 1};
-  if (call.plan != nullptr) run_pass<kCosts, Use::kWrite>(call, pass, shared);
-  else run_product<kCosts>(call, pass, shared, product);
+  if (call.plan == nullptr) return run_product<kCosts>(call, scale, transposed, shared, product);
+  StreamShare(call.rows.count, call.columns.count, gridDim.x)
+      .for_own([&](uint32_t row_tile, uint32_t first, uint32_t last) {
+        run_part<kCosts, Use::kWrite>(call, {scale, false, row_tile, first, last, 0}, shared);
+      });
 }
 
 }  // namespace ph::ot

@@ -41,6 +41,9 @@ constexpr uint32_t kMostRanks = 8;
 // read 16 bytes of eight rows meet no bank twice.
 constexpr uint32_t kChunk = 32;
 constexpr uint32_t kPitch = kChunk + 4;
+// For costs, chunks are shorter, and there is room for two: one is on its way while the other is computed with.
+constexpr uint32_t kCostChunk = 16;
+constexpr uint32_t kCostPitch = kCostChunk + 4;
 
 // A batch for a launch: Problem and the workspace's sizes.
 struct Batch {
@@ -84,7 +87,7 @@ constexpr unsigned long long kNoFault = ~0ull, kCostFault = 1ull << 62;
 // Room for points of all rows of a block and all columns.
 template <typename L>
 __host__ __device__ constexpr uint32_t staged_floats(uint32_t warps) {
-  return (warps * L::kWarpRows + L::kMostColumns) * kPitch;
+  return (warps * L::kWarpRows + L::kMostColumns) * (2 * kCostPitch > kPitch ? 2 * kCostPitch : kPitch);
 }
 template <typename L>
 __host__ __device__ constexpr uint32_t entry_floats(uint32_t warps) {
@@ -193,31 +196,58 @@ struct Tile {
     return warp == 0 && rank == 0 && own_column(k) < columns;
   }
 
-  // Entries that a thread keeps for itself, kThreadFloats a thread; use(ii, jj, value) is called for all of them.
+  // Entries that a thread keeps for itself, column by column, kThreadFloats a thread.
+  __device__ __forceinline__ float4* kept() const {
+    return reinterpret_cast<float4*>(entries + thread * L::kThreadFloats);
+  }
   __device__ __forceinline__ void keep_entries(const float (&values)[L::kRows][L::kColumns]) const {
-    float4* own = reinterpret_cast<float4*>(entries + thread * L::kThreadFloats);
 #pragma unroll
-    for (int ii = 0; ii < L::kRows; ++ii) {
+    for (int jj = 0; jj < L::kColumns; ++jj) {
 #pragma unroll
-      for (int jj = 0; jj < L::kColumns; jj += 4)
-        own[(ii * L::kColumns + jj) / 4] =
-            make_float4(values[ii][jj], values[ii][jj + 1], values[ii][jj + 2], values[ii][jj + 3]);
+      for (int ii = 0; ii < L::kRows; ii += 4)
+        kept()[(jj * L::kRows + ii) / 4] =
+            make_float4(values[ii][jj], values[ii + 1][jj], values[ii + 2][jj], values[ii + 3][jj]);
     }
   }
+  __device__ __forceinline__ void read_kept(uint32_t jj, float (&column)[L::kRows]) const {
+#pragma unroll
+    for (int ii = 0; ii < L::kRows; ii += 4) {
+      const float4 four = kept()[(jj * L::kRows + ii) / 4];
+      column[ii] = four.x;
+      column[ii + 1] = four.y;
+      column[ii + 2] = four.z;
+      column[ii + 3] = four.w;
+    }
+  }
+  // Calls use(ii, jj, value) for all of them, with constant ii and jj.
   template <typename Use>
   __device__ __forceinline__ void for_entries(Use use) const {
-    const float4* own = reinterpret_cast<const float4*>(entries + thread * L::kThreadFloats);
 #pragma unroll
-    for (int ii = 0; ii < L::kRows; ++ii) {
+    for (int jj = 0; jj < L::kColumns; ++jj) {
+      float column[L::kRows];
+      read_kept(jj, column);
 #pragma unroll
-      for (int jj = 0; jj < L::kColumns; jj += 4) {
-        const float4 four = own[(ii * L::kColumns + jj) / 4];
-        use(ii, jj, four.x);
-        use(ii, jj + 1, four.y);
-        use(ii, jj + 2, four.z);
-        use(ii, jj + 3, four.w);
+      for (int ii = 0; ii < L::kRows; ++ii) use(ii, jj, column[ii]);
+    }
+  }
+  // Calls use(owner, k, values) for all columns, as a loop over owners (the lane row that has their vectors' elements) of
+  // little code: instructions are fetched more slowly than they are carried out.
+  template <typename Use>
+  __device__ __forceinline__ void for_kept_columns(Use use) const {
+#pragma unroll 1
+    for (uint32_t owner = 0; owner * L::kOwned < groups; ++owner) {
+#pragma unroll
+      for (int k = 0; k < L::kOwned; ++k) {
+        float column[L::kRows];
+        read_kept(owner * L::kOwned + k, column);
+        use(owner, k, column);
       }
     }
+  }
+  // The element of a vector for column k of an owner.
+  __device__ __forceinline__ float of_owner(const float (&own)[L::kOwned], uint32_t owner, int k) const {
+    if constexpr (L::kLaneRows == 1) return own[k];
+    return __shfl_sync(kAllLanes, own[k], owner * L::kLaneColumns + lane_column);
   }
 
   // The element of a vector for entry row ii, or column jj, from the lane that has it.
@@ -254,11 +284,19 @@ struct Tile {
   __device__ __forceinline__ Sums combine_columns(float (&values)[L::kColumns], float (&own)[L::kOwned],
                                                   float error, bool flag, Combine combine) {
     combine_lanes<L::kColumns, kWarp / 2, L::kLaneColumns>(values, lane, combine);
+#pragma unroll
+    for (int k = 0; k < L::kOwned; ++k) own[k] = values[k];
+    return combine_warps(own, error, flag, combine);
+  }
+  // The same from values of the own columns, of the rows of the warp.
+  template <typename Combine>
+  __device__ __forceinline__ Sums combine_warps(float (&own)[L::kOwned], float error, bool flag,
+                                                Combine combine) {
     // Two buffers: who writes one again has passed the barrier that follows the last reads of it.
     turn ^= 1;
     float* mine = partials + (turn * warps + warp) * L::kMostColumns;
 #pragma unroll
-    for (int k = 0; k < L::kOwned; ++k) mine[own_column(k)] = values[k];
+    for (int k = 0; k < L::kOwned; ++k) mine[own_column(k)] = own[k];
     if (lane == 0) {
       control.errors[turn][warp] = error;
       control.flags[turn][warp] = flag;
@@ -372,41 +410,78 @@ struct Tile {
   }
 };
 
-// Copies dimensions [k, k + kChunk) of `count` points to target [capacity][kPitch], 0 where there are none; scaled where
+// Copies dimensions [k, k + kLength) of `count` points to target [capacity][kLength + 4], 0 where there are none; scaled where
 // `scales` is not null, and less `origin` where that is not null. Whether all values are finite.
-template <typename L>
+template <uint32_t kLength, typename L>
 __device__ __forceinline__ bool stage_points(const Tile<L>& tile, float* target, const float* points,
                                              const float* scales, const float* origin, uint32_t count,
                                              uint32_t capacity, uint32_t dimension, uint32_t k) {
-  constexpr uint32_t kFours = kChunk / 4;
-  float probe = 0.0f;  // NaN if any is not finite
-  for (uint32_t item = tile.thread; item < capacity * kFours; item += tile.threads) {
-    const uint32_t point = item / kFours, at = item % kFours * 4;
-    float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (point < count && k + at < dimension) {
-      const float* from = points + static_cast<uint64_t>(point) * dimension + k + at;
+  constexpr uint32_t kFours = kLength / 4;
+  constexpr int kBatch = 4;  // are on their way at once
+  float probe = 0.0f;        // NaN if any is not finite
+#pragma unroll 1
+  for (uint32_t first = tile.thread; first < capacity * kFours; first += kBatch * tile.threads) {
+    float fours[kBatch][4];
+#pragma unroll
+    for (int each = 0; each < kBatch; ++each) {
+      const uint32_t item = first + each * tile.threads, point = item / kFours, at = k + item % kFours * 4;
+      const float* from = points + static_cast<uint64_t>(point) * dimension + at;
       if (dimension % 4 == 0) {
-        four = *reinterpret_cast<const float4*>(from);
+        float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (point < count && at < dimension) four = *reinterpret_cast<const float4*>(from);
+        fours[each][0] = four.x;
+        fours[each][1] = four.y;
+        fours[each][2] = four.z;
+        fours[each][3] = four.w;
       } else {
-        four.x = from[0];
-        if (k + at + 1 < dimension) four.y = from[1];
-        if (k + at + 2 < dimension) four.z = from[2];
-        if (k + at + 3 < dimension) four.w = from[3];
-      }
-      probe = fmaf(0.0f, four.x, fmaf(0.0f, four.y, fmaf(0.0f, four.z, fmaf(0.0f, four.w, probe))));
-      if (scales != nullptr) {
-        const float scale = scales[point];
-        four = make_float4(four.x * scale, four.y * scale, four.z * scale, four.w * scale);
-      }
-      if (origin != nullptr) {
-        const float* own = origin + k + at;
-        four.x -= own[0];
-        if (k + at + 1 < dimension) four.y -= own[1];
-        if (k + at + 2 < dimension) four.z -= own[2];
-        if (k + at + 3 < dimension) four.w -= own[3];
+#pragma unroll
+        for (uint32_t i = 0; i < 4; ++i)
+          fours[each][i] = point < count && at + i < dimension ? from[i] : 0.0f;
       }
     }
-    *reinterpret_cast<float4*>(target + point * kPitch + at) = four;
+#pragma unroll
+    for (int each = 0; each < kBatch; ++each) {
+      const uint32_t item = first + each * tile.threads, point = item / kFours, at = item % kFours * 4;
+      if (item >= capacity * kFours) break;
+      float(&four)[4] = fours[each];
+      const float scale = scales != nullptr && point < count ? scales[point] : 1.0f;
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i) {
+        probe = fmaf(0.0f, four[i], probe);
+        four[i] *= scale;
+        if (origin != nullptr && point < count && k + at + i < dimension) four[i] -= origin[k + at + i];
+      }
+      *reinterpret_cast<float4*>(target + point * (kLength + 4) + at) =
+          make_float4(four[0], four[1], four[2], four[3]);
+    }
+  }
+  return probe == 0.0f;
+}
+
+// The same of whole fours, in the background, neither scaled nor looked at.
+template <uint32_t kLength, typename L>
+__device__ __forceinline__ void copy_points(const Tile<L>& tile, float* target, const float* points,
+                                            uint32_t count, uint32_t capacity, uint32_t dimension,
+                                            uint32_t k) {
+  constexpr uint32_t kFours = kLength / 4;
+#pragma unroll 1
+  for (uint32_t item = tile.thread; item < capacity * kFours; item += tile.threads) {
+    const uint32_t point = item / kFours, at = item % kFours * 4;
+    const bool present = point < count && k + at < dimension;
+    copy_ahead(target + point * (kLength + 4) + at,
+               present ? points + static_cast<uint64_t>(point) * dimension + k + at : points, present);
+  }
+}
+// Whether what the thread copied so is finite.
+template <uint32_t kLength, typename L>
+__device__ __forceinline__ bool probe_points(const Tile<L>& tile, const float* target, uint32_t capacity) {
+  constexpr uint32_t kFours = kLength / 4;
+  float probe = 0.0f;  // NaN if any is not finite
+#pragma unroll 1
+  for (uint32_t item = tile.thread; item < capacity * kFours; item += tile.threads) {
+    const float4 four =
+        *reinterpret_cast<const float4*>(target + item / kFours * (kLength + 4) + item % kFours * 4);
+    probe = fmaf(0.0f, four.x, fmaf(0.0f, four.y, fmaf(0.0f, four.z, fmaf(0.0f, four.w, probe))));
   }
   return probe == 0.0f;
 }
@@ -446,12 +521,13 @@ __device__ __forceinline__ void accumulate(const Tile<L>& tile, const float* sta
     for (int first = 0; first < L::kRows; first += 4) {
       float x[4][4];
 #pragma unroll
-      for (int ii = 0; ii < 4; ++ii) read_four(staged_x + tile.row_of(first + ii) * kPitch + four * 4, x[ii]);
+      for (int ii = 0; ii < 4; ++ii)
+        read_four(staged_x + tile.row_of(first + ii) * kCostPitch + four * 4, x[ii]);
 #pragma unroll
       for (int jj = 0; jj < L::kColumns; ++jj) {
         if (jj >= static_cast<int>(tile.groups)) break;
         float y[4];
-        read_four(staged_y + tile.column_of(jj) * kPitch + four * 4, y);
+        read_four(staged_y + tile.column_of(jj) * kCostPitch + four * 4, y);
 #pragma unroll
         for (int ii = 0; ii < 4; ++ii) {
           float& sum = sums[first + ii][jj];
@@ -503,40 +579,73 @@ __device__ __forceinline__ bool load_costs(Tile<L>& tile, float* staged, float* 
     inverse_norms(tile, norms + most_rows, y, tile.columns);
     __syncthreads();
   }
-  float* staged_x = staged;
-  float* staged_y = staged_x + most_rows * kPitch;
 #pragma unroll
   for (int ii = 0; ii < L::kRows; ++ii) {
 #pragma unroll
     for (int jj = 0; jj < L::kColumns; ++jj) costs[ii][jj] = 0.0f;
   }
-  for (uint32_t k = 0; k < dimension; k += kChunk) {
-    if (k > 0) __syncthreads();  // before points are overwritten
-    good &= stage_points(tile, staged_x, x, x_scales, nullptr, tile.block_rows, most_rows, dimension, k);
-    good &= stage_points(tile, staged_y, y, y_scales, nullptr, tile.columns, tile.groups * L::kLaneColumns,
-                         dimension, k);
-    __syncthreads();
-    const uint32_t fours = (min(dimension - k, kChunk) + 3) / 4;
-    if (kind != PH_OT_DOT) accumulate<true>(tile, staged_x, staged_y, fours, costs);
-    else accumulate<false>(tile, staged_x, staged_y, fours, costs);
-  }
-#pragma unroll
-  for (int ii = 0; ii < L::kRows; ++ii) {
-    const bool in_rows = tile.row_of(ii) < tile.block_rows;
-#pragma unroll
-    for (int jj = 0; jj < L::kColumns; ++jj) {
-      float cost = costs[ii][jj];
-      if (kind == PH_OT_EUCLIDEAN) cost = sqrtf(cost);
-      // 1 - x.y = |x - y|^2 / 2 of points of length 1, and 1 where a point is at 0.
-      if (kind == PH_OT_COSINE)
-        cost = norms[tile.row_of(ii)] > 0.0f && norms[most_rows + tile.column_of(jj)] > 0.0f ? 0.5f * cost
-                                                                                             : 1.0f;
-      if (kind == PH_OT_DOT) cost = -cost;
-      if (!in_rows || tile.column_of(jj) >= tile.columns) cost = INFINITY;
-      good &= cost >= -FLT_MAX;
-      costs[ii][jj] = cost;
+  const bool in_background = dimension % 4 == 0 && x_scales == nullptr;
+  const uint32_t most_columns = tile.groups * L::kLaneColumns,
+                 turn = (most_rows + L::kMostColumns) * kCostPitch, y_at = most_rows * kCostPitch;
+  const auto stage = [&](float* target, uint32_t k) {
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {
+      const bool of_x = side == 0;
+      float* to = of_x ? target : target + y_at;
+      const float* points = of_x ? x : y;
+      const uint32_t count = of_x ? tile.block_rows : tile.columns,
+                     capacity = of_x ? most_rows : most_columns;
+      if (in_background) copy_points<kCostChunk>(tile, to, points, count, capacity, dimension, k);
+      else
+        good &= stage_points<kCostChunk>(tile, to, points, of_x ? x_scales : y_scales, nullptr, count,
+                                         capacity, dimension, k);
     }
+    end_copies();
+  };
+  stage(staged, 0);
+  for (uint32_t k = 0, now = 0; k < dimension; k += kCostChunk, now ^= 1) {
+    float* staged_x = staged + now * turn;
+    if (k + kCostChunk < dimension) {
+      stage(staged + (now ^ 1) * turn, k + kCostChunk);
+      await_copies<1>();
+    } else {
+      await_copies<0>();
+    }
+    if (in_background) {
+      good &= probe_points<kCostChunk>(tile, staged_x, most_rows);
+      good &= probe_points<kCostChunk>(tile, staged_x + y_at, most_columns);
+    }
+    __syncthreads();
+    const uint32_t fours = (min(dimension - k, kCostChunk) + 3) / 4;
+    if (kind != PH_OT_DOT) accumulate<true>(tile, staged_x, staged_x + y_at, fours, costs);
+    else accumulate<false>(tile, staged_x, staged_x + y_at, fours, costs);
+    __syncthreads();  // before points are overwritten
   }
+  const auto change = [&](auto changed) {
+#pragma unroll
+    for (int ii = 0; ii < L::kRows; ++ii) {
+#pragma unroll
+      for (int jj = 0; jj < L::kColumns; ++jj) costs[ii][jj] = changed(ii, jj, costs[ii][jj]);
+    }
+  };
+  if (kind == PH_OT_EUCLIDEAN) {
+    change([](int, int, float cost) { return square_root(cost); });
+  } else if (kind == PH_OT_DOT) {
+    change([](int, int, float cost) { return -cost; });
+  } else if (kind == PH_OT_COSINE) {
+    // 1 - x.y = |x - y|^2 / 2 of points of length 1, and 1 where a point is at 0.
+    bool x_at_0[L::kRows], y_at_0[L::kColumns];
+#pragma unroll
+    for (int ii = 0; ii < L::kRows; ++ii) x_at_0[ii] = norms[tile.row_of(ii)] == 0.0f;
+#pragma unroll
+    for (int jj = 0; jj < L::kColumns; ++jj) y_at_0[jj] = norms[most_rows + tile.column_of(jj)] == 0.0f;
+    change([&](int ii, int jj, float cost) { return x_at_0[ii] || y_at_0[jj] ? 1.0f : 0.5f * cost; });
+  }
+  change([&](int ii, int jj, float cost) {
+    if (tile.row_of(ii) >= tile.block_rows || tile.column_of(jj) >= tile.columns) cost = INFINITY;
+    good &= cost >= -FLT_MAX;
+    return cost;
+  });
   return good;
 }
 
@@ -549,8 +658,8 @@ __device__ __forceinline__ unsigned long long find_fault(Tile<L>& tile) {
 #pragma unroll 1
   for (int e = 0; e < L::kRows * L::kColumns; ++e) {
     if (own[e] >= -FLT_MAX) continue;
-    const unsigned long long row = tile.first_row + tile.row_of(e / L::kColumns);
-    fault = min(fault, kCostFault | (row * tile.columns + tile.column_of(e % L::kColumns)));
+    const unsigned long long row = tile.first_row + tile.row_of(e % L::kRows);
+    fault = min(fault, kCostFault | (row * tile.columns + tile.column_of(e / L::kRows)));
   }
   if (batch.cost == nullptr) {
     const uint64_t x_count = static_cast<uint64_t>(tile.rows) * batch.dimension,

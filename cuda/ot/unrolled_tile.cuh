@@ -137,24 +137,33 @@ struct TileUnrolled {
 
   // f from g; the part of the marginal error before that this lane has.
   __device__ __forceinline__ float update_rows(bool first) {
-    float g_column[L::kColumns], v_column[L::kColumns], rows[L::kRows], base[L::kRows];
-    spread_columns(g_column, v_column);
+    float potential[L::kOwned], power[L::kOwned], rows[L::kRows], base[L::kRows];
+#pragma unroll
+    for (int k = 0; k < L::kOwned; ++k) {
+      potential[k] = g[k].first;
+      power[k] = power_of(g[k].second);
+    }
 #pragma unroll
     for (int ii = 0; ii < L::kRows; ++ii) rows[ii] = -INFINITY;
-    tile.for_entries([&](int ii, int jj, float cost) { rows[ii] = fmaxf(rows[ii], g_column[jj] - cost); });
+    tile.for_kept_columns([&](uint32_t owner, int k, const float(&costs)[L::kRows]) {
+      const float g_column = tile.of_owner(potential, owner, k);
+#pragma unroll
+      for (int ii = 0; ii < L::kRows; ++ii) rows[ii] = fmaxf(rows[ii], g_column - costs[ii]);
+    });
     const float best = tile.combine_row(rows, Max{});
     if (best == -INFINITY) solver.a = 0.0f;  // where mass may stay behind
     row_softmax.first = best == -INFINITY ? 0.0f : -best;
     tile.of_rows(row_softmax.first, base);
-    __syncwarp();  // costs are read again rather than kept in registers
 #pragma unroll
     for (int ii = 0; ii < L::kRows; ++ii) rows[ii] = 0.0f;
-    tile.for_entries([&](int ii, int jj, float cost) {
-      rows[ii] = fmaf(solver.power(base[ii], cost, g_column[jj]), v_column[jj], rows[ii]);
+    tile.for_kept_columns([&](uint32_t owner, int k, const float(&costs)[L::kRows]) {
+      const float g_column = tile.of_owner(potential, owner, k), v_column = tile.of_owner(power, owner, k);
+#pragma unroll
+      for (int ii = 0; ii < L::kRows; ++ii)
+        rows[ii] = fmaf(solver.power(base[ii], costs[ii], g_column), v_column, rows[ii]);
     });
     const float sum = tile.combine_row(rows, Add{}), a = solver.a;
     row_softmax.second = sum;
-    __syncwarp();
     if (!(a > 0.0f && sum > 0.0f)) {
       f = {-INFINITY, 0.0f};
       return 0.0f;
@@ -174,25 +183,39 @@ struct TileUnrolled {
 
   // g from f; the rows' error of all lanes, and then its own for the next iteration.
   __device__ __forceinline__ float update_columns(float row_error) {
-    float f_row[L::kRows], u_row[L::kRows], columns[L::kColumns], base[L::kColumns], own[L::kOwned];
+    float f_row[L::kRows], u_row[L::kRows], base[L::kOwned], own[L::kOwned];
     spread_rows(f_row, u_row);
+    // Values of a column's rows combined over the lanes that have them, for those that have the column's element.
+    const auto combine_lane_rows = [&](uint32_t owner, float value, float& to, auto combine) {
 #pragma unroll
-    for (int jj = 0; jj < L::kColumns; ++jj) columns[jj] = -INFINITY;
-    tile.for_entries([&](int ii, int jj, float cost) { columns[jj] = fmaxf(columns[jj], f_row[ii] - cost); });
-    const float error = tile.combine_columns(columns, own, row_error, false, Max{}).error;
+      for (int distance = kWarp / 2; distance >= L::kLaneColumns; distance /= 2)
+        value = combine(value, __shfl_xor_sync(kAllLanes, value, distance));
+      if (owner == tile.lane_row) to = value;
+    };
+#pragma unroll
+    for (int k = 0; k < L::kOwned; ++k) own[k] = -INFINITY;
+    tile.for_kept_columns([&](uint32_t owner, int k, const float(&costs)[L::kRows]) {
+      float most = -INFINITY;
+#pragma unroll
+      for (int ii = 0; ii < L::kRows; ++ii) most = fmaxf(most, f_row[ii] - costs[ii]);
+      combine_lane_rows(owner, most, own[k], Max{});
+    });
+    const float error = tile.combine_warps(own, row_error, false, Max{}).error;
 #pragma unroll
     for (int k = 0; k < L::kOwned; ++k) {
       if (own[k] == -INFINITY) solver.b[k] = 0.0f;
-      own[k] = own[k] == -INFINITY ? 0.0f : -own[k];
-      column_softmax[k].first = own[k];
+      column_softmax[k].first = base[k] = own[k] == -INFINITY ? 0.0f : -own[k];
+      own[k] = 0.0f;
     }
-    tile.of_columns(own, base);
+    tile.for_kept_columns([&](uint32_t owner, int k, const float(&costs)[L::kRows]) {
+      const float base_column = tile.of_owner(base, owner, k);
+      float sum = 0.0f;
 #pragma unroll
-    for (int jj = 0; jj < L::kColumns; ++jj) columns[jj] = 0.0f;
-    tile.for_entries([&](int ii, int jj, float cost) {
-      columns[jj] = fmaf(solver.power(f_row[ii], cost, base[jj]), u_row[ii], columns[jj]);
+      for (int ii = 0; ii < L::kRows; ++ii)
+        sum = fmaf(solver.power(f_row[ii], costs[ii], base_column), u_row[ii], sum);
+      combine_lane_rows(owner, sum, own[k], Add{});
     });
-    tile.combine_columns(columns, own, 0.0f, false, Add{});
+    tile.combine_warps(own, 0.0f, false, Add{});
     const double length = step.epsilon * kLn2,
                  damping = call.batch.column_penalty / (call.batch.column_penalty + step.epsilon);
     float left = 0.0f;

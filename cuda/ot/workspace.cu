@@ -3,7 +3,7 @@
 #include <tuple>
 
 #include "common/error.h"
-#include "ot/stream_cuda.h"
+#include "ot/stream_gradient_cuda.h"
 #include "ot/unrolled_cuda.h"
 
 namespace ph::ot {
@@ -57,6 +57,7 @@ CudaWorkspace::CudaWorkspace(ph_device& device_, const Shape& shape, const Works
   std::vector<Place> places(problems);
   uint64_t scratch_bytes = 0;
   for (uint32_t p = 0; p < problems; ++p) {
+    sizes.push_back({static_cast<uint32_t>(shape.rows(p)), static_cast<uint32_t>(shape.columns(p))});
     places[p] = place_of(device, shape.rows(p), shape.columns(p));
     if (options.streaming) places[p].layout = kTooLarge;
     if (places[p].layout != kTooLarge) continue;
@@ -66,8 +67,10 @@ CudaWorkspace::CudaWorkspace(ph_device& device_, const Shape& shape, const Works
     }
     large.push_back({p, static_cast<uint32_t>(shape.rows(p)), static_cast<uint32_t>(shape.columns(p)),
                      shape.host_row_offsets[p], shape.host_column_offsets[p], shape.host_plan_offsets[p]});
-    scratch_bytes = std::max(scratch_bytes, stream_scratch_bytes(device, large.back().rows,
-                                                                 large.back().columns, options.dimension));
+    const uint32_t rows = large.back().rows, columns = large.back().columns;
+    const uint64_t gradient_bytes = options.backward ? stream_gradient_scratch_bytes(rows, columns) : 0;
+    scratch_bytes = std::max(scratch_bytes,
+                             stream_scratch_bytes(device, rows, columns, options.dimension) + gradient_bytes);
   }
   std::vector<uint32_t> sorted;
   for (uint32_t p = 0; p < problems; ++p)

@@ -36,6 +36,19 @@ const DEVICE_SYNCHRONIZE = {
   result: "i32",
 } as const;
 
+const READBACK_WAIT = {
+  name: "ph_readback_wait",
+  parameters: [
+    "pointer", // ph_device* device
+    "pointer", // ph_readback* readback
+    "buffer", // void* target
+    "u64", // uint64_t bytes
+    "buffer", // char* error
+    "u32", // uint32_t error_bytes
+  ],
+  result: "i32",
+} as const;
+
 /** `packhorse.h`, section "device". Names in `_async` run on another thread and give a promise. */
 export const DEVICE_SYMBOLS = {
   ph_device_count: { parameters: [], result: "u32" },
@@ -130,6 +143,39 @@ export const DEVICE_SYMBOLS = {
   ph_buffer_upload_async: { ...BUFFER_UPLOAD, nonblocking: true },
   ph_buffer_download: BUFFER_DOWNLOAD,
   ph_buffer_download_async: { ...BUFFER_DOWNLOAD, nonblocking: true },
+  ph_readback_create: {
+    parameters: [
+      "pointer", // ph_device* device
+      "u64", // uint64_t bytes
+      "buffer", // int32_t* status
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "pointer", // ph_readback*
+  },
+  ph_readback_destroy: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // ph_readback* readback
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
+  ph_readback_enqueue: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // ph_readback* readback
+      "pointer", // const ph_buffer* buffer
+      "u64", // uint64_t offset
+      "u64", // uint64_t bytes
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
+  ph_readback_wait: READBACK_WAIT,
+  ph_readback_wait_async: { ...READBACK_WAIT, nonblocking: true },
   ph_buffer_copy: {
     parameters: [
       "pointer", // ph_device* device

@@ -82,6 +82,30 @@ export const GRAPH_SYMBOLS = {
     ],
     result: "i32",
   },
+  ph_graph_full_blocks: {
+    parameters: [
+      "pointer", // ph_device* device
+      "pointer", // const ph_buffer* row_offsets
+      "u64", // uint64_t row_offsets_offset
+      "pointer", // const ph_buffer* column_offsets
+      "u64", // uint64_t column_offsets_offset
+      "pointer", // const ph_buffer* entry_offsets
+      "u64", // uint64_t entry_offsets_offset
+      "pointer", // ph_buffer* columns
+      "u64", // uint64_t columns_offset
+      "pointer", // ph_buffer* rows
+      "u64", // uint64_t rows_offset
+      "pointer", // ph_buffer* order
+      "u64", // uint64_t order_offset
+      "pointer", // ph_buffer* inverse
+      "u64", // uint64_t inverse_offset
+      "u32", // uint32_t blocks
+      "u32", // uint32_t entries
+      "buffer", // char* error
+      "u32", // uint32_t error_bytes
+    ],
+    result: "i32",
+  },
   ph_graph_segment_max: {
     parameters: [
       "pointer", // ph_device* device

@@ -136,6 +136,11 @@ export class Device implements Disposable {
     return this.#native.stream;
   }
 
+  /** Whether work runs while the host goes on, as on a GPU; on the CPU it is done when the call returns. */
+  get isAsynchronous(): boolean {
+    return this.backend !== "cpu";
+  }
+
   /** Whether it was disposed. */
   get isDisposed(): boolean {
     return this.#native.isClosed;

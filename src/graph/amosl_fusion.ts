@@ -140,9 +140,12 @@ export class AmoslFusion implements Fusion {
     const distances: { readonly perObject: Tensor; readonly objects: number }[] = [];
     for (const pair of this.#pairs) {
       const [first, second] = pair;
-      const layout = pairLayout(tape, batch.host, pair);
+      const layout = pairLayout(tape, batch, pair);
       if (layout === undefined) {
-        for (const view of pair) messages[view]!.push(zerosLike(tape, views[view]!.nodes));
+        for (const view of pair) {
+          const { rows, columns } = views[view]!.nodes;
+          messages[view]!.push(tape.filled(rows, columns, 0));
+        }
         continue;
       }
       const { solution, plan } = this.#transport(tape, layout, [
@@ -192,7 +195,7 @@ export class AmoslFusion implements Fusion {
     const margin = activate(tape, learned, "softplus");
     const beyond = distances.map(({ perObject, objects }) => {
       // An object without the pair costs 0, which is within any margin.
-      const spread = linear(tape, filled(tape, perObject.rows, 1, 1), scale(tape, margin, -1));
+      const spread = linear(tape, tape.filled(perObject.rows, 1, 1), scale(tape, margin, -1));
       return meanOf(tape, activate(tape, add(tape, perObject, spread), "relu"), objects);
     });
     const sum = add(tape, average(tape, beyond)!, scale(tape, margin, 0.5));
@@ -267,8 +270,8 @@ class Projection {
 
   forward(tape: Tape, nodes: Tensor): Tensor {
     const width = this.#width;
-    const weight = filled(tape, 1, width, 1 / Math.sqrt(2 * width));
-    const bias = filled(tape, 1, width, 0);
+    const weight = tape.filled(1, width, 1 / Math.sqrt(2 * width));
+    const bias = tape.filled(1, width, 0);
     const standard = batchNorm(tape, this.#linear.forward(tape, nodes), {
       ...{ weight, bias, runningMean: this.#mean(), runningVariance: this.#variance() },
     });
@@ -289,7 +292,7 @@ function transportCosts(
   pattern: SparsePattern,
   plan: Tensor,
 ): Tensor {
-  const ones = (rows: number, columns = 1) => filled(tape, rows, columns, 1);
+  const ones = (rows: number, columns = 1) => tape.filled(rows, columns, 1);
   const squares = (points: Tensor) =>
     linear(tape, product(tape, points, points), ones(points.columns));
   const ofY = aggregate(tape, concatenate(tape, [y, squares(y), ones(y.rows)]), pattern, {
@@ -301,7 +304,7 @@ function transportCosts(
 
 /** The sum of a column over `count`: `[1, 1]`. */
 function meanOf(tape: Tape, column: Tensor, count: number): Tensor {
-  return linear(tape, filled(tape, 1, column.rows, 1 / count), column);
+  return linear(tape, tape.filled(1, column.rows, 1 / count), column);
 }
 
 function average(tape: Tape, values: readonly Tensor[]): Tensor | undefined {
@@ -309,14 +312,6 @@ function average(tape: Tape, values: readonly Tensor[]): Tensor | undefined {
   if (first === undefined || others.length === 0) return first;
   const sum = others.reduce((sum, value) => add(tape, sum, value), first);
   return scale(tape, sum, 1 / values.length);
-}
-
-function filled(tape: Tape, rows: number, columns: number, value: number): Tensor {
-  return tape.constant(new Float32Array(rows * columns).fill(value), rows, columns);
-}
-
-function zerosLike(tape: Tape, { rows, columns }: Tensor): Tensor {
-  return filled(tape, rows, columns, 0);
 }
 
 function placeOf(buffer: DeviceBuffer<"f32" | "f64">): NativeTensor {

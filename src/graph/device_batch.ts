@@ -35,7 +35,7 @@ export interface DeviceView {
 
 /** A batch on the device, until the next step of its tape. */
 export interface DeviceBatch {
-  /** The same on the host, without the edges from nodes to themselves that were added for the device. */
+  /** The same on the host, with the edges from nodes to themselves that the objects have. */
   readonly host: GraphBatch;
   readonly objects: number;
   /** `[objects]`. */
@@ -45,90 +45,82 @@ export interface DeviceBatch {
   readonly views: readonly DeviceView[];
 }
 
+/** What edges from nodes to themselves become: they stay as they are, all go, or each node gets one in place of its own. */
+export type SelfLoops = "keep" | "remove" | "replace";
+
 /** Copies a batch to the device. */
 export function uploadBatch(
   tape: Tape,
   batch: GraphBatch,
-  { selfLoops = false }: { readonly selfLoops?: boolean } = {},
+  { selfLoops = "keep" }: { readonly selfLoops?: SelfLoops } = {},
 ): DeviceBatch {
   const objects = batch.objects.length;
-  const views = selfLoops ? batch.views.map(withSelfLoops) : batch.views;
-  const arrays = views.map((view) => [
-    view.nodeFeatures,
-    view.edgeFeatures,
-    view.nodeOffsets,
-    view.objectOfNode,
-    view.edgeOffsets,
-    view.sources,
-    view.targets,
-    view.outOffsets,
-    view.outEdges,
-    view.outTargets,
-    inverses(view.edgeOffsets, (degree) => degree === 0 ? 0 : 1 / degree),
-    inverses(view.edgeOffsets, (degree) => 1 / Math.sqrt(degree + 1)),
-    inverses(view.nodeOffsets, (size) => size === 0 ? 0 : 1 / size),
+  const views = batch.views.map((view) => withSelfLoops(view, selfLoops));
+  const [{ labels }, ...places] = tape.uploadAll([
+    { labels: batch.labels },
+    ...views.map(arraysOf),
   ]);
-  const places = tape.upload([batch.labels, ...arrays.flat()]);
-  const perView = arrays[0]?.length ?? 0;
   return {
     host: batch,
     objects,
-    labels: places[0]!,
+    labels,
     labelled: batch.labels.reduce((count, label) => count + Number(label >= 0), 0),
-    views: views.map((view, i) =>
-      deviceView(view, objects, places.slice(1 + i * perView, 1 + (i + 1) * perView))
-    ),
+    views: views.map((view, i) => deviceView(view, objects, places[i]!)),
   };
 }
 
-function inverses(offsets: Int32Array, of: (count: number) => number): Float32Array {
-  return Float32Array.from(
-    { length: offsets.length - 1 },
-    (_, i) => of(offsets[i + 1]! - offsets[i]!),
-  );
+/** What of a view goes to the device. */
+function arraysOf(view: ViewBatch) {
+  return {
+    features: view.nodeFeatures,
+    edgeFeatures: view.edgeFeatures,
+    nodeOffsets: view.nodeOffsets,
+    objectOfNode: view.objectOfNode,
+    edgeOffsets: view.edgeOffsets,
+    sources: view.sources,
+    targets: view.targets,
+    outOffsets: view.outOffsets,
+    outEdges: view.outEdges,
+    outTargets: view.outTargets,
+    inverseDegree: inverses(view.edgeOffsets),
+    inverseRootDegree: inverseRoots(view.edgeOffsets),
+    inverseSize: inverses(view.nodeOffsets),
+  };
+}
+
+/** One over the length of each run, 0 for an empty one. */
+function inverses(offsets: Int32Array): Float32Array {
+  const values = new Float32Array(offsets.length - 1);
+  for (let i = 0; i < values.length; i++) {
+    const count = offsets[i + 1]! - offsets[i]!;
+    if (count > 0) values[i] = 1 / count;
+  }
+  return values;
+}
+
+/** One over the root of the length of each run and 1 more. */
+function inverseRoots(offsets: Int32Array): Float32Array {
+  const values = new Float32Array(offsets.length - 1);
+  for (let i = 0; i < values.length; i++) {
+    values[i] = 1 / Math.sqrt(offsets[i + 1]! - offsets[i]! + 1);
+  }
+  return values;
 }
 
 function deviceView(
   { nodes, edges, nodeWidth, edgeWidth }: ViewBatch,
   objects: number,
-  places: readonly Indices[],
+  on: Readonly<Record<keyof ReturnType<typeof arraysOf>, Indices>>,
 ): DeviceView {
-  const [
-    features,
-    ofEdges,
-    nodeOffsets,
-    objectOfNode,
-    edgeOffsets,
-    sources,
-    targets,
-    outOffsets,
-    outEdges,
-    outTargets,
-    inverseDegree,
-    inverseRootDegree,
-    inverseSize,
-  ] = places as [
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-    Indices,
-  ];
+  const { nodeOffsets, objectOfNode, edgeOffsets, sources, targets } = on;
+  const { outOffsets, outEdges, outTargets } = on;
   return {
     nodes,
     edges,
-    features: new Tensor(features, { rows: nodes, columns: nodeWidth }),
+    features: new Tensor(on.features, { rows: nodes, columns: nodeWidth }),
     edgeFeatures: edgeWidth === 0
       ? undefined
-      : new Tensor(ofEdges, { rows: edges, columns: edgeWidth }),
+      : new Tensor(on.edgeFeatures, { rows: edges, columns: edgeWidth }),
     neighbours: {
       ...{ rows: nodes, xRows: nodes, entries: edges },
       forward: { offsets: edgeOffsets, columns: sources },
@@ -156,18 +148,21 @@ function deviceView(
       backward: { columns: objectOfNode },
     },
     memberSegments: { rows: objects, offsets: nodeOffsets },
-    inverseDegree,
-    inverseRootDegree,
-    inverseSize,
+    inverseDegree: on.inverseDegree,
+    inverseRootDegree: on.inverseRootDegree,
+    inverseSize: on.inverseSize,
   };
 }
 
 /**
- * The view with one edge from each node to itself, in front of the others into it and in place of those that there were.
- * Its features are the mean of those of the other edges into the node.
+ * The view with edges from nodes to themselves as they are wanted. One that is put in place of others is in front of the
+ * edges into the node, and its features are the mean of theirs.
  */
-function withSelfLoops(view: ViewBatch): ViewBatch {
+function withSelfLoops(view: ViewBatch, selfLoops: SelfLoops): ViewBatch {
   const { nodes, edgeWidth: width } = view;
+  const isLoop = (source: number, edge: number) => source === view.targets[edge];
+  if (selfLoops === "keep" || (selfLoops === "remove" && !view.sources.some(isLoop))) return view;
+  const replace = selfLoops === "replace";
   const [sources, targets]: [number[], number[]] = [[], []];
   const edgeOffsets = new Int32Array(nodes + 1);
   const features: number[] = [];
@@ -176,11 +171,12 @@ function withSelfLoops(view: ViewBatch): ViewBatch {
     for (let edge = view.edgeOffsets[node]!; edge < view.edgeOffsets[node + 1]!; edge++) {
       if (view.sources[edge] !== node) others.push(edge);
     }
-    sources.push(node, ...others.map((edge) => view.sources[edge]!));
-    for (let i = 0; i <= others.length; i++) targets.push(node);
+    if (replace) sources.push(node);
+    sources.push(...others.map((edge) => view.sources[edge]!));
+    while (targets.length < sources.length) targets.push(node);
     edgeOffsets[node + 1] = sources.length;
     const rows = others.map((edge) => view.edgeFeatures.subarray(edge * width, (edge + 1) * width));
-    for (let column = 0; column < width; column++) {
+    for (let column = 0; replace && column < width; column++) {
       const sum = rows.reduce((total, row) => total + row[column]!, 0);
       features.push(sum / Math.max(rows.length, 1));
     }

@@ -1,5 +1,5 @@
 import { PackhorseError } from "../error.ts";
-import type { DeviceView } from "./device_batch.ts";
+import type { DeviceView, SelfLoops } from "./device_batch.ts";
 import {
   activate,
   type Activation,
@@ -77,6 +77,14 @@ export class Linear {
   }
 }
 
+/** Edges from nodes to themselves, as a kind of layer takes them: gcn counts each node once, whatever edges there are. */
+export const SELF_LOOPS: Readonly<Record<GraphLayerKind, SelfLoops>> = {
+  gcn: "remove",
+  sage: "keep",
+  gin: "keep",
+  gat: "replace",
+};
+
 /** Normalises by batch or layer, or not at all. */
 export class Norm {
   readonly #forward: (tape: Tape, x: Tensor) => Tensor;
@@ -110,8 +118,8 @@ export class Norm {
 }
 
 /**
- * Graph convolution (Kipf and Welling, arXiv 1609.02907): with d the edges into a node and one more,
- * `out_i = sum over edges from j to i, and j = i, of x_j / sqrt(d_i d_j)`, times a matrix, plus a bias.
+ * Graph convolution (Kipf and Welling, arXiv 1609.02907): with d the edges into a node from
+ * others and one more, `out_i = sum over edges from j to i, and j = i, of x_j / sqrt(d_i d_j)`, times a matrix, plus a bias.
  */
 class GcnLayer implements GraphLayer {
   readonly #linear: Linear;

@@ -7,7 +7,7 @@ import { type DeviceBatch, uploadBatch } from "./device_batch.ts";
 import { AmoslFusion } from "./amosl_fusion.ts";
 import { type FusedViews, type Fusion, LateFusion } from "./fusion.ts";
 import { joinedSchema, joinViews } from "./join_views.ts";
-import { GraphEncoder, Linear } from "./layers.ts";
+import { GraphEncoder, Linear, SELF_LOOPS } from "./layers.ts";
 import { activate, add, dropout } from "./operations.ts";
 import { Parameters } from "./parameters.ts";
 import { edgeWidth, type GraphSchema, nodeWidth, type ViewSchema } from "./schema.ts";
@@ -99,7 +99,7 @@ export class GraphNetwork implements Disposable {
 
   /** Copies a batch of {@linkcode batches} to the device, for {@linkcode forward}. */
   upload(tape: Tape, batch: GraphBatch): DeviceBatch {
-    return uploadBatch(tape, batch, { selfLoops: this.options.layer === "gat" });
+    return uploadBatch(tape, batch, { selfLoops: SELF_LOOPS[this.options.layer] });
   }
 
   /** Computes the logits of a batch. */

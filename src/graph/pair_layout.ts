@@ -1,7 +1,9 @@
 import type { NativeTensor } from "../../ffi/tensor.ts";
-import type { GraphBatch, ViewBatch } from "./batch.ts";
+import { fullBlocks } from "../../ffi/graph.ts";
+import type { ViewBatch } from "./batch.ts";
+import type { DeviceBatch } from "./device_batch.ts";
 import type { SparsePattern } from "./operations.ts";
-import type { Tape } from "./tape.ts";
+import type { Indices, Tape } from "./tape.ts";
 
 /**
  * Which nodes of two views are compared: those of an object with each other. Entries are those of plans, `[rows, columns]` of
@@ -29,72 +31,67 @@ export interface PairLayout {
   readonly columnSizes: NativeTensor;
 }
 
-/** Lays out the plans between two views of a batch, and copies that to the device; undefined if no object has both. */
+/** Lays out the plans between two views of a batch on the device; undefined if no object has both. */
 export function pairLayout(
   tape: Tape,
-  { views, objects: all }: GraphBatch,
+  { host: { views: hosts, objects: all }, views }: DeviceBatch,
   [first, second]: readonly [number, number],
 ): PairLayout | undefined {
-  const [u, v] = [views[first]!, views[second]!];
+  const [u, v] = [hosts[first]!, hosts[second]!];
   const sizeIn = ({ nodeOffsets }: ViewBatch, i: number) => nodeOffsets[i + 1]! - nodeOffsets[i]!;
   const objects = [...all.keys()].filter((i) => sizeIn(u, i) > 0 && sizeIn(v, i) > 0);
   if (objects.length === 0) return undefined;
   const rows = objects.map((i) => sizeIn(u, i));
   const columns = objects.map((i) => sizeIn(v, i));
-  const entries = rows.reduce((sum, n, p) => sum + n * columns[p]!, 0);
+  const entryOffsets = new Int32Array(all.length + 1);
   const rowOffsets = new Int32Array(u.nodes + 1);
   const columnOffsets = new Int32Array(v.nodes + 1);
-  const columnOf = new Int32Array(entries);
-  const rowOf = new Int32Array(entries); // by transposed entries
-  const order = new Int32Array(entries); // the entry of each transposed one
-  const inverse = new Int32Array(entries);
   const rowSizes = new Float32Array(u.nodes);
   const columnSizes = new Float32Array(v.nodes);
-  let start = 0;
-  for (const [p, object] of objects.entries()) {
-    const [n, m] = [rows[p]!, columns[p]!];
-    const [row, column] = [u.nodeOffsets[object]!, v.nodeOffsets[object]!];
+  for (let i = 0; i < all.length; i++) {
+    const [n, m] = [sizeIn(u, i), sizeIn(v, i)];
+    const [row, column] = [u.nodeOffsets[i]!, v.nodeOffsets[i]!];
+    const start = entryOffsets[i]!;
+    entryOffsets[i + 1] = start + n * m;
+    for (let k = 0; k < n; k++) rowOffsets[row + k + 1] = start + (k + 1) * m;
+    for (let k = 0; k < m; k++) columnOffsets[column + k + 1] = start + (k + 1) * n;
+    if (n * m === 0) continue;
     rowSizes.fill(n, row, row + n);
     columnSizes.fill(m, column, column + m);
-    for (let i = 0; i < n; i++) rowOffsets[row + i + 1] = m;
-    for (let j = 0; j < m; j++) columnOffsets[column + j + 1] = n;
-    for (let i = 0; i < n; i++) {
-      for (let j = 0; j < m; j++) {
-        const [entry, transposed] = [start + i * m + j, start + j * n + i];
-        columnOf[entry] = column + j;
-        rowOf[transposed] = row + i;
-        order[transposed] = entry;
-        inverse[entry] = transposed;
-      }
-    }
-    start += n * m;
   }
-  for (let i = 0; i < u.nodes; i++) rowOffsets[i + 1]! += rowOffsets[i]!;
-  for (let j = 0; j < v.nodes; j++) columnOffsets[j + 1]! += columnOffsets[j]!;
-  const [rowAt, columnAt, ofColumn, ofRow, ordered, inverted, ofRows, ofColumns] = tape.upload([
-    ...[rowOffsets, columnOffsets, columnOf, rowOf, order, inverse],
-    ...[rowSizes, columnSizes],
-  ]);
+  const entries = entryOffsets[all.length]!;
+  const on = tape.upload({ rowOffsets, columnOffsets, entryOffsets, rowSizes, columnSizes });
+  const [ofColumn, ofRow, ordered, inverted] = Array.from({ length: 4 }, (): Indices => ({
+    ...tape.take(entries),
+    length: entries,
+  })) as [Indices, Indices, Indices, Indices];
+  fullBlocks(tape.native, {
+    rowOffsets: views[first]!.memberSegments.offsets,
+    columnOffsets: views[second]!.memberSegments.offsets,
+    entryOffsets: on.entryOffsets,
+    ...{ columns: ofColumn, rows: ofRow, order: ordered, inverse: inverted },
+    ...{ blocks: all.length, entries },
+  });
   return {
     ...{ objects, rows, columns, entries },
     gathers: [gatherOf(tape, u, objects), gatherOf(tape, v, objects)],
     forward: {
       ...{ rows: u.nodes, xRows: v.nodes, entries },
-      forward: { offsets: rowAt!, columns: ofColumn! },
-      backward: { offsets: columnAt!, columns: ofRow!, edges: ordered! },
+      forward: { offsets: on.rowOffsets, columns: ofColumn },
+      backward: { offsets: on.columnOffsets, columns: ofRow, edges: ordered },
     },
     backward: {
       ...{ rows: v.nodes, xRows: u.nodes, entries },
-      forward: { offsets: columnAt!, columns: ofRow! },
-      backward: { offsets: rowAt!, columns: ofColumn!, edges: inverted! },
+      forward: { offsets: on.columnOffsets, columns: ofRow },
+      backward: { offsets: on.rowOffsets, columns: ofColumn, edges: inverted },
     },
     transpose: {
       ...{ rows: entries, xRows: entries, entries },
-      forward: { columns: ordered! },
-      backward: { columns: inverted! },
+      forward: { columns: ordered },
+      backward: { columns: inverted },
     },
-    rowSizes: ofRows!,
-    columnSizes: ofColumns!,
+    rowSizes: on.rowSizes,
+    columnSizes: on.columnSizes,
   };
 }
 
@@ -104,6 +101,8 @@ function gatherOf(
   { nodes, nodeOffsets }: ViewBatch,
   objects: readonly number[],
 ): SparsePattern | undefined {
+  const count = objects.reduce((sum, i) => sum + nodeOffsets[i + 1]! - nodeOffsets[i]!, 0);
+  if (count === nodes) return undefined;
   const taken: number[] = [];
   const offsets = new Int32Array(nodes + 1);
   for (const object of objects) {
@@ -112,12 +111,11 @@ function gatherOf(
       offsets[node + 1] = 1;
     }
   }
-  if (taken.length === nodes) return undefined;
   for (let node = 0; node < nodes; node++) offsets[node + 1]! += offsets[node]!;
-  const [columns, starts] = tape.upload([Int32Array.from(taken), offsets]);
+  const on = tape.upload({ taken: Int32Array.from(taken), offsets });
   return {
     ...{ rows: taken.length, xRows: nodes, entries: taken.length },
-    forward: { columns: columns! },
-    backward: { offsets: starts! },
+    forward: { columns: on.taken },
+    backward: { offsets: on.offsets },
   };
 }

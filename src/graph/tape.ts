@@ -9,10 +9,19 @@ import { Random } from "./random.ts";
 /** What tensors start at multiples of, in elements: 16 bytes are needed, 64 suit processors. */
 const ALIGNMENT = 16;
 
+/** Values of which {@linkcode Tape.filled} keeps runs, before it begins anew. */
+const MOST_RUNS = 16;
+
 /** Indices on the device. */
 export interface Indices extends NativeTensor {
   readonly length: number;
 }
+
+/** Arrays of the host by name. */
+type HostArrays = Readonly<Record<string, Int32Array | Float32Array>>;
+
+/** The same on the device. */
+type Uploaded<Arrays> = { readonly [Name in keyof Arrays]: Indices };
 
 /** A matrix of float32 on the device, and its gradient if it has one. It lives until its tape begins the next step. */
 export class Tensor {
@@ -60,8 +69,9 @@ export interface GradientTarget {
 class Arena implements Disposable {
   readonly #device: Device;
   #chunks: DeviceBuffer<"f32">[] = [];
-  /** Elements in use of the last chunk. */
+  /** Elements in use of the last chunk, and of those before it. */
   #used = 0;
+  #usedBefore = 0;
 
   constructor(device: Device) {
     this.#device = device;
@@ -72,6 +82,11 @@ class Arena implements Disposable {
     return this.#chunks.reduce((sum, chunk) => sum + chunk.byteLength, 0);
   }
 
+  /** Bytes of them that were handed out. */
+  get usedByteLength(): number {
+    return 4 * (this.#usedBefore + this.#used);
+  }
+
   /** Room for so many elements of 4 bytes. */
   take(count: number): NativeTensor & { readonly view: () => DeviceBuffer<"f32"> } {
     const length = Math.max(ALIGNMENT, Math.ceil(count / ALIGNMENT) * ALIGNMENT);
@@ -79,6 +94,7 @@ class Arena implements Disposable {
     if (chunk === undefined || this.#used + length > chunk.length) {
       chunk = this.#device.createBuffer("f32", Math.max(length, 2 * (chunk?.length ?? 2 ** 18)));
       this.#chunks.push(chunk);
+      this.#usedBefore += this.#used;
       this.#used = 0;
     }
     const start = this.#used;
@@ -94,11 +110,11 @@ class Arena implements Disposable {
     throw new PackhorseError("internal", "The tensor is none of this step's");
   }
 
-  /** Takes everything back; several chunks become one as large as all of them. */
+  /** Takes everything back; several chunks become one that has room for as much, and a quarter more. */
   reset(): void {
-    this.#used = 0;
+    const length = Math.ceil(1.25 * (this.#usedBefore + this.#used));
+    [this.#used, this.#usedBefore] = [0, 0];
     if (this.#chunks.length <= 1) return;
-    const length = this.#chunks.reduce((sum, chunk) => sum + chunk.length, 0);
     this[Symbol.dispose]();
     this.#chunks = [this.#device.createBuffer("f32", length)];
   }
@@ -130,6 +146,8 @@ export class Tape implements Disposable {
   readonly #records: { readonly out: Tensor; readonly backward: (dy: NativeTensor) => void }[] = [];
   readonly #one: DeviceBuffer<"f32">;
   readonly #kept: Disposable[] = [];
+  /** Runs of one value each, which stay from step to step. */
+  readonly #runs = new Map<number, DeviceBuffer<"f32">>();
   #staging = new Uint32Array(2 ** 14);
   #random = new Random(0);
   #training = false;
@@ -149,7 +167,13 @@ export class Tape implements Disposable {
 
   /** Bytes of device memory that it holds. */
   get byteLength(): number {
-    return this.#arena.byteLength;
+    const runs = this.#runs.values().reduce((sum, run) => sum + run.byteLength, 0);
+    return this.#arena.byteLength + this.#one.byteLength + runs;
+  }
+
+  /** Bytes of it that the step has taken so far. */
+  get usedByteLength(): number {
+    return this.#arena.usedByteLength;
   }
 
   /** The native side of the device, for operations. */
@@ -166,6 +190,7 @@ export class Tape implements Disposable {
     this.#records.length = 0;
     this.#release();
     this.#arena.reset();
+    if (this.#runs.size > MOST_RUNS) this.#releaseRuns();
   }
 
   /** A number of 64 bits, another at each call of a step. */
@@ -191,6 +216,11 @@ export class Tape implements Disposable {
 
   #release(): void {
     for (const resource of this.#kept.splice(0)) resource[Symbol.dispose]();
+  }
+
+  #releaseRuns(): void {
+    for (const run of this.#runs.values()) run[Symbol.dispose]();
+    this.#runs.clear();
   }
 
   /** An output, not yet written, of an operation on `inputs`. */
@@ -239,7 +269,15 @@ export class Tape implements Disposable {
   }
 
   /** Copies arrays to the device, in one go. */
-  upload(arrays: readonly (Int32Array | Float32Array)[]): Indices[] {
+  upload<Arrays extends HostArrays>(arrays: Arrays): Uploaded<Arrays> {
+    return this.uploadAll([arrays])[0];
+  }
+
+  /** The same of several records of arrays. */
+  uploadAll<Records extends readonly HostArrays[]>(
+    records: readonly [...Records],
+  ): { [Index in keyof Records]: Uploaded<Records[Index]> } {
+    const arrays = records.flatMap((record) => Object.values(record));
     const starts: number[] = [];
     let length = 0;
     for (const array of arrays) {
@@ -252,20 +290,34 @@ export class Tape implements Disposable {
     });
     const all = this.#arena.take(length);
     if (length > 0) all.view().upload(new Uint8Array(this.#staging.buffer, 0, 4 * length));
-    return arrays.map((array, i) => ({
-      buffer: all.buffer,
-      byteOffset: all.byteOffset + 4 * starts[i]!,
-      length: array.length,
-    }));
+    let i = 0;
+    const uploaded = records.map((record) =>
+      Object.fromEntries(
+        Object.entries(record).map(([name, { length }]): [string, Indices] => {
+          const byteOffset = all.byteOffset + 4 * starts[i++]!;
+          return [name, { buffer: all.buffer, byteOffset, length }];
+        }),
+      )
+    );
+    return uploaded as { [Index in keyof Records]: Uploaded<Records[Index]> };
   }
 
-  /** A matrix of the host's as a tensor that needs no gradient. */
-  constant(values: Float32Array, rows: number, columns: number): Tensor {
-    return new Tensor(this.upload([values])[0]!, { rows, columns });
+  /** A matrix of one value, which needs no gradient; it is copied to the device once, not in every step. */
+  filled(rows: number, columns: number, value: number): Tensor {
+    const count = Math.max(1, rows * columns);
+    let run = this.#runs.get(value);
+    if (run === undefined || run.length < count) {
+      if (run) this.keep(run); // tensors of the step may look into it
+      run = this.device.createBuffer("f32", 2 ** Math.ceil(Math.log2(count)));
+      this.#runs.set(value, run);
+      run.upload(new Float32Array(run.length).fill(value));
+    }
+    return new Tensor(regionOn(run, this.device), { rows, columns });
   }
 
   [Symbol.dispose](): void {
     this.#release();
+    this.#releaseRuns();
     this.#arena[Symbol.dispose]();
     this.#one[Symbol.dispose]();
   }

@@ -8,7 +8,7 @@ import type { KvCacheFileOptions } from "./file_options.ts";
 import { ProgressCount } from "./progress.ts";
 import { KvSampler } from "./sample.ts";
 import { SampledTokens } from "./sampled_tokens.ts";
-import { withWholePool } from "./whole_pool.ts";
+import { withWholePool } from "./pool_bytes.ts";
 
 /** Options of {@linkcode benchKvCache}. */
 export interface BenchKvCacheOptions extends Omit<KvCacheFileOptions, "chunkBytes"> {

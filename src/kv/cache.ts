@@ -170,6 +170,12 @@ export class KvCache implements Disposable {
     return this.#native.isClosed;
   }
 
+  /** How many sequences there are. Waits for nothing. Throws `disposed`. */
+  get sequenceCount(): number {
+    void this.#native.handle; // throws once disposed
+    return this.#sequences.size;
+  }
+
   /** Starts an empty sequence. Throws `out-of-memory` if the cache holds as many as it was created for. */
   add(): KvSequence {
     return this.#adopt(this.#native.add());

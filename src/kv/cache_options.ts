@@ -125,6 +125,8 @@ const DEFAULT_CODEC: KvCacheCodec = {
 };
 
 const PAGE_BYTES = 65_536;
+/** The fewest newest tokens that stay in 16 bits. */
+export const LEAST_RESIDUAL = 8;
 /** Most query heads that share a kv head. */
 export const MOST_GROUP = 16;
 /** Channels that a head may have. */
@@ -158,7 +160,7 @@ export function resolveCacheOptions(options: KvCacheOptions): KvCacheConfig {
   within("tokens", tokens, 1, 2 ** 31 - 1);
   within("stepTokens", stepTokens, 1, 2 ** 31 - 1);
   within("poolBytes", poolBytes, PAGE_BYTES, 2 ** 48 - PAGE_BYTES - 1);
-  within("residual", residual, 8, 65_536);
+  within("residual", residual, LEAST_RESIDUAL, 65_536);
   within("sinks", sinks, 0, 65_536);
   const codecs = isList(codec) ? [...codec] : Array.from({ length: layers }, () => codec);
   if (codecs.length !== layers) {

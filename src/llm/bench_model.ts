@@ -2,18 +2,18 @@ import type { Device } from "../device/device.ts";
 import { PackhorseError } from "../error.ts";
 import { KvCache, type KvSequence } from "../kv/cache.ts";
 import { parseCacheCodec } from "../kv/cache_codec.ts";
-import type { KvCacheCodec } from "../kv/cache_options.ts";
+import { type KvCacheCodec, LEAST_RESIDUAL } from "../kv/cache_options.ts";
 import type { KvCacheFileOptions } from "../kv/file_options.ts";
+import { poolBytesFor, type PoollessOptions, withWholePool } from "../kv/pool_bytes.ts";
 import { ProgressCount } from "../kv/progress.ts";
 import { KvSampler } from "../kv/sample.ts";
 import { SampledTokens } from "../kv/sampled_tokens.ts";
-import { withWholePool } from "../kv/whole_pool.ts";
 import { bytesOfTokens } from "./cache_bytes.ts";
 import { DecodeGraphs } from "./decode_graphs.ts";
-import { decode, type DecodeRow, prefill } from "./generate.ts";
+import { DecodePipeline, type DecodeRow } from "./decode_pipeline.ts";
 import type { ModelParts } from "./language_model.ts";
 import { argmax } from "./operations.ts";
-import { poolBytesFor, type PoollessOptions } from "./pool_bytes.ts";
+import { prefill } from "./prefill.ts";
 import { ModelRunner } from "./runner.ts";
 import { Sampler } from "./sampler.ts";
 
@@ -71,11 +71,11 @@ export interface ModelBench {
   readonly prefillTokensPerSecond: number;
   /** Tokens per second of all sequences together, over all timed steps. */
   readonly decodeTokensPerSecond: number;
-  /** The median time of a step, which gives each sequence a token: from choosing one to knowing the next. */
+  /** The median time of a step, which gives each sequence a token: from knowing one to knowing the next. */
   readonly stepSeconds: number;
   /**
-   * The same where steps follow each other without the host waiting for any, by the GPU's own clock: the median over groups
-   * of 8. Undefined on the CPU.
+   * The same where steps follow each other without the host reading any token, by the GPU's own clock: the median over
+   * groups of 8. Undefined on the CPU.
    */
   readonly backToBackSeconds: number | undefined;
   /** What share of `stepSeconds` the GPU waits for the host. Undefined on the CPU. */
@@ -103,8 +103,6 @@ const SAMPLE_TOKENS = 8192;
 const MEASURED_TOKENS = 2048;
 /** How much more a long fill may take. */
 const MARGIN = 1.01;
-/** The fewest tokens that a cache keeps in 16 bits. */
-const LEAST_RESIDUAL = 8;
 
 /** {@linkcode LanguageModel.bench}. */
 export async function benchModel(
@@ -173,11 +171,10 @@ export async function benchModel(
     }
   }
 
-  for (let step = 0; step < WARM_UPS; step++) await decodeStep(bench, rows);
+  await decodeSteps(bench, rows, WARM_UPS);
   const backToBack: number[] = [];
   for (let group = 0; group < groups; group++) backToBack.push(await stepGroup(bench, rows));
-  const times: number[] = [];
-  for (let step = 0; step < tokens; step++) times.push(await decodeStep(bench, rows));
+  const times = await decodeSteps(bench, rows, tokens);
   cache.check();
 
   const stepSeconds = median(times);
@@ -220,9 +217,10 @@ async function computePrompt(
   const { vocabulary } = parts.config;
   const tokens = Array.from({ length }, (_, i) => (7919 * i + 101 * prompt + 13) % vocabulary);
   const start = performance.now();
-  const { sequence, token } = await prefill(parts, { prompt, tokens }, sampler, { signal });
+  const [started] = await prefill(parts, [{ prompt, tokens }], sampler, { signal });
   const seconds = secondsSince(start);
   progress.advance(length);
+  const { sequence, token } = started!;
   return { prompt, sequence, tokens: [token], chosen: 1, seconds };
 }
 
@@ -246,14 +244,22 @@ async function fillSequence(
   return sequence;
 }
 
-/** A step as generating does it; returns how long it takes. */
-async function decodeStep({ parts, sampler, progress }: Bench, rows: readonly Row[]) {
-  const start = performance.now();
-  const tokens = await decode(parts, rows, sampler);
-  const seconds = secondsSince(start);
-  rows.forEach((row, i) => row.tokens = [tokens[i]!]);
-  progress.advance(1);
-  return seconds;
+/** Steps as generating does them, one after another; returns how long each takes: until its tokens are known. */
+async function decodeSteps(
+  { parts, sampler, progress }: Bench,
+  rows: readonly Row[],
+  steps: number,
+): Promise<number[]> {
+  const pipeline = new DecodePipeline(parts, sampler);
+  const times: number[] = [];
+  for (let step = 1; step <= steps; step++) {
+    const start = performance.now();
+    const tokens = await pipeline.next(rows, { ahead: parts.decodesAhead && step < steps });
+    times.push(secondsSince(start));
+    rows.forEach((row, i) => row.tokens = [tokens[i]!]);
+    progress.advance(1);
+  }
+  return times;
 }
 
 /** Steps that do the same, but enqueued one after another; the time of each, by the device's clock. */

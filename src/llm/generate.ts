@@ -1,8 +1,10 @@
 import { PackhorseError } from "../error.ts";
-import type { KvSequence } from "../kv/cache.ts";
+import { BLOCK_TOKENS } from "../kv/codec.ts";
+import { DecodePipeline, type DecodeRow } from "./decode_pipeline.ts";
 import type { ModelParts } from "./language_model.ts";
+import { countTogether, prefill, type WaitingPrompt } from "./prefill.ts";
 import type { PromptMemory } from "./prompt_memory.ts";
-import { Sampler, type SamplerRow, type SamplingOptions } from "./sampler.ts";
+import { Sampler, type SamplingOptions } from "./sampler.ts";
 import { StopStrings } from "./stop_strings.ts";
 import type { Tokenizer, TokenStream } from "./tokenizer.ts";
 
@@ -52,11 +54,6 @@ export interface Completion {
 
 const DEFAULT_TOKENS = 256;
 
-/** A sequence whose latest token is to be computed, and the next chosen. */
-export interface DecodeRow extends SamplerRow {
-  readonly sequence: KvSequence;
-}
-
 /** A prompt that is being continued. */
 interface Continuation extends DecodeRow {
   /** Of the prompt and the continuation. */
@@ -89,18 +86,21 @@ export async function* generateTokens(
   }
   const endTokens = new Set(options.endTokens ?? parts.config.endTokens);
   using sampler = new Sampler(parts, options);
+  const pipeline = new DecodePipeline(parts, sampler);
   signal?.throwIfAborted();
 
-  const waiting = [...encoded.entries()].reverse();
+  let waiting = encoded.map((tokens, prompt): WaitingPrompt => ({ prompt, tokens }));
   const active = new Set<Continuation>();
   // Several would not know which of them is to be remembered.
   const remembering = prompts.length === 1 ? memory : undefined;
   try {
     while (waiting.length > 0 || active.size > 0) {
-      if (waiting.length > 0 && hasRoom(parts, active)) {
-        const [prompt, tokens] = waiting.pop()!;
-        const { sequence, token } = await prefill(parts, { prompt, tokens }, sampler, options);
-        const continuation: Continuation = {
+      const room = waiting.length > 0 ? roomFor(parts, active) : 0;
+      if (room > 0 && !pipeline.isAhead) {
+        const next = waiting.slice(0, countTogether(parts, waiting, { room, memory }));
+        const started = await prefill(parts, next, sampler, options);
+        waiting = waiting.slice(started.length);
+        const begun = started.map(({ prompt, sequence, tokens }): Continuation => ({
           prompt,
           sequence,
           tokens: [...tokens],
@@ -109,16 +109,18 @@ export async function* generateTokens(
           most: Math.min(maxTokens, parts.cache.config.tokens - tokens.length),
           chosen: 0,
           finish: undefined,
-        };
-        active.add(continuation);
-        const piece = take(continuation, token, endTokens);
+        }));
+        for (const continuation of begun) active.add(continuation);
+        const pieces = begun.map((each, i) => take(each, started[i]!.token, endTokens));
         endFinished(parts, active, remembering);
-        yield piece;
+        yield* pieces;
         continue;
       }
       signal?.throwIfAborted();
-      const batch = [...active];
-      const chosen = await decode(parts, batch, sampler);
+      const batch = [...active]; // none, if a step ahead was one too many for all
+      const ahead = parts.decodesAhead && room === 0 &&
+        batch.every((continuation) => goesOn(parts, continuation, remembering));
+      const chosen = await pipeline.next(batch, { ahead });
       const pieces = batch.map((continuation, i) => take(continuation, chosen[i]!, endTokens));
       endFinished(parts, active, remembering);
       yield* pieces;
@@ -166,69 +168,23 @@ function checkLength({ cache }: ModelParts, tokens: readonly number[], prompt: n
   );
 }
 
-/** Whether one more sequence can begin: at least one prompt has to go on, or its error tells what is full. */
-function hasRoom({ cache }: ModelParts, active: ReadonlySet<Continuation>): boolean {
-  if (active.size === 0) return true;
-  return cache.statistics().sequences < cache.config.sequences;
+/** How many more sequences can begin: at least one prompt has to go on, or its error tells what is full. */
+function roomFor({ cache }: ModelParts, active: ReadonlySet<Continuation>): number {
+  return Math.max(cache.config.sequences - cache.sequenceCount, active.size === 0 ? 1 : 0);
 }
 
-/** Starts a sequence with a prompt, and chooses the token after it. */
-export async function prefill(
-  { cache, runner, device, turns }: ModelParts,
-  { prompt, tokens }: { readonly prompt: number; readonly tokens: readonly number[] },
-  sampler: Sampler,
-  { memory, signal }: Pick<GenerationOptions, "memory" | "signal"> = {},
-): Promise<{ sequence: KvSequence; token: number }> {
-  const known = memory?.fork(tokens);
-  const sequence = known?.sequence ?? cache.add();
-  try {
-    const { stepTokens } = cache.config;
-    for (let first = known?.tokens ?? 0;; first += stepTokens) {
-      signal?.throwIfAborted();
-      const rows = Math.min(stepTokens, tokens.length - first);
-      const chosen = await turns.take(async () => {
-        const step = cache.begin([{ sequence, tokens: rows }]);
-        runner.tokens(rows).upload(Int32Array.from(tokens.slice(first, first + rows)));
-        runner.positions(rows).upload(Int32Array.from({ length: rows }, (_, i) => first + i));
-        runner.forward(step, { attention: "prefill" });
-        if (first + rows === tokens.length) {
-          return await sampler.choose(runner.logits(rows - 1, 1), [{ prompt, tokens, chosen: 0 }]);
-        }
-        await device.synchronize(); // so that an abort is heard, and not too much is enqueued
-        return [];
-      });
-      if (chosen.length > 0) return { sequence, token: chosen[0]! };
-    }
-  } catch (error) {
-    try {
-      cache.remove(sequence);
-    } catch {
-      // The cache was disposed, or a step of it failed: what was thrown first says so.
-    }
-    throw error;
-  }
-}
-
-/** Gives every sequence its latest token, and chooses the next ones. */
-export function decode(
-  { cache, runner, graphs, device, turns }: ModelParts,
-  batch: readonly DecodeRow[],
-  sampler: Sampler,
-): Promise<readonly number[]> {
-  const rows = batch.length;
-  return turns.take(() => {
-    const positions = batch.map(({ sequence }) => cache.length(sequence));
-    const step = cache.begin(batch.map(({ sequence }) => ({ sequence })));
-    runner.tokens(rows).upload(Int32Array.from(batch, ({ tokens }) => tokens.at(-1)!));
-    runner.positions(rows).upload(Int32Array.from(positions));
-    const enqueue = () => {
-      runner.forward(step, { attention: "attend" });
-      runner.logits(0, rows);
-    };
-    if (device.backend === "cpu") enqueue();
-    else graphs.run(step, enqueue);
-    return sampler.choose(runner.logitsOut(rows), batch);
-  });
+/**
+ * Whether a step after the next may be enqueued before it is known if that ends the continuation: not after the last token
+ * there may be, and not if it packs tokens of a sequence that is to be remembered as if it had not been.
+ */
+function goesOn(
+  { cache }: ModelParts,
+  { chosen, most, tokens }: Continuation,
+  remembering: PromptMemory | undefined,
+): boolean {
+  if (chosen + 1 === most) return false;
+  const { sinks, residual } = cache.config;
+  return remembering === undefined || (tokens.length + 1 - sinks - residual) % BLOCK_TOKENS !== 0;
 }
 
 /** Adds a token to a continuation, and says what of its text is new. */
@@ -286,9 +242,11 @@ function end(
   { sequence, tokens }: Continuation,
   memory: PromptMemory | undefined,
 ): void {
-  // The last token was chosen, but not computed.
-  if (memory !== undefined) memory.hold(sequence, tokens.slice(0, cache.length(sequence)));
-  else cache.remove(sequence);
+  if (memory === undefined) return cache.remove(sequence);
+  // The last token was chosen, but not computed, unless a step ahead did.
+  const computed = tokens.length - 1;
+  if (cache.length(sequence) > computed) cache.truncate(sequence, computed);
+  memory.hold(sequence, tokens.slice(0, cache.length(sequence)));
 }
 
 function refuse(reason: string): never {

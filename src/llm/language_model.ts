@@ -9,6 +9,7 @@ import {
   type KvQueryDType,
   resolveCacheOptions,
 } from "../kv/cache_options.ts";
+import { poolBytesFor } from "../kv/pool_bytes.ts";
 import { benchModel, type ModelBench, type ModelBenchOptions } from "./bench_model.ts";
 import { Checkpoint, type WeightDType } from "./checkpoint.ts";
 import { Conversation, type ConversationOptions } from "./conversation.ts";
@@ -28,7 +29,6 @@ import {
   readLanguageModelConfig,
 } from "./model_config.ts";
 import { prepareLinear } from "./operations.ts";
-import { poolBytesFor } from "./pool_bytes.ts";
 import { PromptMemory } from "./prompt_memory.ts";
 import { ModelRunner } from "./runner.ts";
 import { Tokenizer } from "./tokenizer.ts";
@@ -95,7 +95,12 @@ export interface ModelParts {
   readonly graphs: DecodeGraphs;
   /** Whose turn it is, where several generate at a time. */
   readonly turns: Turns;
+  /** Whether decode steps are enqueued before the tokens of those before are known: see {@linkcode DecodePipeline}. */
+  readonly decodesAhead: boolean;
 }
+
+/** What a model is made of; for tests. */
+export let partsOf: (model: LanguageModel) => ModelParts;
 
 /**
  * A language model of a Hugging Face folder, with a packed cache.
@@ -133,6 +138,10 @@ export class LanguageModel implements Disposable {
   readonly parameters: number;
   readonly #parts: ModelParts;
   readonly #stack: DisposableStack;
+
+  static {
+    partsOf = (model) => model.#parts;
+  }
 
   private constructor(parts: ModelParts, stack: DisposableStack) {
     this.#parts = parts;
@@ -183,7 +192,9 @@ export class LanguageModel implements Disposable {
     const graphs = stack.use(new DecodeGraphs());
     prepareLinear(device);
     const turns = new Turns();
-    const parts = { device, config, tokenizer, weights, cache, runner, graphs, turns };
+    const made = { device, config, tokenizer, weights, cache, runner, graphs, turns };
+    // Where work is done when a call returns, a step that may be one too many gains nothing.
+    const parts = { ...made, decodesAhead: device.isAsynchronous };
     return new LanguageModel(parts, stack.move());
   }
 
@@ -206,8 +217,11 @@ export class LanguageModel implements Disposable {
    * Continues a prompt, or several at once: pieces of text as they come, those of a prompt in their order. Iterating
    * starts the work, and leaving the loop ends it.
    *
-   * A prompt is a text, or tokens. Every prompt gives the same tokens whatever else is generated with it. More prompts
-   * than the cache has room for wait for their turn.
+   * A prompt is a text, or tokens. Every prompt gives the same tokens whatever else is generated with it; on a GPU as far
+   * as roundings allow, for it multiplies more than 8 rows in ways that depend on how many there are: tokens of prompts, and
+   * sequences. More prompts than the cache has room for wait for their turn.
+   *
+   * On a GPU ({@linkcode Device.isAsynchronous}), the next tokens are being computed while the caller has a piece.
    *
    * Throws `invalid-argument` for options outside their range, a prompt without tokens, or one longer than the model was
    * loaded for; `unsupported` for a text, or stop strings, without a tokenizer; `out-of-memory` if the cache is

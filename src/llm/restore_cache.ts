@@ -1,13 +1,10 @@
 import type { Device } from "../device/device.ts";
 import type { DeviceBuffer } from "../device/device_buffer.ts";
 import { KvCache } from "../kv/cache.ts";
-import type { KvCacheCodec, KvCacheDType } from "../kv/cache_options.ts";
+import { type KvCacheCodec, type KvCacheDType, LEAST_RESIDUAL } from "../kv/cache_options.ts";
 import { BLOCK_TOKENS } from "../kv/codec.ts";
+import { poolBytesFor } from "../kv/pool_bytes.ts";
 import { gather } from "./operations.ts";
-import { poolBytesFor } from "./pool_bytes.ts";
-
-/** The fewest tokens that a cache keeps in 16 bits after what it packs. */
-const LEAST_RESIDUAL = 8;
 
 /** Shape of the keys, and of the values, of one layer and some tokens. */
 export interface RestoreShape {

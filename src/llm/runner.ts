@@ -73,6 +73,8 @@ export class ModelRunner implements Disposable {
   readonly #views = new Map<number, Activations>();
   readonly #logits: DeviceBuffer<"f32">;
   readonly #lastNormed: DeviceBuffer<FloatDType>;
+  /** Tokens, which need not follow each other, and what the layers made of them. */
+  readonly #picked: { readonly rows: DeviceBuffer<"i32">; readonly states: DeviceBuffer<"f32"> };
 
   constructor(
     device: Device,
@@ -108,6 +110,10 @@ export class ModelRunner implements Disposable {
     };
     this.#logits = create("f32", logitRows * vocabulary);
     this.#lastNormed = create(weights.dtype, logitRows * hidden);
+    this.#picked = {
+      rows: create("i32", logitRows),
+      states: create("f32", logitRows * hidden),
+    };
     const { frequencies, scale } = rotaryFrequencies(config.rotary, tokens);
     this.#frequencies = create("f32", frequencies.length);
     this.#frequencies.upload(Float32Array.from(frequencies));
@@ -173,6 +179,18 @@ export class ModelRunner implements Disposable {
       outFeatures: vocabulary,
     });
     return out;
+  }
+
+  /** Computes logits of these tokens of the last step: `[rows.length, vocabulary]`. */
+  logitsOf(rows: readonly number[]): DeviceBuffer<"f32"> {
+    const { hidden } = this.config;
+    const [count, total] = [rows.length, Math.max(...rows) + 1];
+    if (count === 1) return this.logits(rows[0]!, 1);
+    const indices = this.#picked.rows.view(0, count);
+    const states = this.#picked.states.view(0, count * hidden);
+    indices.upload(Int32Array.from(rows));
+    gather(this.states(total), indices, states, { rows: count, width: hidden, xRows: total });
+    return this.logits(0, count, { states });
   }
 
   /** Frees the activations; the weights are not its own. */

@@ -1,4 +1,5 @@
 import type { DeviceBuffer } from "../device/device_buffer.ts";
+import { Readback } from "../device/readback.ts";
 import { PackhorseError } from "../error.ts";
 import type { ModelParts } from "./language_model.ts";
 import { argmax } from "./operations.ts";
@@ -42,6 +43,19 @@ export interface SamplerRow {
   readonly chosen: number;
 }
 
+/** Tokens that are being chosen. */
+export interface Choice {
+  /** Where they are on the device, until the next choice. */
+  readonly tokens: DeviceBuffer<"i32">;
+  /**
+   * Those of some of the rows, in their order, once they are there: waits for no work that was enqueued after it. To be
+   * called before the next choice but one.
+   *
+   * Throws `non-finite` if none of such a row's logits is a number.
+   */
+  read(rows: readonly SamplerRow[]): Promise<readonly number[]>;
+}
+
 /** Which tokens each row has. */
 interface SeenTokens {
   /** `[rows, vocabulary]`. */
@@ -57,6 +71,8 @@ export class Sampler implements Disposable {
   readonly #vocabulary: number;
   readonly #options: SamplerOptions;
   readonly #out: DeviceBuffer<"i32">;
+  /** Of this choice and the one before, in turn. */
+  readonly #readbacks: [Readback<"i32">, Readback<"i32">];
   /** What drawing takes; without it, the likeliest token is chosen. */
   readonly #drawing: {
     readonly samplers: DeviceBuffer<"u8">;
@@ -76,7 +92,12 @@ export class Sampler implements Disposable {
     const { sequences, tokens } = cache.config;
     this.#vocabulary = vocabulary;
     using stack = new DisposableStack();
+    const chosen = { dtype: "i32", length: sequences } as const;
     this.#out = stack.use(device.createBuffer("i32", sequences));
+    this.#readbacks = [
+      stack.use(new Readback(device, chosen)),
+      stack.use(new Readback(device, chosen)),
+    ];
     if (temperature > 0 || repetitionPenalty !== 1) {
       this.#drawing = {
         samplers: stack.use(device.createBuffer("u8", sequences * SAMPLER_BYTES)),
@@ -92,14 +113,10 @@ export class Sampler implements Disposable {
   }
 
   /**
-   * The next token of each row of logits `[rows, vocabulary]`.
-   *
-   * Throws `non-finite` if none of a row's logits is a number.
+   * Enqueues choosing the next token of each row of logits `[rows, vocabulary]`. Rows that are those of the choice before
+   * go on from it, whether their latest tokens are known yet or not.
    */
-  async choose(
-    logits: DeviceBuffer<"f32">,
-    rows: readonly SamplerRow[],
-  ): Promise<readonly number[]> {
+  choose(logits: DeviceBuffer<"f32">, rows: readonly SamplerRow[]): Choice {
     const size = { rows: rows.length, vocabulary: this.#vocabulary };
     const out = this.#out.view(0, rows.length);
     if (this.#drawing === undefined) {
@@ -113,15 +130,20 @@ export class Sampler implements Disposable {
         seen: seen?.all.view(0, rows.length * this.#vocabulary),
       });
     }
-    const chosen = [...await out.downloadAsync()];
-    const failed = chosen.indexOf(-1);
-    if (failed < 0) return chosen;
-    const { prompt } = rows[failed]!;
-    throw new PackhorseError(
-      "non-finite",
-      `Cannot choose a token after prompt ${prompt}: the model computes no number for any; ` +
-        "are its weights, or its keys and values, beyond what their type holds?",
-    );
+    this.#readbacks.reverse();
+    const [readback] = this.#readbacks;
+    readback.enqueue(out);
+    return {
+      tokens: out,
+      read: async (some) => {
+        const tokens = await readback.wait();
+        let at = 0;
+        return some.map((row) => {
+          at = rows.indexOf(row, at);
+          return requireToken(tokens[at]!, row);
+        });
+      },
+    };
   }
 
   /** Frees its memory. */
@@ -152,4 +174,13 @@ export class Sampler implements Disposable {
       seen.all.view(i * this.#vocabulary, this.#vocabulary).copyFrom(seen.one);
     });
   }
+}
+
+function requireToken(token: number, { prompt }: SamplerRow): number {
+  if (token >= 0) return token;
+  throw new PackhorseError(
+    "non-finite",
+    `Cannot choose a token after prompt ${prompt}: the model computes no number for any; ` +
+      "are its weights, or its keys and values, beyond what their type holds?",
+  );
 }

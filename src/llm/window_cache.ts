@@ -1,7 +1,7 @@
 import { KvCache } from "../kv/cache.ts";
 import type { KvCacheCodec, KvCacheOptions } from "../kv/cache_options.ts";
+import { poolBytesFor } from "../kv/pool_bytes.ts";
 import type { ModelParts } from "./language_model.ts";
-import { poolBytesFor } from "./pool_bytes.ts";
 
 /** Keys and values as they are. */
 export const RAW16: KvCacheCodec = {

@@ -158,6 +158,44 @@ void sparse() {
   });
 }
 
+void full_blocks() {
+  const uint32_t blocks = up_to(30);
+  const Words rows(blocks + 1ull), columns(blocks + 1ull), entries(blocks + 1ull);
+  for (const Words* each : {&rows, &columns, &entries}) each->integers()[0] = 0;
+  for (uint32_t i = 0; i < blocks; ++i) {
+    const int32_t n = static_cast<int32_t>(up_to(20)) - 1, m = static_cast<int32_t>(up_to(20)) - 1;
+    rows.integers()[i + 1] = rows.integers()[i] + n;
+    columns.integers()[i + 1] = columns.integers()[i] + m;
+    entries.integers()[i + 1] = entries.integers()[i] + n * m;
+  }
+  const uint32_t count = static_cast<uint32_t>(entries.integers()[blocks]);
+  const Words of_column(count), of_row(count), order(count), inverse(count);
+  for (const Words* each : {&of_column, &of_row, &order, &inverse})
+    memset(each->memory.get(), 0, 4 * each->count);
+  const auto run = [&](const Words& row_offsets) {
+    return ph_graph_full_blocks(device, row_offsets.handle, 0, columns.handle, 0, entries.handle, 0,
+                                of_column.handle, 0, of_row.handle, 0, order.handle, 0, inverse.handle, 0,
+                                blocks, count, error, sizeof error);
+  };
+  same_bits({&of_column, &of_row, &order, &inverse}, __LINE__, [&] { return run(rows); });
+  for (uint32_t q = 0; q < count; ++q) {
+    CHECK(inverse.integers()[order.integers()[q]] == static_cast<int32_t>(q));
+    const auto block =
+        std::upper_bound(entries.integers(), entries.integers() + blocks + 1, static_cast<int32_t>(q)) -
+        entries.integers() - 1;
+    const int32_t n = rows.integers()[block + 1] - rows.integers()[block],
+                  m = columns.integers()[block + 1] - columns.integers()[block],
+                  k = static_cast<int32_t>(q) - entries.integers()[block];
+    CHECK(of_column.integers()[q] == columns.integers()[block] + k % m);
+    CHECK(of_row.integers()[q] == rows.integers()[block] + k % n);
+    CHECK(order.integers()[q] == entries.integers()[block] + k % n * m + k / n);
+  }
+  // Offsets of blocks that the entries have no room for write nothing outside.
+  const Indices wrong(blocks + 1, count + 50);
+  omp_set_num_threads(1);
+  check(run(wrong) == PH_OK, error, __LINE__);
+}
+
 void segments() {
   const uint32_t rows = up_to(200), x_rows = static_cast<uint32_t>(random_numbers()) % 700, width = up_to(70);
   const Floats x(static_cast<uint64_t>(x_rows) * width), dy(static_cast<uint64_t>(x_rows) * width),
@@ -333,6 +371,7 @@ int main(int argc, char** argv) {
     multiply();
     sparse();
     segments();
+    full_blocks();
     by_rows_and_columns();
     elements();
     steps();

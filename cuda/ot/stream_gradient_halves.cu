@@ -1,0 +1,7 @@
+#include "ot/stream_gradient_cuda.h"
+
+namespace ph::ot {
+
+template void launch_stream_gradient<Costs::kHalves>(const ph_device&, const GradientCall&);
+
+}  // namespace ph::ot
