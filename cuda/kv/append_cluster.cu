@@ -393,6 +393,8 @@ __global__ void __launch_bounds__(kTeams* kTileThreads, most_teams(kRounds) / kT
   // The cluster's heads share their tokens' extremes, if there are params, and sizes, unless all are the same.
   const uint32_t params_units = kMixed ? params_bytes(shape) / kUnitBytes : kParamsUnits;
   const bool shares_extremes = params_units > 0, shares_sizes = !parameters.has_one_size;
+  // Raw values are needed until they are in the record.
+  const bool keeps_values = kMixed && (is_raw16(shape.parts[0]) || is_raw16(shape.parts[1]));
   const uint32_t vectors = shape.head_dim / kVectorValues;
   Shared* const teams = reinterpret_cast<Shared*>(dynamic_shared);
   Shared& shared = teams[team];
@@ -467,8 +469,7 @@ __global__ void __launch_bounds__(kTeams* kTileThreads, most_teams(kRounds) / kT
         shape, rows, shared.tile, static_cast<uint64_t>(shared.non_finite[1]) << 32 | shared.non_finite[0],
         key_codes, value_codes);
     sync_team<kTeams>(team);
-    // Raw values are needed to the end.
-    if (!kMixed && next.item < step.block_count) begin_load(shared.rows, vectors, values);
+    if (!keeps_values && next.item < step.block_count) begin_load(shared.rows, vectors, values);
     if (thread < 2) shared.non_finite[thread] = 0;
     uint32_t ticket = 0;
     if (takes && next.item < step.block_count) ticket = take_ticket(parameters.workspace);
@@ -524,7 +525,7 @@ __global__ void __launch_bounds__(kTeams* kTileThreads, most_teams(kRounds) / kT
               : make_uint4(max(shared.largest[0], shared.largest[1]), 0, 0, 0);
     }
     copy_replacements(append, sequence, block_start(cache, own.block), head);
-    if (kMixed && next.item < step.block_count) {
+    if (keeps_values && next.item < step.block_count) {
       sync_team<kTeams>(team);
       begin_load(shared.rows, vectors, values);
     }

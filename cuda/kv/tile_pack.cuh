@@ -84,14 +84,19 @@ __device__ __forceinline__ uint2 make_codes(const typename Element::Vector& vect
                                limit);
 }
 
-// The same where each of the values has a quantizer of its own.
+// Where the quantizer of a channel of kivi's keys lies. Lanes ask for the i-th of eight channels each, one after another: so
+// they meet eight different groups of four banks.
+PH_HOST_DEVICE uint32_t channel_slot(uint32_t channel) { return channel ^ (channel / kVectorValues % 8); }
+
+// The same where each of the values, of channels from `first` on, has a quantizer of its own.
 template <typename Element>
 __device__ __forceinline__ uint2 make_channel_codes(const typename Element::Vector& vector,
-                                                    const Quantizer* quantizers, uint32_t limit) {
+                                                    const Quantizer* quantizers, uint32_t first,
+                                                    uint32_t limit) {
   uint32_t words[2] = {};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const Quantizer quantizer = quantizers[i];
+    const Quantizer quantizer = quantizers[channel_slot(first + i)];
     const uint32_t code =
         quantizer.reciprocal > 0.0f
             ? HalfCodeMaker<NearRounding>{{quantizer.reciprocal}, quantizer.zeros, limit * 0x10001u}.code(
@@ -142,7 +147,7 @@ struct ByteMinimum {
 // What becomes of a head, in shared memory. kScales: of a part, at most.
 template <bool kMixed, uint32_t kScales = kMixed ? kMostScales : kBlockTokens>
 struct TileShared {
-  Quantizer quantizers[kParts][kScales];               // by scale_index
+  Quantizer quantizers[kParts][kScales];               // by scale_index, of kivi's keys by channel_slot
   alignas(16) uint32_t bases[kParts][kMostBaseWords];  // a byte each, in the order of base_place
   uint32_t widths[kParts];                             // the header's words
 };
@@ -372,7 +377,8 @@ __device__ __forceinline__ void make_group_quantizers(const TileShape& shape, ui
   }
   const Affine affine = tile_affine(shape, part, minimum, maximum);
   const int32_t zero = static_cast<int32_t>(affine.zero);
-  shared.quantizers[part][index] = make_quantizer(shape.parts[part].code_limit, affine.scale, zero);
+  shared.quantizers[part][part == PH_KV_KEYS ? channel_slot(index) : index] =
+      make_quantizer(shape.parts[part].code_limit, affine.scale, zero);
   affines.halves[part][index] = static_cast<uint16_t>(scale_bits(shape.dtype, affine.scale));
   affines.halves[part][count + index] = static_cast<uint16_t>(zero);
 }
@@ -411,7 +417,7 @@ __device__ __forceinline__ void quantize_head(const TileShape& shape, const Rows
         if constexpr (kMixed) {
           index = scale_index(shape, part, index, vector * kVectorValues);
           if (part == PH_KV_KEYS && is_kivi(shape.parts[part])) {
-            codes[k] = make_channel_codes<Element>(held[k], shared.quantizers[part] + index, limit);
+            codes[k] = make_channel_codes<Element>(held[k], shared.quantizers[part], index, limit);
             continue;
           }
         }
