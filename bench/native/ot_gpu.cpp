@@ -1,5 +1,5 @@
-// Times of optimal transport on the GPU, by its own clock: the batch of 4,096 ragged problems, and one large problem in
-// streaming form. Medians; the batch's points and plans are more than the second cache holds, so that every run is cold.
+// Times of optimal transport on the GPU, by its own clock: the batch of 4,096 ragged problems, exact and partial transport of
+// many problems, and one large problem in streaming form. Medians; the batch's points and plans are more than the second cache holds, so that every run is cold.
 // Prints Markdown. bench/gpu/ot_torch.py measures PyTorch on the same problems.
 //
 // ot_gpu [SEED]
@@ -211,6 +211,71 @@ void measure_streaming(std::mt19937& random, uint32_t n) {
   ok(ph_ot_batch_destroy(device, batch, END));
 }
 
+struct ExactCase {
+  const char* name;
+  uint32_t problems, size, dimension;  // dimension 0: costs are random
+  bool masses;                         // random, or uniform
+  double part;                         // of the mass, with entropy; 0: all, without
+};
+
+// Plans and potentials of square problems; `paths` are augmenting paths, or iterations where there is an entropy.
+void measure_exact(std::mt19937& random, const ExactCase& each) {
+  const size_t points = static_cast<size_t>(each.problems) * each.size, entries = points * each.size;
+  const auto uniform = [&](size_t count, float least) {
+    std::uniform_real_distribution<float> draw(least, 1.0f);
+    std::vector<float> values(count);
+    for (float& value : values) value = draw(random);
+    return values;
+  };
+  const auto masses = [&] {
+    std::vector<float> values = uniform(points, 0.05f);
+    for (size_t p = 0; p < points; p += each.size) {
+      double total = 0.0;
+      for (size_t i = p; i < p + each.size; ++i) total += values[i];
+      for (size_t i = p; i < p + each.size; ++i) values[i] = static_cast<float>(values[i] / total);
+    }
+    return values;
+  };
+  const bool of_points = each.dimension > 0;
+  const Floats cost(of_points ? std::vector<float>(1) : uniform(entries, 0.0f)),
+      x(gaussian(random, of_points ? points * each.dimension : 1)),
+      y(gaussian(random, of_points ? points * each.dimension : 1)), a(masses()), b(masses());
+  Floats f(points), g(points), plan(entries);
+  Array<ph_ot_report> reports(each.problems);
+  const std::vector<uint32_t> sizes(each.problems, each.size);
+  const std::vector<double> parts(each.problems, each.part);
+  int32_t status;
+  ph_ot_batch* batch = ph_ot_batch_create(device, each.problems, sizes.data(), sizes.data(), PH_F32,
+                                          each.dimension, 0, 0, &status, END);
+  if (batch == nullptr) ok(status);
+  const ph_ot_options options = {PH_OT_SQEUCLIDEAN, 1, 10000, 0.05, 1e-5, 1.0, 0.0, INFINITY, INFINITY};
+  ok(ph_ot_batch_set(device, batch, &options, nullptr, nullptr, nullptr, END));
+  ok(ph_ot_batch_bind(device, batch, of_points ? nullptr : cost.handle, 0, of_points ? x.handle : nullptr, 0,
+                      of_points ? y.handle : nullptr, 0, each.masses ? a.handle : nullptr, 0,
+                      each.masses ? b.handle : nullptr, 0, END));
+  const double time = median_milliseconds(each.size > 64 ? 5 : kRuns, [&] {
+    if (each.part > 0.0) {
+      ok(ph_ot_partial(device, batch, parts.data(), f.handle, 0, g.handle, 0, plan.handle, 0, reports.handle,
+                       0, END));
+    } else {
+      ok(ph_ot_exact(device, batch, nullptr, f.handle, 0, g.handle, 0, plan.handle, 0, reports.handle, 0,
+                     END));
+    }
+  });
+  double mean = 0.0, worst = 0.0;
+  uint32_t most = 0, others = 0;
+  for (const ph_ot_report& report : reports.read()) {
+    mean += static_cast<double>(report.iterations) / each.problems;
+    most = std::max(most, report.iterations);
+    worst = std::max(worst, report.marginal_error);
+    others += report.status != PH_OT_CONVERGED;
+  }
+  printf("| %s | %u | %u | %.3f ms | %.1f | %u | %u | %.1e |\n", each.name, each.problems, each.size, time,
+         mean, most, others, worst);
+  fflush(stdout);
+  ok(ph_ot_batch_destroy(device, batch, END));
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -223,6 +288,22 @@ int main(int count, char** arguments) {
   ok(ph_device_get_info(device, &info, END));
   printf("%s, seed %u; medians of %d runs\n\n", info.name, seed, kRuns);
   measure_batch(random);
+  printf(
+      "\n## Exact transport, and of half of the mass with entropy (epsilon 0.05 max C, tolerance 1e-5)\n\n");
+  printf(
+      "| costs, masses | problems | n = m | time | paths or iterations: mean | most | unsolved | worst error "
+      "|\n");
+  printf("|:--|--:|--:|--:|--:|--:|--:|--:|\n");
+  const ExactCase cases[] = {{"random, uniform", 4096, 64, 0, false, 0.0},
+                             {"random, random", 4096, 64, 0, true, 0.0},
+                             {"points in 64 dimensions, uniform", 4096, 64, 64, false, 0.0},
+                             {"random, uniform", 256, 256, 0, false, 0.0},
+                             {"random, random", 256, 256, 0, true, 0.0},
+                             {"random, uniform", 132, 512, 0, false, 0.0},
+                             {"random, random", 132, 512, 0, true, 0.0},
+                             {"random, random, one problem", 1, 400, 0, true, 0.0},
+                             {"random, random, half of it", 4096, 64, 0, true, 0.5}};
+  for (const ExactCase& each : cases) measure_exact(random, each);
   printf("\n## One problem of n x n points in 64 dimensions, never storing the cost, epsilon 0.05 max C\n\n");
   printf("| n | tolerance | time | iterations | marginal error | value |\n|--:|--:|--:|--:|--:|--:|\n");
   for (const uint32_t n : {10000u, 50000u}) measure_streaming(random, n);

@@ -791,7 +791,10 @@ PH_API int32_t ph_ot_sinkhorn(ph_device* device, ph_ot_batch* batch, const ph_bu
  * T'1 <= b, which may have any totals), above 0 and at most the lesser of their totals. Balanced otherwise: penalties,
  * epsilons and iterations do not count. f and g are dual potentials: f_i + g_j <= C_ij, with equality where T_ij > 0;
  * reports: iterations are augmentations, marginal_error is that of rounding (of partial transport, of the mass), value is the
- * cost and epsilon 0. PH_OT_INFEASIBLE where no plan of finite cost exists. PH_ERROR_UNSUPPORTED on CUDA and where streaming.
+ * cost and epsilon 0. PH_OT_INFEASIBLE where no plan of finite cost exists. PH_ERROR_UNSUPPORTED where streaming, and on CUDA
+ * for problems of more than 512 rows or columns. There, in doubles as well, T has at most n + m - 1 entries above 0, and
+ * 64 * (n + m) augmentations, many times what searches need, end a problem with PH_OT_ITERATION_LIMIT; the batch's first call
+ * allocates 4 bytes a problem, 8 more where masses are given, and 8 bytes for every pair of points.
  * Only detached and envelope gradients exist: T does not change with small changes of C. */
 PH_API int32_t ph_ot_exact(ph_device* device, ph_ot_batch* batch, const double* masses, ph_buffer* f,
                            uint64_t f_offset, ph_buffer* g, uint64_t g_offset, ph_buffer* plan,
@@ -802,7 +805,8 @@ PH_API int32_t ph_ot_exact(ph_device* device, ph_ot_batch* batch, const double* 
  * maximising the dual over f <= 0 and the price lambda of the total, then over g <= 0 and lambda; T = exp((f + g + lambda - C) / epsilon), and f +
  * lambda is what f is written as. marginal_error: sum |T1 - a| over the rows whose f is below 0, which are used up, and what
  * is too much of the others; likewise columns. Penalties, relaxation and scaling do not count. PH_OT_INFEASIBLE where all costs
- * between masses are infinite. PH_ERROR_UNSUPPORTED on CUDA and where streaming. The envelope is exact for the value with respect
+ * between masses are infinite. Computed in doubles. PH_ERROR_UNSUPPORTED where streaming, and on CUDA for problems of more than
+ * 512 rows or columns; what the batch's first call allocates there is ph_ot_exact's. The envelope is exact for the value with respect
  * to costs and points; there are no implicit gradients, nor any of masses. */
 PH_API int32_t ph_ot_partial(ph_device* device, ph_ot_batch* batch, const double* masses, ph_buffer* f,
                              uint64_t f_offset, ph_buffer* g, uint64_t g_offset, ph_buffer* plan,

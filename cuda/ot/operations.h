@@ -3,9 +3,10 @@
 // A batch is `problems` problems of sizes n x m that follow each other without padding: the rows of all problems are one
 // array, and so are the columns, and the entries of all n x m matrices (row-major). Offsets count elements, not bytes.
 // Pointers are to device memory unless they are named host_, start at multiples of 16 bytes (a problem within an array may
-// start at any element), and are valid, but their contents are not: NaN, infinities and negative masses must be found by
-// the solver, and end in a status of the problem that has them. Nothing allocates but create_workspace; all else
-// is enqueued on the device's stream, waits for nothing, and gives the same bits every time, whatever else is in the batch.
+// start at any element), and are valid, but their contents are not: NaN, infinities and negative masses must be found by the
+// solver, and end in a status of the problem that has them. Nothing allocates but create_workspace and a workspace's first
+// exact or partial transport; all else is enqueued on the device's stream, waits for nothing, and gives the same bits every
+// time, whatever else is in the batch.
 #pragma once
 
 #include <memory>
