@@ -815,8 +815,9 @@ PH_API int32_t ph_ot_partial(ph_device* device, ph_ot_batch* batch, const double
 /* Approaches the exact solution by proximal points (IPOT, arXiv 1802.04307): T_k = argmin <T, C> + epsilon KL(T | T_(k-1)),
  * each by `inner` of Sinkhorn's iterations, at least 1; the batch's iterations are the most k. Converged where the marginal
  * error is at most the tolerance, and <T, C> is certainly within tolerance * (total mass) * (largest finite |cost|) of the
- * least cost. The epsilon that is reported is epsilon / k, for which f and g are potentials of T. PH_ERROR_UNSUPPORTED on CUDA,
- * where streaming and with penalties. */
+ * least cost. The epsilon that is reported is epsilon / k, for which f and g are potentials of T. PH_ERROR_UNSUPPORTED where
+ * streaming, with penalties, and on CUDA for problems that do not lie on chip: of up to 64 columns they may have 2,048 rows
+ * there, of up to 128 columns 1,024, and of up to 512 columns 512 (before sm_90 an eighth). */
 PH_API int32_t ph_ot_proximal(ph_device* device, ph_ot_batch* batch, uint32_t inner, ph_buffer* f,
                               uint64_t f_offset, ph_buffer* g, uint64_t g_offset, ph_buffer* plan,
                               uint64_t plan_offset, ph_buffer* reports, uint64_t reports_offset, char* error,
@@ -846,8 +847,9 @@ typedef struct ph_ot_gromov_report {
  * a b'; the better is kept. Stops where the gap is at most tolerance * A * ((1 - alpha) max |C| + alpha * A * max(|X|, |Y|)^2),
  * A the total of a. Iterations and tolerances are the batch's, which is of costs; what else is set or bound does not count.
  * alphas: host memory [problems], in [0, 1]. cost: NULL, for alphas of 1, or [entries], +infinity where nothing may go. a, b:
- * NULL, or as ph_ot_batch_bind's. plan: NULL or [entries]. reports: ph_ot_gromov_report [problems]. PH_ERROR_UNSUPPORTED on
- * CUDA. */
+ * NULL, or as ph_ot_batch_bind's. plan: NULL or [entries]. reports: ph_ot_gromov_report [problems]. Computed in doubles.
+ * PH_ERROR_UNSUPPORTED on CUDA for problems of more than 512 rows or columns; the batch's first call allocates up to 512 MiB
+ * there, about 10 (n^2 + m^2) + 40 n m bytes for every problem that is solved at once. */
 PH_API int32_t ph_ot_gromov(ph_device* device, ph_ot_batch* batch, const double* alphas, const ph_buffer* x,
                             uint64_t x_offset, const ph_buffer* y, uint64_t y_offset, const ph_buffer* cost,
                             uint64_t cost_offset, const ph_buffer* a, uint64_t a_offset, const ph_buffer* b,
@@ -876,7 +878,8 @@ PH_API int32_t ph_ot_plan_product(ph_device* device, ph_ot_batch* batch, const p
  *             dL/db = d_value g + epsilon beta, up to a shift (c, -c). Finite penalties change the diagonal.
  *   envelope  T is a constant: dL/dC = (d_cost + d_value) T, dL/da = d_value f, dL/db = d_value g. Exact for the value
  *             alone; not for <T, C>, which takes implicit. d_plan, d_f and d_g must be NULL.
- *   unrolled  of the iterations that were made, whether converged or not. PH_ERROR_UNSUPPORTED where streaming.
+ *   unrolled  of the iterations that were made, whether converged or not. PH_ERROR_UNSUPPORTED where streaming, and on CUDA
+ *             for problems that do not lie on chip, see ph_ot_proximal; the batch's first call allocates up to 32 MiB there.
  *   detached  as envelope, but dL/da = dL/db = 0, and d_plan, d_f and d_g count for nothing. */
 enum ph_ot_gradient { PH_OT_IMPLICIT = 0, PH_OT_ENVELOPE = 1, PH_OT_UNROLLED = 2, PH_OT_DETACHED = 3 };
 

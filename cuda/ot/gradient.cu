@@ -65,7 +65,7 @@ void plan_product(ph_device&, Workspace& base, const Problem& problem, const Pot
 
 void backward(ph_device&, Workspace& base, const Problem& problem, const Potentials& potentials,
               const Iterations& iterations, const Backward& gradient) {
-  const CudaWorkspace& workspace = static_cast<CudaWorkspace&>(base);
+  CudaWorkspace& workspace = static_cast<CudaWorkspace&>(base);
   const bool unrolled = gradient.mode == PH_OT_UNROLLED;
   if (unrolled) require_on_chip(workspace, "go back through the iterations of");
   BackwardCall call = {};

@@ -17,31 +17,32 @@ void dispatch_gromov(uint32_t layout, Run run) {
   else run(Gromov512{});
 }
 
-uint32_t layout_of(int64_t size) { return size <= 64 ? 0 : size <= 128 ? 1 : size <= 256 ? 2 : 3; }
+uint32_t layout_of(uint64_t size) { return size <= 64 ? 0 : size <= 128 ? 1 : size <= 256 ? 2 : 3; }
 
 }  // namespace
 
-GromovProblems::GromovProblems(ph_device& device, const Shape& shape)
-    : device_(device), problems_(shape.problems) {
+GromovProblems::GromovProblems(ph_device& device, const std::vector<ProblemSize>& sizes)
+    : device_(device), problems_(static_cast<uint32_t>(sizes.size())) {
   std::vector<int64_t> offsets(2 * problems_);
   std::vector<uint32_t> order(problems_);
   int64_t first_x = 0, first_y = 0;
   for (uint32_t p = 0; p < problems_; ++p) {
-    if (std::max(shape.rows(p), shape.columns(p)) > kMostGraph) {
-      too_large_ = p;
-      rows_ = shape.rows(p);
-      columns_ = shape.columns(p);
-      return;
+    const uint64_t n = sizes[p].rows, m = sizes[p].columns;
+    if (std::max(n, m) > kMostGraph) {
+      throw Error(PH_ERROR_UNSUPPORTED,
+                  "Cannot match the graphs of problem %u of %u x %u on CUDA, where each may have up to %u "
+                  "points: open a CPU device",
+                  p, sizes[p].rows, sizes[p].columns, kMostGraph);
     }
     order[p] = p;
     offsets[p] = first_x;
     offsets[problems_ + p] = first_y;
-    first_x += shape.rows(p) * shape.rows(p);
-    first_y += shape.columns(p) * shape.columns(p);
+    first_x += n * n;
+    first_y += m * m;
   }
   // The largest begin first.
   const auto key = [&](uint32_t p) {
-    const int64_t n = shape.rows(p), m = shape.columns(p);
+    const uint64_t n = sizes[p].rows, m = sizes[p].columns;
     return std::make_tuple(layout_of(std::max(n, m)), n * m * (n + m));
   };
   std::stable_sort(order.begin(), order.end(), [&](uint32_t p, uint32_t q) { return key(p) > key(q); });
@@ -49,8 +50,7 @@ GromovProblems::GromovProblems(ph_device& device, const Shape& shape)
   for (uint32_t i = 0; i < problems_;) {
     Group group = {std::get<0>(key(order[i])), i, 0, 0, 0, 0, 0};
     for (; i < problems_ && std::get<0>(key(order[i])) == group.layout; ++i) {
-      const uint64_t n = static_cast<uint64_t>(shape.rows(order[i])),
-                     m = static_cast<uint64_t>(shape.columns(order[i]));
+      const uint64_t n = sizes[order[i]].rows, m = sizes[order[i]].columns;
       group.rows_squared = std::max(group.rows_squared, n * n);
       group.columns_squared = std::max(group.columns_squared, m * m);
       group.entries = std::max(group.entries, n * m);
@@ -59,7 +59,7 @@ GromovProblems::GromovProblems(ph_device& device, const Shape& shape)
     const uint64_t each = gromov_scratch(group.rows_squared, group.columns_squared, group.entries);
     uint64_t most = 0;
     dispatch_gromov(group.layout, [&](auto layout) {
-      most = static_cast<uint64_t>(device.processors) * gromov_blocks<decltype(layout)>();
+      most = static_cast<uint64_t>(device.processors) * decltype(layout)::kBlocks;
     });
     most = std::min<uint64_t>({most, group.count, kMostScratch / sizeof(double) / each});
     group.blocks = static_cast<uint32_t>(std::max<uint64_t>(most, 1));
@@ -77,17 +77,9 @@ GromovProblems::GromovProblems(ph_device& device, const Shape& shape)
   upload(device, reinterpret_cast<uint8_t*>(order_), order.data(), order.size() * sizeof(uint32_t));
 }
 
-GromovProblems::~GromovProblems() {
-  if (memory_ != nullptr) release(device_, memory_);
-}
+GromovProblems::~GromovProblems() { release(device_, memory_); }
 
 void GromovProblems::solve(GromovCall call, const double* host_alphas) const {
-  if (memory_ == nullptr) {
-    throw Error(PH_ERROR_UNSUPPORTED,
-                "Cannot match the graphs of problem %u of %lld x %lld on CUDA, where each may have up to %u "
-                "points: open a CPU device",
-                too_large_, static_cast<long long>(rows_), static_cast<long long>(columns_), kMostGraph);
-  }
   enqueue_upload(device_, reinterpret_cast<uint8_t*>(alphas_), host_alphas, problems_ * sizeof(double));
   call.alphas = alphas_;
   call.x_offsets = x_offsets_;
@@ -106,17 +98,11 @@ void GromovProblems::solve(GromovCall call, const double* host_alphas) const {
   }
 }
 
-std::shared_ptr<GromovProblems> create_gromov(ph_device& device, const Shape& shape) {
-  return std::make_shared<GromovProblems>(device, shape);
-}
-
 void gromov(ph_device&, Workspace& base, const Problem& problem, const Iterations& iterations,
             const Gromov& given) {
-  const CudaWorkspace& workspace = static_cast<CudaWorkspace&>(base);
-  if (workspace.gromov == nullptr) {
-    throw Error(PH_ERROR_UNSUPPORTED,
-                "Cannot match graphs on CUDA by a batch that is for gradients: create it without backward");
-  }
+  CudaWorkspace& workspace = static_cast<CudaWorkspace&>(base);
+  if (workspace.gromov == nullptr)
+    workspace.gromov = std::make_shared<GromovProblems>(workspace.device, workspace.sizes);
   GromovCall call = {};
   call.batch = batch_of(workspace, problem);
   call.x = static_cast<const float*>(given.x);

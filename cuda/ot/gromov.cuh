@@ -476,12 +476,7 @@ struct GromovBlock {
 };
 
 template <typename L>
-constexpr int gromov_blocks() {  // of a multiprocessor, that registers must suffice for
-  return 512 / L::kThreads;
-}
-
-template <typename L>
-__global__ void __launch_bounds__(L::kThreads, gromov_blocks<L>())
+__global__ void __launch_bounds__(L::kThreads, L::kBlocks)
     GromovKernel(const __grid_constant__ GromovCall call) {
   static_assert(L::kWarps > 1, "a barrier of Threads is one of the block");
   wait_for_preceding();

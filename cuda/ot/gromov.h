@@ -18,7 +18,7 @@ struct Gromov {
   void* plan;       // [entries] or null; 0 where there is no answer
   ph_ot_gromov_report* reports;  // [problems]
 };
-// `workspace` is of costs, not points, and keeps entries.
+// `workspace` is of costs, not points, and keeps entries; CUDA takes up to 512 rows and columns.
 void gromov(ph_device& device, Workspace& workspace, const Problem& problem, const Iterations& iterations,
             const Gromov& call);
 

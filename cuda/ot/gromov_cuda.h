@@ -8,14 +8,14 @@
 
 namespace ph::ot {
 
-// Made with the workspace, as nothing may be allocated later. Memory on the device: 28 bytes a problem, and about 8 (2 (n^2 + m^2)
-// + 5 n m) bytes for each of the thread blocks that run at once, but not more than kMostScratch unless one takes more.
+// Made at the first call, as most batches never need it. Memory on the device: 28 bytes a problem, and about 10 (n^2 + m^2) + 40 n m
+// bytes for each of the thread blocks that run at once, as many of those as kMostScratch has room for, but at least one.
 class GromovProblems {
  public:
   static constexpr uint64_t kMostScratch = 512ull << 20;
 
-  // Keeps nothing if a problem is too large.
-  GromovProblems(ph_device& device, const Shape& shape);
+  // Throws `unsupported` for problems of more than kMostGraph rows or columns.
+  GromovProblems(ph_device& device, const std::vector<ProblemSize>& sizes);
   ~GromovProblems();
   GromovProblems(const GromovProblems&) = delete;
 
@@ -29,8 +29,7 @@ class GromovProblems {
   };
 
   ph_device& device_;
-  uint32_t problems_, too_large_ = UINT32_MAX;
-  int64_t rows_ = 0, columns_ = 0;  // of the problem that is too large
+  uint32_t problems_;
   std::vector<Group> groups_;
   uint8_t* memory_ = nullptr;
   double *scratch_, *alphas_;
@@ -38,10 +37,10 @@ class GromovProblems {
   uint32_t *order_, *taken_;
 };
 
-using Gromov64 = PathsLayout<64, 2>;
-using Gromov128 = PathsLayout<128, 4>;
-using Gromov256 = PathsLayout<256, 8>;
-using Gromov512 = PathsLayout<kMostGraph, 8>;
+using Gromov64 = PathsLayout<64, 2, 8>;
+using Gromov128 = PathsLayout<128, 4, 4>;
+using Gromov256 = PathsLayout<256, 8, 2>;
+using Gromov512 = PathsLayout<kMostGraph, 8, 2>;
 
 // One file for each layout has this.
 template <typename L>

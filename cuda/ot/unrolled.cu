@@ -21,16 +21,18 @@ uint32_t at_once(const Bucket& bucket) {
   return static_cast<uint32_t>(std::clamp<uint64_t>(room, 1, bucket.count));
 }
 
-}  // namespace
-
-uint64_t unrolled_scratch_bytes(const std::vector<Bucket>& buckets) {
+uint64_t scratch_bytes(const std::vector<Bucket>& buckets) {
   uint64_t bytes = 0;
   for (const Bucket& bucket : buckets)
     bytes = std::max(bytes, at_once(bucket) * bucket.ranks * block_floats(bucket) * sizeof(float));
   return bytes;
 }
 
-void unroll(const CudaWorkspace& workspace, const Iterations& iterations, const BackwardCall& gradient) {
+}  // namespace
+
+void unroll(CudaWorkspace& workspace, const Iterations& iterations, const BackwardCall& gradient) {
+  if (workspace.unrolled_scratch == nullptr)
+    workspace.unrolled_scratch = allocate(workspace.device, scratch_bytes(workspace.buckets));
   UnrolledCall call = {};
   static_cast<BackwardCall&>(call) = gradient;
   call.limits = iterations.limits;

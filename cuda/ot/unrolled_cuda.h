@@ -15,9 +15,7 @@ extern template void launch_unrolled<Columns64>(const ph_device&, const Bucket&,
 extern template void launch_unrolled<Columns128>(const ph_device&, const Bucket&, const UnrolledCall&);
 extern template void launch_unrolled<Columns512>(const ph_device&, const Bucket&, const UnrolledCall&);
 
-// Bytes of scratch memory that gradients of iterations of these problems take.
-uint64_t unrolled_scratch_bytes(const std::vector<Bucket>& buckets);
-// The gradients of `gradient`, of problems that all lie on chip.
-void unroll(const CudaWorkspace& workspace, const Iterations& iterations, const BackwardCall& gradient);
+// The gradients of `gradient`, of problems that all lie on chip. The first call allocates scratch memory of the workspace.
+void unroll(CudaWorkspace& workspace, const Iterations& iterations, const BackwardCall& gradient);
 
 }  // namespace ph::ot

@@ -4,7 +4,6 @@
 
 #include "common/error.h"
 #include "ot/stream_gradient_cuda.h"
-#include "ot/unrolled_cuda.h"
 
 namespace ph::ot {
 
@@ -53,7 +52,6 @@ CudaWorkspace::CudaWorkspace(ph_device& device_, const Shape& shape, const Works
                 "Cannot solve transport problems of dtype %u on CUDA: give f32, or open a CPU device",
                 options.dtype);
   }
-  if (options.dimension == 0 && !options.backward) gromov = create_gromov(device, shape);
   std::vector<Place> places(problems);
   uint64_t scratch_bytes = 0;
   for (uint32_t p = 0; p < problems; ++p) {
@@ -100,8 +98,6 @@ CudaWorkspace::CudaWorkspace(ph_device& device_, const Shape& shape, const Works
   order = reinterpret_cast<const uint32_t*>(next);
   if (!sorted.empty()) upload(device, next, sorted.data(), sorted.size() * sizeof(uint32_t));
   if (scratch_bytes > 0) scratch = allocate(device, scratch_bytes);
-  if (options.backward && !buckets.empty())
-    unrolled_scratch = allocate(device, unrolled_scratch_bytes(buckets));
 }
 
 CudaWorkspace::~CudaWorkspace() {

@@ -28,7 +28,6 @@ struct ProblemSize {
 };
 class SmallProblems;
 class GromovProblems;
-std::shared_ptr<GromovProblems> create_gromov(ph_device& device, const Shape& shape);
 
 struct CudaWorkspace : Workspace {
   CudaWorkspace(ph_device& device, const Shape& shape, const WorkspaceOptions& options);
@@ -38,15 +37,14 @@ struct CudaWorkspace : Workspace {
   WorkspaceOptions options;
   uint32_t problems;
   const int64_t *row_offsets, *column_offsets, *plan_offsets;
-  const uint32_t* order;                 // problems by falling size
-  std::vector<Bucket> buckets;           // by falling size
-  std::vector<LargeProblem> large;       // which are in no bucket
-  uint8_t* scratch = nullptr;            // of one of those at a time
-  std::vector<ProblemSize> sizes;        // of all problems
-  std::shared_ptr<SmallProblems> small;  // once exact or partial transport needs them
-  // For ph_ot_gromov; null unless the batch is of costs and not for gradients.
-  std::shared_ptr<GromovProblems> gromov;
-  uint8_t* unrolled_scratch = nullptr;  // of gradients of iterations
+  const uint32_t* order;                   // problems by falling size
+  std::vector<Bucket> buckets;             // by falling size
+  std::vector<LargeProblem> large;         // which are in no bucket
+  uint8_t* scratch = nullptr;              // of one of those at a time
+  std::vector<ProblemSize> sizes;          // of all problems
+  std::shared_ptr<SmallProblems> small;    // once exact or partial transport needs them
+  std::shared_ptr<GromovProblems> gromov;  // once Gromov-Wasserstein transport needs them
+  uint8_t* unrolled_scratch = nullptr;     // once gradients of iterations need it
 
  private:
   uint8_t* memory_ = nullptr;
