@@ -31,7 +31,6 @@ import {
   randoms,
   refuses,
   testOnDevices,
-  testWhereSupported,
 } from "./ot_support.ts";
 
 /** The least cost of all assignments. */
@@ -458,7 +457,7 @@ testOnDevices(
   },
 );
 
-testWhereSupported("proximal points approach the exact cost, and prove it", (device, dtypes) => {
+testOnDevices("proximal points approach the exact cost, and prove it", (device, dtypes) => {
   for (const dtype of dtypes) {
     const random = randomOf(43);
     const dimension = 2;

@@ -18,21 +18,6 @@ export function testOnDevices(
   }
 }
 
-/** A test of what CUDA may not do yet: there it must say so. */
-export function testWhereSupported(
-  name: string,
-  work: (device: Device, dtypes: readonly TransportDType[]) => void,
-): void {
-  testOnDevices(name, (device, dtypes) => {
-    try {
-      work(device, dtypes);
-    } catch (error) {
-      const says = error instanceof PackhorseError && error.code === "unsupported";
-      if (device.backend === "cpu" || !says) throw error;
-    }
-  });
-}
-
 export function arrayOf(dtype: TransportDType, values: Iterable<number>) {
   return dtype === "f64" ? Float64Array.from(values) : Float32Array.from(values);
 }

@@ -791,7 +791,10 @@ PH_API int32_t ph_ot_sinkhorn(ph_device* device, ph_ot_batch* batch, const ph_bu
  * T'1 <= b, which may have any totals), above 0 and at most the lesser of their totals. Balanced otherwise: penalties,
  * epsilons and iterations do not count. f and g are dual potentials: f_i + g_j <= C_ij, with equality where T_ij > 0;
  * reports: iterations are augmentations, marginal_error is that of rounding (of partial transport, of the mass), value is the
- * cost and epsilon 0. PH_OT_INFEASIBLE where no plan of finite cost exists. PH_ERROR_UNSUPPORTED on CUDA and where streaming.
+ * cost and epsilon 0. PH_OT_INFEASIBLE where no plan of finite cost exists. PH_ERROR_UNSUPPORTED where streaming, and on CUDA
+ * for problems of more than 512 rows or columns. There, in doubles as well, T has at most n + m - 1 entries above 0, and
+ * 64 * (n + m) augmentations, many times what searches need, end a problem with PH_OT_ITERATION_LIMIT; the batch's first call
+ * allocates 4 bytes a problem, 8 more where masses are given, and 8 bytes for every pair of points.
  * Only detached and envelope gradients exist: T does not change with small changes of C. */
 PH_API int32_t ph_ot_exact(ph_device* device, ph_ot_batch* batch, const double* masses, ph_buffer* f,
                            uint64_t f_offset, ph_buffer* g, uint64_t g_offset, ph_buffer* plan,
@@ -802,7 +805,8 @@ PH_API int32_t ph_ot_exact(ph_device* device, ph_ot_batch* batch, const double* 
  * maximising the dual over f <= 0 and the price lambda of the total, then over g <= 0 and lambda; T = exp((f + g + lambda - C) / epsilon), and f +
  * lambda is what f is written as. marginal_error: sum |T1 - a| over the rows whose f is below 0, which are used up, and what
  * is too much of the others; likewise columns. Penalties, relaxation and scaling do not count. PH_OT_INFEASIBLE where all costs
- * between masses are infinite. PH_ERROR_UNSUPPORTED on CUDA and where streaming. The envelope is exact for the value with respect
+ * between masses are infinite. Computed in doubles. PH_ERROR_UNSUPPORTED where streaming, and on CUDA for problems of more than
+ * 512 rows or columns; what the batch's first call allocates there is ph_ot_exact's. The envelope is exact for the value with respect
  * to costs and points; there are no implicit gradients, nor any of masses. */
 PH_API int32_t ph_ot_partial(ph_device* device, ph_ot_batch* batch, const double* masses, ph_buffer* f,
                              uint64_t f_offset, ph_buffer* g, uint64_t g_offset, ph_buffer* plan,
@@ -811,8 +815,9 @@ PH_API int32_t ph_ot_partial(ph_device* device, ph_ot_batch* batch, const double
 /* Approaches the exact solution by proximal points (IPOT, arXiv 1802.04307): T_k = argmin <T, C> + epsilon KL(T | T_(k-1)),
  * each by `inner` of Sinkhorn's iterations, at least 1; the batch's iterations are the most k. Converged where the marginal
  * error is at most the tolerance, and <T, C> is certainly within tolerance * (total mass) * (largest finite |cost|) of the
- * least cost. The epsilon that is reported is epsilon / k, for which f and g are potentials of T. PH_ERROR_UNSUPPORTED on CUDA,
- * where streaming and with penalties. */
+ * least cost. The epsilon that is reported is epsilon / k, for which f and g are potentials of T. PH_ERROR_UNSUPPORTED where
+ * streaming, with penalties, and on CUDA for problems that do not lie on chip: of up to 64 columns they may have 2,048 rows
+ * there, of up to 128 columns 1,024, and of up to 512 columns 512 (before sm_90 an eighth). */
 PH_API int32_t ph_ot_proximal(ph_device* device, ph_ot_batch* batch, uint32_t inner, ph_buffer* f,
                               uint64_t f_offset, ph_buffer* g, uint64_t g_offset, ph_buffer* plan,
                               uint64_t plan_offset, ph_buffer* reports, uint64_t reports_offset, char* error,
@@ -842,8 +847,9 @@ typedef struct ph_ot_gromov_report {
  * a b'; the better is kept. Stops where the gap is at most tolerance * A * ((1 - alpha) max |C| + alpha * A * max(|X|, |Y|)^2),
  * A the total of a. Iterations and tolerances are the batch's, which is of costs; what else is set or bound does not count.
  * alphas: host memory [problems], in [0, 1]. cost: NULL, for alphas of 1, or [entries], +infinity where nothing may go. a, b:
- * NULL, or as ph_ot_batch_bind's. plan: NULL or [entries]. reports: ph_ot_gromov_report [problems]. PH_ERROR_UNSUPPORTED on
- * CUDA. */
+ * NULL, or as ph_ot_batch_bind's. plan: NULL or [entries]. reports: ph_ot_gromov_report [problems]. Computed in doubles.
+ * PH_ERROR_UNSUPPORTED on CUDA for problems of more than 512 rows or columns; the batch's first call allocates up to 512 MiB
+ * there, about 10 (n^2 + m^2) + 40 n m bytes for every problem that is solved at once. */
 PH_API int32_t ph_ot_gromov(ph_device* device, ph_ot_batch* batch, const double* alphas, const ph_buffer* x,
                             uint64_t x_offset, const ph_buffer* y, uint64_t y_offset, const ph_buffer* cost,
                             uint64_t cost_offset, const ph_buffer* a, uint64_t a_offset, const ph_buffer* b,
@@ -872,7 +878,8 @@ PH_API int32_t ph_ot_plan_product(ph_device* device, ph_ot_batch* batch, const p
  *             dL/db = d_value g + epsilon beta, up to a shift (c, -c). Finite penalties change the diagonal.
  *   envelope  T is a constant: dL/dC = (d_cost + d_value) T, dL/da = d_value f, dL/db = d_value g. Exact for the value
  *             alone; not for <T, C>, which takes implicit. d_plan, d_f and d_g must be NULL.
- *   unrolled  of the iterations that were made, whether converged or not. PH_ERROR_UNSUPPORTED where streaming.
+ *   unrolled  of the iterations that were made, whether converged or not. PH_ERROR_UNSUPPORTED where streaming, and on CUDA
+ *             for problems that do not lie on chip, see ph_ot_proximal; the batch's first call allocates up to 32 MiB there.
  *   detached  as envelope, but dL/da = dL/db = 0, and d_plan, d_f and d_g count for nothing. */
 enum ph_ot_gradient { PH_OT_IMPLICIT = 0, PH_OT_ENVELOPE = 1, PH_OT_UNROLLED = 2, PH_OT_DETACHED = 3 };
 

@@ -157,6 +157,106 @@ struct TileSystem {
   }
 };
 
+// Of a problem without an answer.
+template <typename L>
+__device__ __forceinline__ void clear_gradients(const Tile<L>& tile, const BackwardCall& call) {
+  const uint32_t dimension = call.batch.dimension;
+  const int64_t first_row = tile.row_offset() + tile.first_row;
+  const auto clear = [&](float* target, int64_t first, int64_t count) {
+    for (int64_t i = tile.thread; i < count && target != nullptr; i += tile.threads) target[first + i] = 0.0f;
+  };
+  clear(call.grad_cost, tile.plan_offset() + static_cast<int64_t>(tile.first_row) * tile.columns,
+        static_cast<int64_t>(tile.block_rows) * tile.columns);
+  clear(call.grad_x, first_row * dimension, static_cast<int64_t>(tile.block_rows) * dimension);
+  clear(call.grad_a, first_row, tile.block_rows);
+  if (tile.rank != 0) return;
+  clear(call.grad_y, tile.column_offset() * dimension, static_cast<int64_t>(tile.columns) * dimension);
+  clear(call.grad_b, tile.column_offset(), tile.columns);
+}
+
+// Writes the gradients of costs, which are in `plan.entries`, and those of points. `norms` and `coefficients` have a float for
+// every row and column there is room for.
+template <typename L>
+__device__ __forceinline__ void write_gradients(Tile<L>& tile, const BackwardCall& call, PlanTile<L>& plan,
+                                                float* norms, float* coefficients) {
+  const Batch& batch = call.batch;
+  const uint32_t most_rows = tile.warps * L::kWarpRows, dimension = batch.dimension;
+  const int64_t first_row = tile.row_offset() + tile.first_row;
+  if (call.grad_cost != nullptr) {
+    __syncthreads();  // before what is kept is overwritten
+    write_entries(tile, plan.entries, call.grad_cost);
+  }
+  if (call.grad_x != nullptr || call.grad_y != nullptr) {
+    __syncthreads();
+    const uint32_t kind = batch.cost_kind;
+    // Sums of weights; of cosine costs times cosines.
+    float rows[L::kRows], columns[L::kColumns], own_columns[L::kOwned];
+#pragma unroll
+    for (int ii = 0; ii < L::kRows; ++ii) rows[ii] = 0.0f;
+#pragma unroll
+    for (int jj = 0; jj < L::kColumns; ++jj) columns[jj] = 0.0f;
+    const auto add = [&](int ii, int jj, float weight) {
+      rows[ii] += weight;
+      columns[jj] += weight;
+    };
+    if (kind == PH_OT_EUCLIDEAN || kind == PH_OT_COSINE) {
+      // Costs, again, while their gradients wait.
+      tile.keep_entries(plan.entries);
+      load_costs(tile, tile.partials, norms, plan.entries);
+      __syncthreads();
+      tile.for_entries([&](int ii, int jj, float gradient) {
+        float& entry = plan.entries[ii][jj];
+        const float cost = entry;
+        if (kind == PH_OT_EUCLIDEAN) {
+          entry = cost > 0.0f && cost <= FLT_MAX ? gradient / cost : 0.0f;
+          add(ii, jj, entry);
+        } else {
+          entry = cost <= FLT_MAX ? gradient : 0.0f;
+          add(ii, jj, cost <= FLT_MAX ? gradient * (1.0f - cost) : 0.0f);
+        }
+      });
+    } else {
+      const float factor = kind == PH_OT_SQEUCLIDEAN ? 2.0f : 1.0f;
+#pragma unroll
+      for (int ii = 0; ii < L::kRows; ++ii) {
+#pragma unroll
+        for (int jj = 0; jj < L::kColumns; ++jj) {
+          plan.entries[ii][jj] *= factor;
+          add(ii, jj, kind == PH_OT_DOT ? 0.0f : plan.entries[ii][jj]);
+        }
+      }
+    }
+    const float own_row = tile.combine_row(rows, Add{});
+    tile.combine_columns(columns, own_columns, 0.0f, false, Add{});
+    if (tile.lane_column % L::kRowCopies == 0) coefficients[tile.own_row()] = own_row;
+    if (tile.warp == 0) {
+#pragma unroll
+      for (int k = 0; k < L::kOwned; ++k) coefficients[most_rows + tile.own_column(k)] = own_columns[k];
+    }
+    __syncthreads();  // before what was kept is overwritten, and partial sums
+    store_matrix(tile, plan.entries);
+    const bool from_origin = kind == PH_OT_SQEUCLIDEAN || kind == PH_OT_EUCLIDEAN;
+    const float* y = batch.y + tile.column_offset() * dimension;
+    const float* scales = kind == PH_OT_COSINE ? norms : nullptr;
+    MatrixProduct product = {};
+    product.width = dimension;
+    product.rows_matrix = batch.x + first_row * dimension;
+    product.columns_matrix = y;
+    product.row_scales = scales;
+    product.column_scales = scales == nullptr ? nullptr : scales + most_rows;
+    // Only differences of points matter then: nothing cancels, however far from 0 they lie.
+    product.origin = from_origin ? y : nullptr;
+    product.row_coefficients = coefficients;
+    product.column_coefficients = coefficients + most_rows;
+    product.row_factors = product.row_scales;
+    product.column_factors = product.column_scales;
+    product.sign = -1.0f;
+    product.rows_out = call.grad_x == nullptr ? nullptr : call.grad_x + first_row * dimension;
+    product.columns_out = call.grad_y == nullptr ? nullptr : call.grad_y + tile.column_offset() * dimension;
+    multiply_matrix(tile, product);
+  }
+}
+
 // Shared memory of BackwardTileKernel, in floats.
 template <typename L>
 struct BackwardShared {
@@ -186,18 +286,7 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
   const int64_t first_row = tile.row_offset() + tile.first_row;
   const ph_ot_report& report = call.reports[tile.problem];
   if (report.status >= PH_OT_INFEASIBLE) {
-    const auto clear = [&](float* target, int64_t first, int64_t count) {
-      for (int64_t i = tile.thread; i < count && target != nullptr; i += tile.threads)
-        target[first + i] = 0.0f;
-    };
-    clear(call.grad_cost, tile.plan_offset() + static_cast<int64_t>(tile.first_row) * tile.columns,
-          static_cast<int64_t>(tile.block_rows) * tile.columns);
-    clear(call.grad_x, first_row * dimension, static_cast<int64_t>(tile.block_rows) * dimension);
-    clear(call.grad_a, first_row, tile.block_rows);
-    if (tile.rank == 0) {
-      clear(call.grad_y, tile.column_offset() * dimension, static_cast<int64_t>(tile.columns) * dimension);
-      clear(call.grad_b, tile.column_offset(), tile.columns);
-    }
+    clear_gradients(tile, call);
     return end();
   }
 
@@ -330,78 +419,7 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
       for (int jj = 0; jj < L::kColumns; ++jj) plan.entries[ii][jj] *= alpha_row[ii] + beta_column[jj];
     }
   }
-  if (call.grad_cost != nullptr) {
-    __syncthreads();  // before H is overwritten
-    write_entries(tile, plan.entries, call.grad_cost);
-  }
-  if (call.grad_x != nullptr || call.grad_y != nullptr) {
-    __syncthreads();
-    const uint32_t kind = batch.cost_kind;
-    float own_row = 0.0f, own_columns[L::kOwned];  // sums of weights, of cosine costs times cosines
-    if (kind == PH_OT_EUCLIDEAN || kind == PH_OT_COSINE) {
-      // Costs, again, while their gradients wait.
-      tile.keep_entries(plan.entries);
-      load_costs(tile, tile.partials, norms, plan.entries);
-      __syncthreads();
-      float cosines[L::kRows][L::kColumns];
-      tile.for_entries([&](int ii, int jj, float gradient) {
-        float& entry = plan.entries[ii][jj];
-        const float cost = entry;
-        cosines[ii][jj] = 0.0f;
-        if (kind == PH_OT_EUCLIDEAN) {
-          entry = cost > 0.0f && cost <= FLT_MAX ? gradient / cost : 0.0f;
-        } else {
-          entry = cost <= FLT_MAX ? gradient : 0.0f;
-          cosines[ii][jj] = cost <= FLT_MAX ? gradient * (1.0f - cost) : 0.0f;
-        }
-      });
-      if (kind == PH_OT_COSINE) {
-        PlanTile<L>::sums_of(tile, cosines, own_row, own_columns);
-      } else {
-        PlanTile<L>::sums_of(tile, plan.entries, own_row, own_columns);
-      }
-    } else {
-      if (kind == PH_OT_SQEUCLIDEAN) {
-#pragma unroll
-        for (int ii = 0; ii < L::kRows; ++ii) {
-#pragma unroll
-          for (int jj = 0; jj < L::kColumns; ++jj) plan.entries[ii][jj] *= 2.0f;
-        }
-      }
-      PlanTile<L>::sums_of(tile, plan.entries, own_row, own_columns);
-      if (kind == PH_OT_DOT) {
-        own_row = 0.0f;
-#pragma unroll
-        for (int k = 0; k < L::kOwned; ++k) own_columns[k] = 0.0f;
-      }
-    }
-    if (tile.lane_column % L::kRowCopies == 0) coefficients[row] = own_row;
-    if (tile.warp == 0) {
-#pragma unroll
-      for (int k = 0; k < L::kOwned; ++k) coefficients[most_rows + tile.own_column(k)] = own_columns[k];
-    }
-    __syncthreads();  // before what was kept is overwritten, and partial sums
-    store_matrix(tile, plan.entries);
-    const bool from_origin = kind == PH_OT_SQEUCLIDEAN || kind == PH_OT_EUCLIDEAN;
-    const float* y = batch.y + tile.column_offset() * dimension;
-    const float* scales = kind == PH_OT_COSINE ? norms : nullptr;
-    MatrixProduct product = {};
-    product.width = dimension;
-    product.rows_matrix = batch.x + first_row * dimension;
-    product.columns_matrix = y;
-    product.row_scales = scales;
-    product.column_scales = scales == nullptr ? nullptr : scales + most_rows;
-    // Only differences of points matter then: nothing cancels, however far from 0 they lie.
-    product.origin = from_origin ? y : nullptr;
-    product.row_coefficients = coefficients;
-    product.column_coefficients = coefficients + most_rows;
-    product.row_factors = product.row_scales;
-    product.column_factors = product.column_scales;
-    product.sign = -1.0f;
-    product.rows_out = call.grad_x == nullptr ? nullptr : call.grad_x + first_row * dimension;
-    product.columns_out = call.grad_y == nullptr ? nullptr : call.grad_y + tile.column_offset() * dimension;
-    multiply_matrix(tile, product);
-  }
+  write_gradients(tile, call, plan, norms, coefficients);
   end();
 }
 

@@ -7,15 +7,24 @@ namespace ph::ot {
 
 namespace {
 
-using Paths64 = PathsLayout<64, 1>;
-using Paths128 = PathsLayout<128, 1>;
-using Paths256 = PathsLayout<256, 2>;
-using Paths513 = PathsLayout<kMostSmall + 1, 4>;
+// As many thread blocks as shared memory has room for, or the multiprocessor has at all: there are GPUs that have 16.
+constexpr int resident(int blocks) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 800 && __CUDA_ARCH__ != 900
+  return blocks < 16 ? blocks : 16;
+#else
+  return blocks;
+#endif
+}
+using Paths64 = PathsLayout<64, 1, 32>;
+using Paths128 = PathsLayout<128, 1, 16>;
+using Paths256 = PathsLayout<256, 2, 8>;
+using Paths513 = PathsLayout<kMostSmall + 1, 4, 4>;
 
 // Of partial transport: what stays goes to a column beside the others, and what is not filled comes from such a row, at no
 // cost; nothing goes from one to the other. Costs are read as often as searches reach their rows, and the plan is written once.
 template <typename L, typename T>
-__global__ void __launch_bounds__(L::kThreads) ExactKernel(const __grid_constant__ SmallCall call) {
+__global__ void __launch_bounds__(L::kThreads, resident(L::kBlocks))
+    ExactKernel(const __grid_constant__ SmallCall call) {
   const Batch& batch = call.batch;
   if (batch.first) wait_for_preceding();
   let_next_begin();

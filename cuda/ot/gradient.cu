@@ -2,6 +2,7 @@
 #include "common/error.h"
 #include "ot/gradient_cuda.h"
 #include "ot/stream_gradient_cuda.h"
+#include "ot/unrolled_cuda.h"
 
 namespace ph::ot {
 
@@ -63,13 +64,10 @@ void plan_product(ph_device&, Workspace& base, const Problem& problem, const Pot
 }
 
 void backward(ph_device&, Workspace& base, const Problem& problem, const Potentials& potentials,
-              const Iterations&, const Backward& gradient) {
-  const CudaWorkspace& workspace = static_cast<CudaWorkspace&>(base);
-  if (gradient.mode == PH_OT_UNROLLED) {
-    throw Error(PH_ERROR_UNSUPPORTED,
-                "Cannot differentiate the iterations themselves on CUDA: take the implicit gradient, or a "
-                "CPU device");
-  }
+              const Iterations& iterations, const Backward& gradient) {
+  CudaWorkspace& workspace = static_cast<CudaWorkspace&>(base);
+  const bool unrolled = gradient.mode == PH_OT_UNROLLED;
+  if (unrolled) require_on_chip(workspace, "go back through the iterations of");
   BackwardCall call = {};
   call.batch = batch_of(workspace, problem);
   call.mode = gradient.mode;
@@ -87,6 +85,7 @@ void backward(ph_device&, Workspace& base, const Problem& problem, const Potenti
   call.grad_y = out(gradient.grad_y);
   call.grad_a = out(gradient.grad_a);
   call.grad_b = out(gradient.grad_b);
+  if (unrolled) return unroll(workspace, iterations, call);
   for_buckets(workspace, call, [&](auto layout, const Bucket& bucket, const BackwardCall& each) {
     launch_backward<decltype(layout)>(workspace.device, bucket, each);
   });

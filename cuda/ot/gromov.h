@@ -5,6 +5,9 @@
 
 namespace ph::ot {
 
+// How far distances may be from symmetric, relative to the largest: what rounding in float32 leaves.
+constexpr double kAsymmetry = 1e-5;
+
 // What is compared, and where the answer goes. Cost (or null), masses and tolerances are those of the Problem beside it, which
 // is balanced; the limit that of the Iterations.
 struct Gromov {
@@ -15,7 +18,7 @@ struct Gromov {
   void* plan;       // [entries] or null; 0 where there is no answer
   ph_ot_gromov_report* reports;  // [problems]
 };
-// `workspace` is of costs, not points, and keeps entries.
+// `workspace` is of costs, not points, and keeps entries; CUDA takes up to 512 rows and columns.
 void gromov(ph_device& device, Workspace& workspace, const Problem& problem, const Iterations& iterations,
             const Gromov& call);
 

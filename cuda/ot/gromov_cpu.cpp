@@ -20,9 +20,6 @@ namespace ph::ot {
 
 namespace {
 
-// How far distances may be from symmetric, relative to the largest: what rounding in float32 leaves.
-constexpr double kAsymmetry = 1e-5;
-
 // Reads a matrix [size, size] to rows `stride` apart. False if something is wrong with it: the report says what, at a place
 // that counts from `base`.
 bool read_distances(const void* source, uint32_t dtype, int64_t first, uint32_t size, uint64_t stride,

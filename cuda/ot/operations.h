@@ -3,9 +3,10 @@
 // A batch is `problems` problems of sizes n x m that follow each other without padding: the rows of all problems are one
 // array, and so are the columns, and the entries of all n x m matrices (row-major). Offsets count elements, not bytes.
 // Pointers are to device memory unless they are named host_, start at multiples of 16 bytes (a problem within an array may
-// start at any element), and are valid, but their contents are not: NaN, infinities and negative masses must be found by
-// the solver, and end in a status of the problem that has them. Nothing allocates but create_workspace; all else
-// is enqueued on the device's stream, waits for nothing, and gives the same bits every time, whatever else is in the batch.
+// start at any element), and are valid, but their contents are not: NaN, infinities and negative masses must be found by the
+// solver, and end in a status of the problem that has them. Nothing allocates but create_workspace and a workspace's first
+// exact, partial or Gromov-Wasserstein transport, and its first gradients of iterations; all else is enqueued on the device's stream, waits for nothing, and gives the same bits every
+// time, whatever else is in the batch.
 #pragma once
 
 #include <memory>
@@ -63,7 +64,7 @@ struct Problem {
       relative_epsilon;  // epsilon * the largest finite |cost| of the problem (epsilon itself where all costs are 0)
   // KL penalties: + row_penalty * KL(T1 | a) + column_penalty * KL(T'1 | b) with KL(p|q) = sum p log(p/q) - p + q; infinity:
   // the marginal holds (balanced). Where finite, T1's target is a * exp(-f / row_penalty), and the marginal error is the
-  // distance from it; masses need not have equal totals. CUDA may refuse finite ones as unsupported.
+  // distance from it; masses need not have equal totals.
   double row_penalty, column_penalty;
 };
 
@@ -99,7 +100,7 @@ void sinkhorn(ph_device& device, Workspace& workspace, const Problem& problem, c
 // The least cost without entropy, of as much as host_masses [problems] says, or null: of all. See packhorse.h.
 void exact(ph_device& device, Workspace& workspace, const Problem& problem, const double* host_masses,
            const Solution& solution);
-// Proximal points, of `inner` iterations each. See packhorse.h.
+// Proximal points, of `inner` iterations each. See packhorse.h. CUDA refuses problems that do not lie on chip.
 void proximal(ph_device& device, Workspace& workspace, const Problem& problem, const Iterations& iterations,
               uint32_t inner, const Solution& solution);
 
@@ -137,7 +138,7 @@ void plan_product(ph_device& device, Workspace& workspace, const Problem& proble
 //             of the value is then rho * (1 - T1 / a)); nothing is pinned.
 //   envelope  dL/dC = (d_cost + d_value) T, dL/da = d_value f, dL/db = d_value g; d_plan, d_f and d_g are null
 //   detached  dL/dC = (d_cost + d_value) T, dL/da = dL/db = 0
-//   unrolled  the derivative of the iterations that were made; CUDA may refuse it as unsupported
+//   unrolled  the derivative of the iterations that were made; CUDA refuses problems that do not lie on chip
 // Entries of infinite cost have no part in G and gradient 0. Problems of status PH_OT_INFEASIBLE or worse: all 0.
 struct Backward {
   uint32_t mode;                   // ph_ot_gradient

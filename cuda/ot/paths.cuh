@@ -17,10 +17,10 @@
 
 namespace ph::ot {
 
-// Of up to kMost rows and columns.
-template <uint32_t kMost_, int kWarps_>
+// Of up to kMost rows and columns; kBlocks: thread blocks a multiprocessor that registers must suffice for.
+template <uint32_t kMost_, int kWarps_, int kBlocks_>
 struct PathsLayout {
-  static constexpr uint32_t kMost = kMost_, kThreads = kWarps_ * kWarp;
+  static constexpr uint32_t kMost = kMost_, kThreads = kWarps_ * kWarp, kBlocks = kBlocks_;
   static constexpr int kWarps = kWarps_, kColumns = (kMost + kThreads - 1) / kThreads;
 };
 

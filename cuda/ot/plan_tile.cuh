@@ -66,25 +66,6 @@ struct PlanTile {
   __device__ __forceinline__ void sum_columns(float x, float (&own)[L::kOwned]) const {
     tile.weighted_columns(entries, x, own, 0.0f, false);
   }
-  // Plain sums of any entries.
-  static __device__ __forceinline__ void sums_of(Tile<L>& tile, const float (&values)[L::kRows][L::kColumns],
-                                                 float& own_row, float (&own_columns)[L::kOwned]) {
-    float rows[L::kRows], columns[L::kColumns];
-#pragma unroll
-    for (int ii = 0; ii < L::kRows; ++ii) rows[ii] = 0.0f;
-#pragma unroll
-    for (int jj = 0; jj < L::kColumns; ++jj) columns[jj] = 0.0f;
-#pragma unroll
-    for (int ii = 0; ii < L::kRows; ++ii) {
-#pragma unroll
-      for (int jj = 0; jj < L::kColumns; ++jj) {
-        rows[ii] += values[ii][jj];
-        columns[jj] += values[ii][jj];
-      }
-    }
-    own_row = tile.combine_row(rows, Add{});
-    tile.combine_columns(columns, own_columns, 0.0f, false, Add{});
-  }
 };
 
 // Entries as a matrix in shared memory, in tile.entries: rows are 16 bytes apart modulo 32, so that four lanes that read 16

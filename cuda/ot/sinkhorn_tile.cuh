@@ -269,23 +269,39 @@ struct TileSinkhorn {
   }
 };
 
-template <typename L>
-__global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
-    SinkhornTileKernel(const __grid_constant__ SinkhornCall call) {
-  if (call.batch.first) wait_for_preceding();
-  let_next_begin();
-  const Batch& batch = call.batch;
-  Tile<L> tile(batch, dynamic_shared(), partial_floats<L>(blockDim.x / kWarp));
-  const auto end = [&] {
-    if (!batch.first && blockIdx.x == gridDim.x - 1) wait_for_preceding();
-  };
+// A problem that can be solved.
+struct TileTask {
+  Masses masses;
+  float largest;    // finite |cost|
+  double epsilon;   // absolute
+  float tolerance;  // in the unit of masses
 
-  const Masses masses = read_masses(tile, batch);
-  if (masses.fault != kNoFault) {
-    write_nothing(tile, call, PH_OT_INVALID_MASS, masses.fault, 0, 0.0);
-    return end();
+  template <typename L>
+  __device__ __forceinline__ double row_mass(const Tile<L>& tile) const {
+    const uint32_t row = tile.own_row();
+    if (row >= tile.block_rows) return 0.0;
+    const float* a = tile.batch.a;
+    return a == nullptr ? 1.0 / tile.rows : double{a[tile.row_offset() + tile.first_row + row]};
   }
-  TileSinkhorn<L> solver{tile};
+  template <typename L>
+  __device__ __forceinline__ double column_mass(const Tile<L>& tile, int k) const {
+    const uint32_t column = tile.own_column(k);
+    if (column >= tile.columns) return 0.0;
+    const float* b = tile.batch.b;
+    return b == nullptr ? 1.0 / tile.columns : double{b[tile.column_offset() + column]};
+  }
+};
+
+// Reads masses and costs, which the threads keep. False where there is no answer: that is written then, by write_nothing.
+template <typename L, typename Call>
+__device__ __forceinline__ bool begin(Tile<L>& tile, const Call& call, TileSinkhorn<L>& solver,
+                                      TileTask& task) {
+  const Batch& batch = call.batch;
+  task.masses = read_masses(tile, batch);
+  if (task.masses.fault != kNoFault) {
+    write_nothing(tile, call, PH_OT_INVALID_MASS, task.masses.fault, 0, 0.0);
+    return false;
+  }
   const bool good = load_costs(tile, tile.entries, tile.partials, solver.kernel);
   float largest = 0.0f;
 #pragma unroll
@@ -305,29 +321,20 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     const unsigned long long fault = find_fault(tile);
     write_nothing(tile, call, (fault & kCostFault) != 0 ? PH_OT_NON_FINITE_COST : PH_OT_NON_FINITE_POINT,
                   fault & ~kCostFault, 0, 0.0);
-    return end();
+    return false;
   }
 
-  const uint32_t row = tile.own_row();
+  task.largest = largest;
   solver.row_decay = isinf(batch.row_penalty) ? 0.0f : static_cast<float>(kLog2E / batch.row_penalty);
   solver.column_decay =
       isinf(batch.column_penalty) ? 0.0f : static_cast<float>(kLog2E / batch.column_penalty);
   const bool balanced = solver.holds_rows() && solver.holds_columns();
-  const double unit = masses.unit, b_unit = balanced ? masses.b_total : 1.0;
-  const auto row_mass = [&] {
-    if (row >= tile.block_rows) return 0.0;
-    return batch.a == nullptr ? 1.0 / tile.rows : double{batch.a[tile.row_offset() + tile.first_row + row]};
-  };
-  const auto column_mass = [&](int k) {
-    const uint32_t column = tile.own_column(k);
-    if (column >= tile.columns) return 0.0;
-    return batch.b == nullptr ? 1.0 / tile.columns : double{batch.b[tile.column_offset() + column]};
-  };
-  solver.a = static_cast<float>(row_mass() / unit);
+  const double unit = task.masses.unit, b_unit = balanced ? task.masses.b_total : 1.0;
+  solver.a = static_cast<float>(task.row_mass(tile) / unit);
 #pragma unroll
   for (int k = 0; k < L::kOwned; ++k) {
     const uint32_t column = tile.own_column(k);
-    solver.b[k] = static_cast<float>(column_mass(k) / b_unit);
+    solver.b[k] = static_cast<float>(task.column_mass(tile, k) / b_unit);
     float g =
         call.warm_g == nullptr || column >= tile.columns ? 0.0f : call.warm_g[tile.column_offset() + column];
     if (!(fabsf(g) <= FLT_MAX)) g = 0.0f;
@@ -335,15 +342,111 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     solver.v[k] = 1.0f;
   }
 
-  double target_epsilon = batch.epsilons == nullptr ? batch.epsilon : batch.epsilons[tile.problem];
-  if (batch.relative_epsilon && largest > 0.0f) target_epsilon *= largest;
+  task.epsilon = batch.epsilons == nullptr ? batch.epsilon : batch.epsilons[tile.problem];
+  if (batch.relative_epsilon && largest > 0.0f) task.epsilon *= largest;
   const double tolerance = batch.tolerances == nullptr ? batch.tolerance : batch.tolerances[tile.problem];
+  task.tolerance = static_cast<float>(tolerance / unit);
+  return true;
+}
+
+// The end of a problem where potentials find no partner.
+template <typename L>
+__device__ __forceinline__ void write_infeasible(Tile<L>& tile, const SinkhornCall& call,
+                                                 const TileSinkhorn<L>& solver, uint32_t iterations,
+                                                 double epsilon) {
+  unsigned long long place = kNoFault;
+  if (tile.counts_row() && solver.a > 0.0f && solver.f == -INFINITY) place = tile.first_row + tile.own_row();
+#pragma unroll
+  for (int k = 0; k < L::kOwned; ++k) {
+    if (tile.counts_column(k) && solver.b[k] > 0.0f && solver.g[k] == INFINITY)
+      place = min(place, 0ull + tile.rows + tile.own_column(k));
+  }
+  place = tile.combine_all(place, Min{});
+  write_nothing(tile, call, PH_OT_INFEASIBLE, place, iterations, epsilon);
+}
+
+// How the iterations ended.
+struct Ending {
+  bool converged;
+  uint32_t iterations;
+  float error;  // in the unit of masses
+  double epsilon;
+};
+
+// What comes out, in the caller's unit. The solver's sums are those of its scalings.
+template <typename L>
+__device__ __forceinline__ void write_solution(Tile<L>& tile, const SinkhornCall& call,
+                                               TileSinkhorn<L>& solver, const TileTask& task,
+                                               const Ending& ending) {
+  const Batch& batch = call.batch;
+  const double unit = task.masses.unit, epsilon = ending.epsilon;
+  double value = 0.0, cost = 0.0;
+  const float f =
+      solver.a > 0.0f ? solver.row_potential() + static_cast<float>(epsilon * log(unit)) : -INFINITY;
+  if (tile.counts_row()) {
+    const double sum = unit * solver.u * solver.row_sum, mass = task.row_mass(tile);
+    if (sum > 0.0) value += sum * (f - epsilon);
+    if (!solver.holds_rows() && mass > 0.0)
+      value += batch.row_penalty * (mass - sum + (sum > 0.0 ? sum * log(sum / mass) : 0.0));
+    if (call.f != nullptr) call.f[tile.row_offset() + tile.first_row + tile.own_row()] = f;
+  }
+#pragma unroll
+  for (int k = 0; k < L::kOwned; ++k) {
+    if (!tile.counts_column(k)) continue;
+    const float g = solver.column_potential(k);
+    const double sum = unit * solver.v[k] * solver.column_sums[k], mass = task.column_mass(tile, k);
+    if (sum > 0.0) value += sum * g;
+    if (!solver.holds_columns() && mass > 0.0)
+      value += batch.column_penalty * (mass - sum + (sum > 0.0 ? sum * log(sum / mass) : 0.0));
+    if (call.g != nullptr) call.g[tile.column_offset() + tile.own_column(k)] = g;
+  }
+  float own_cost = 0.0f;
+  float u_row[L::kRows];
+  tile.of_rows(static_cast<float>(unit * solver.u), u_row);
+  float v_column[L::kColumns];
+  tile.of_columns(solver.v, v_column);
+  tile.for_entries([&](int ii, int jj, float each) {
+    float& entry = solver.kernel[ii][jj];
+    entry *= u_row[ii] * v_column[jj];
+    if (entry > 0.0f) own_cost = fmaf(entry, each, own_cost);
+  });
+  cost = tile.combine_all(double{own_cost}, Add{});  // also the barrier before costs are overwritten
+  value = tile.combine_all(value, Add{});
+  if (tile.thread == 0 && tile.rank == 0) {
+    ph_ot_report& report = call.reports[tile.problem];
+    report.status = ending.converged ? PH_OT_CONVERGED : PH_OT_ITERATION_LIMIT;
+    report.iterations = ending.iterations;
+    report.place = 0;
+    report.marginal_error = ending.error * unit;
+    report.cost = cost;
+    report.value = value;
+    report.epsilon = epsilon;
+  }
+  if (call.plan != nullptr) write_entries(tile, solver.kernel, call.plan);
+}
+
+template <typename L>
+__global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
+    SinkhornTileKernel(const __grid_constant__ SinkhornCall call) {
+  if (call.batch.first) wait_for_preceding();
+  let_next_begin();
+  const Batch& batch = call.batch;
+  Tile<L> tile(batch, dynamic_shared(), partial_floats<L>(blockDim.x / kWarp));
+  const auto end = [&] {
+    if (!batch.first && blockIdx.x == gridDim.x - 1) wait_for_preceding();
+  };
+
+  TileSinkhorn<L> solver{tile};
+  TileTask task;
+  if (!begin(tile, call, solver, task)) return end();
   const uint32_t limit = max(call.limits == nullptr ? call.limit : call.limits[tile.problem], 1);
   // Errors are in the unit of masses here; stages end with kStageTolerance of a's total.
-  const float enough = static_cast<float>(tolerance / unit);
-  const float loose = static_cast<float>(kStageTolerance * masses.a_total / unit);
+  const float enough = task.tolerance;
+  const float loose = static_cast<float>(kStageTolerance * task.masses.a_total / task.masses.unit);
 
-  double epsilon = call.scaling > 0.0 && limit > 1 ? fmax(target_epsilon, double{largest}) : target_epsilon;
+  const double target_epsilon = task.epsilon;
+  double epsilon =
+      call.scaling > 0.0 && limit > 1 ? fmax(target_epsilon, double{task.largest}) : target_epsilon;
   uint32_t iterations = 0;
   float error = 0.0f;
   for (;;) {
@@ -353,15 +456,7 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     const float stage_enough = last ? enough : fmaxf(enough, loose);
     solver.set_epsilon(epsilon, batch);
     if (!solver.begin_in_logarithms()) {
-      unsigned long long place = kNoFault;
-      if (tile.counts_row() && solver.a > 0.0f && solver.f == -INFINITY) place = tile.first_row + row;
-#pragma unroll
-      for (int k = 0; k < L::kOwned; ++k) {
-        if (tile.counts_column(k) && solver.b[k] > 0.0f && solver.g[k] == INFINITY)
-          place = min(place, 0ull + tile.rows + tile.own_column(k));
-      }
-      place = tile.combine_all(place, Min{});
-      write_nothing(tile, call, PH_OT_INFEASIBLE, place, iterations + 1, target_epsilon);
+      write_infeasible(tile, call, solver, iterations + 1, target_epsilon);
       return end();
     }
     Step step = Step::kColumns;
@@ -398,50 +493,7 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     }
   }
 
-  // What comes out, in the caller's unit.
-  double value = 0.0, cost = 0.0;
-  const float f =
-      solver.a > 0.0f ? solver.row_potential() + static_cast<float>(epsilon * log(unit)) : -INFINITY;
-  if (tile.counts_row()) {
-    const double sum = unit * solver.u * solver.row_sum, mass = row_mass();
-    if (sum > 0.0) value += sum * (f - epsilon);
-    if (!solver.holds_rows() && mass > 0.0)
-      value += batch.row_penalty * (mass - sum + (sum > 0.0 ? sum * log(sum / mass) : 0.0));
-    if (call.f != nullptr) call.f[tile.row_offset() + tile.first_row + row] = f;
-  }
-#pragma unroll
-  for (int k = 0; k < L::kOwned; ++k) {
-    if (!tile.counts_column(k)) continue;
-    const float g = solver.column_potential(k);
-    const double sum = unit * solver.v[k] * solver.column_sums[k], mass = column_mass(k);
-    if (sum > 0.0) value += sum * g;
-    if (!solver.holds_columns() && mass > 0.0)
-      value += batch.column_penalty * (mass - sum + (sum > 0.0 ? sum * log(sum / mass) : 0.0));
-    if (call.g != nullptr) call.g[tile.column_offset() + tile.own_column(k)] = g;
-  }
-  float own_cost = 0.0f;
-  float u_row[L::kRows];
-  tile.of_rows(static_cast<float>(unit * solver.u), u_row);
-  float v_column[L::kColumns];
-  tile.of_columns(solver.v, v_column);
-  tile.for_entries([&](int ii, int jj, float each) {
-    float& entry = solver.kernel[ii][jj];
-    entry *= u_row[ii] * v_column[jj];
-    if (entry > 0.0f) own_cost = fmaf(entry, each, own_cost);
-  });
-  cost = tile.combine_all(double{own_cost}, Add{});  // also the barrier before costs are overwritten
-  value = tile.combine_all(value, Add{});
-  if (tile.thread == 0 && tile.rank == 0) {
-    ph_ot_report& report = call.reports[tile.problem];
-    report.status = error <= enough ? PH_OT_CONVERGED : PH_OT_ITERATION_LIMIT;
-    report.iterations = iterations;
-    report.place = 0;
-    report.marginal_error = error * unit;
-    report.cost = cost;
-    report.value = value;
-    report.epsilon = epsilon;
-  }
-  if (call.plan != nullptr) write_entries(tile, solver.kernel, call.plan);
+  write_solution(tile, call, solver, task, {error <= enough, iterations, error, epsilon});
   end();
 }
 

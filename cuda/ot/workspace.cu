@@ -15,12 +15,16 @@ struct Place {
 };
 constexpr uint32_t kTooLarge = 4;
 
+template <typename L>
+uint32_t most_rows(const ph_device& device) {
+  return L::kWarpRows * L::kMostWarps * (device.major >= 9 ? kMostRanks : 1);
+}
+
 // Depends on the problem's size alone, so that its results do.
 template <typename L>
 bool place_in(const ph_device& device, uint32_t layout, int64_t rows, int64_t columns, Place& place) {
-  if (columns > L::kMostColumns) return false;
+  if (columns > L::kMostColumns || rows > most_rows<L>(device)) return false;
   const int64_t warps = (rows + L::kWarpRows - 1) / L::kWarpRows;
-  if (warps > L::kMostWarps * (device.major >= 9 ? kMostRanks : 1)) return false;
   uint32_t ranks = 1;
   while (ranks * L::kMostWarps < warps) ranks *= 2;
   // Few sizes of blocks, so that there are few launches.
@@ -97,13 +101,23 @@ CudaWorkspace::CudaWorkspace(ph_device& device_, const Shape& shape, const Works
 }
 
 CudaWorkspace::~CudaWorkspace() {
-  for (uint8_t* memory : {memory_, scratch})
+  for (uint8_t* memory : {memory_, scratch, unrolled_scratch})
     if (memory != nullptr) release(device, memory);
 }
 
 std::unique_ptr<Workspace> create_workspace(ph_device& device, const Shape& shape,
                                             const WorkspaceOptions& options) {
   return std::make_unique<CudaWorkspace>(device, shape, options);
+}
+
+void require_on_chip(const CudaWorkspace& workspace, const char* what) {
+  if (workspace.large.empty()) return;
+  const LargeProblem& large = workspace.large[0];
+  throw Error(PH_ERROR_UNSUPPORTED,
+              "Cannot %s problem %u of %u x %u on CUDA, which does not lie on chip: up to 64 columns it may "
+              "have %u rows, up to 128 %u, up to 512 %u; or open a CPU device",
+              what, large.problem, large.rows, large.columns, most_rows<Columns64>(workspace.device),
+              most_rows<Columns128>(workspace.device), most_rows<Columns512>(workspace.device));
 }
 
 Batch batch_of(const CudaWorkspace& workspace, const Problem& problem) {

@@ -27,6 +27,7 @@ struct ProblemSize {
   uint32_t rows, columns;
 };
 class SmallProblems;
+class GromovProblems;
 
 struct CudaWorkspace : Workspace {
   CudaWorkspace(ph_device& device, const Shape& shape, const WorkspaceOptions& options);
@@ -36,12 +37,14 @@ struct CudaWorkspace : Workspace {
   WorkspaceOptions options;
   uint32_t problems;
   const int64_t *row_offsets, *column_offsets, *plan_offsets;
-  const uint32_t* order;                 // problems by falling size
-  std::vector<Bucket> buckets;           // by falling size
-  std::vector<LargeProblem> large;       // which are in no bucket
-  uint8_t* scratch = nullptr;            // of one of those at a time
-  std::vector<ProblemSize> sizes;        // of all problems
-  std::shared_ptr<SmallProblems> small;  // once exact or partial transport needs them
+  const uint32_t* order;                   // problems by falling size
+  std::vector<Bucket> buckets;             // by falling size
+  std::vector<LargeProblem> large;         // which are in no bucket
+  uint8_t* scratch = nullptr;              // of one of those at a time
+  std::vector<ProblemSize> sizes;          // of all problems
+  std::shared_ptr<SmallProblems> small;    // once exact or partial transport needs them
+  std::shared_ptr<GromovProblems> gromov;  // once Gromov-Wasserstein transport needs them
+  uint8_t* unrolled_scratch = nullptr;     // once gradients of iterations need it
 
  private:
   uint8_t* memory_ = nullptr;
@@ -54,6 +57,9 @@ void dispatch_layout(uint32_t layout, Run run) {
   else if (layout == 1) run(Columns128{});
   else run(Columns512{});
 }
+
+// Throws for a problem that does not lie on chip: "Cannot `what` problem ...".
+void require_on_chip(const CudaWorkspace& workspace, const char* what);
 
 // The part of a call that all kernels take; `order`, `ranks` and `first` are a launch's.
 Batch batch_of(const CudaWorkspace& workspace, const Problem& problem);

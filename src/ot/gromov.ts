@@ -202,7 +202,7 @@ function distanceFlaw(
  *
  * Throws `non-finite` for what is not finite, naming problem, row and column (a cost may be `Infinity`); `invalid-argument` for
  * matrices that are not symmetric, and for sizes, options or masses that are none, or whose totals differ by more than 1e-4;
- * `unsupported` on CUDA; `out-of-memory`; `disposed`.
+ * `unsupported` on CUDA for more than 512 points of a side; `out-of-memory`; `disposed`.
  *
  * @example A graph finds itself again
  * ```ts

@@ -32,7 +32,8 @@ export interface PartialOptions {
  * partner nearby. Gradients of the value with respect to costs and points are exact in the mode `envelope` (the default
  * here); there are none with respect to masses, and none in the mode `implicit`.
  *
- * Throws as {@linkcode sinkhorn}, and `invalid-argument` for a mass that is not there; `unsupported` on CUDA.
+ * Computes in float64 on every backend. Throws as {@linkcode sinkhorn}, and `invalid-argument` for a mass that is not there;
+ * `unsupported` on CUDA for a problem of more than 512 rows or columns.
  *
  * @example An outlier stays
  * ```ts

@@ -31,7 +31,8 @@ export interface ProximalOptions {
  * the tolerance of the least one. `iterations` of reports are points k; `epsilon` is the one divided by k, of which `f` and `g`
  * are potentials. Gradients are those of {@linkcode exactTransport}.
  *
- * Throws as {@linkcode sinkhorn}; `unsupported` on CUDA.
+ * Throws as {@linkcode sinkhorn}; `unsupported` on CUDA for what does not lie on chip: problems of up to 64 columns may have 2,048
+ * rows there, of up to 128 columns 1,024, and of up to 512 columns 512.
  *
  * @example
  * ```ts

@@ -1,6 +1,6 @@
 // Optimal transport in float32 through the C ABI against double precision: batches of random problems of all kinds, their
-// plans, potentials, reports, products and gradients; the same bits from run to run and whatever else is in the batch;
-// problems without an answer.
+// plans, potentials, reports, products and gradients; without entropy, by duality; the same bits from run to run and whatever
+// else is in the batch; problems without an answer.
 //
 // ot_oracle_test [SEED [ROUNDS [MOST]]]   of up to MOST rows and columns
 #include <cmath>
@@ -513,6 +513,84 @@ void check_faults() {
   CHECK(reports[1].status == PH_OT_NON_FINITE_POINT && reports[1].place == 40ull * points.dimension + bad);
 }
 
+// Transport without entropy, which the potentials prove to be the least: f + g is nowhere above the costs, and equals them
+// where mass goes. Of a part of the mass, besides: all potentials of a side are the price of the whole where some of
+// its mass stays, and no other is above it.
+void check_exact(const Batch& batch, bool part) {
+  std::vector<double> masses;
+  for (const reference::Problem& p : batch.problems) {
+    double total = 0.0;
+    for (uint32_t i = 0; i < p.rows; ++i) total += p.mass_a(i);
+    masses.push_back(part ? (0.05 + 0.9 * uniform()) * total : total);
+  }
+  const size_t count = batch.problems.size();
+  const Floats f_out(batch.rows.back()), g_out(batch.columns.back()), plan_out(batch.plan.back());
+  const Array<ph_ot_report> reports_out(count);
+  const auto solve = [&] {
+    OK(ph_ot_exact(device, batch.handle, part ? masses.data() : nullptr, f_out.handle, 0, g_out.handle, 0,
+                   plan_out.handle, 0, reports_out.handle, 0, END));
+  };
+  solve();
+  const std::vector<float> f = f_out.read(), g = g_out.read(), plan = plan_out.read();
+  const std::vector<ph_ot_report> reports = reports_out.read();
+  solve();
+  CHECK(same(plan, plan_out.read()) && same(f, f_out.read()) && same(g, g_out.read()));
+  for (size_t q = 0; q < count; ++q) {
+    const reference::Problem& p = batch.problems[q];
+    const ph_ot_report& report = reports[q];
+    if (report.status == PH_OT_INFEASIBLE) {  // of costs that are given
+      CHECK(p.dimension == 0 && report.place < p.rows);
+      continue;
+    }
+    CHECK(report.status == PH_OT_CONVERGED && report.epsilon == 0.0 && report.value == report.cost);
+    const double scale = std::max(p.largest(), 1e-30), total = masses[q];
+    double least = INFINITY, used = -INFINITY, cost = 0.0, dual = 0.0, moved = 0.0;
+    std::vector<double> sums(p.rows + p.columns, 0.0);
+    for (uint32_t i = 0; i < p.rows; ++i) {
+      for (uint32_t j = 0; j < p.columns; ++j) {
+        const size_t at = static_cast<size_t>(i) * p.columns + j;
+        const double t = plan[batch.plan[q] + at];
+        const double left = p.cost[at] - static_cast<double>(f[batch.rows[q] + i]) - g[batch.columns[q] + j];
+        CHECK(t >= 0.0 && t < INFINITY);
+        least = std::min(least, left);
+        if (t > 0.0) used = std::max(used, left);
+        if (t > 0.0) cost += t * p.cost[at];
+        sums[i] += t;
+        sums[p.rows + j] += t;
+        moved += t;
+      }
+    }
+    // Potentials are float32, and may be larger than costs where walls are between them.
+    double most = scale;
+    for (uint32_t i = 0; i < p.rows; ++i) most = std::max(most, std::fabs(double{f[batch.rows[q] + i]}));
+    expect(-least, 1e-6 * most, "dual feasibility", p, batch.kind);
+    expect(used, 1e-6 * most, "complementary slackness", p, batch.kind);
+    expect(std::fabs(moved - total), 1e-6 * total, "mass", p, batch.kind);
+    expect(std::fabs(cost - report.cost), 2e-7 * total * scale, "exact cost", p, batch.kind);
+    expect(report.marginal_error, 1e-12 * total, "exact error", p, batch.kind);
+    double f_price = -INFINITY, g_price = -INFINITY;
+    for (uint32_t k = 0; k < p.rows + p.columns; ++k) {
+      const bool of_row = k < p.rows;
+      const double mass = of_row ? p.mass_a(k) : p.mass_b(k - p.rows);
+      double& price = of_row ? f_price : g_price;
+      price = std::max(price, double{of_row ? f[batch.rows[q] + k] : g[batch.columns[q] + (k - p.rows)]});
+      expect(part ? sums[k] - mass : std::fabs(sums[k] - mass), 1e-6 * total, "exact marginal", p,
+             batch.kind);
+    }
+    for (uint32_t k = 0; k < p.rows + p.columns; ++k) {
+      const bool of_row = k < p.rows;
+      const double mass = of_row ? p.mass_a(k) : p.mass_b(k - p.rows), price = of_row ? f_price : g_price,
+                   own = of_row ? f[batch.rows[q] + k] : g[batch.columns[q] + (k - p.rows)];
+      if (mass == 0.0) continue;
+      dual += (part ? own - price : own) * mass;
+      if (part && sums[k] < mass - 1e-6 * total)
+        expect(price - own, 1e-6 * most, "price of what stays", p, batch.kind);
+    }
+    if (part) dual += (f_price + g_price) * total;
+    expect(std::fabs(dual - report.cost), 2e-6 * total * most, "duality gap", p, batch.kind);
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -560,6 +638,10 @@ int main(int count, char** arguments) {
     check_gradients(batch, results);
     check_other_modes(batch, results);
     check_same_bits(batch, results);
+    // Only masses whose totals are equal can all go.
+    if (kind.streaming || large || kind.penalties) continue;
+    check_exact(batch, false);
+    check_exact(batch, true);
   }
   check_faults();
   for (const auto& [what, share] : used) fprintf(stderr, "%s: %.2f of what may be\n", what.c_str(), share);

@@ -1,0 +1,7 @@
+#include "ot/gromov_cuda.h"
+
+namespace ph::ot {
+
+template void launch_gromov<Gromov64>(const ph_device&, uint32_t, const GromovCall&);
+
+}  // namespace ph::ot
