@@ -606,7 +606,8 @@ void append_in_clusters(const ph_device& device, const AppendParameters& append,
     const uint32_t items = step.block_count + parameters.copies;
     const uint32_t most =
         static_cast<uint32_t>(device.processors * most_teams(sharing.rounds)) / (sharing.teams * ranks);
-    const uint32_t clusters = std::min(items, std::max(most, 1u));
+    // Of raw16 alone nothing is computed that the next block's copies could pass the time of.
+    const uint32_t clusters = is_raw ? items : std::min(items, std::max(most, 1u));
     parameters.has_tickets = parameters.is_chained || clusters < items;
     allow_shared(device, kernel, SharedMemory::kPrefer);
     launch_overlapping(device, kernel, dim3(clusters * ranks), sharing.teams * kTileThreads, shared_bytes,

@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     if (tile.ranks > 1) cluster_sync();  // a block ends when nobody reads its memory any more
     if (!batch.first && blockIdx.x == gridDim.x - 1) wait_for_preceding();
   };
-  const uint32_t most_rows = tile.warps * L::kWarpRows, dimension = batch.dimension;
+  const uint32_t most_rows = tile.warps * L::kWarpRows;
   const int64_t first_row = tile.row_offset() + tile.first_row;
   const ph_ot_report& report = call.reports[tile.problem];
   if (report.status >= PH_OT_INFEASIBLE) {

@@ -41,7 +41,8 @@ constexpr uint32_t kMostRanks = 8;
 // read 16 bytes of eight rows meet no bank twice.
 constexpr uint32_t kChunk = 32;
 constexpr uint32_t kPitch = kChunk + 4;
-// For costs, chunks are shorter, and there is room for two: one is on its way while the other is computed with.
+// For costs, chunks are shorter, and there is room for two, unless columns are many: one is on its way while the other is
+// computed with.
 constexpr uint32_t kCostChunk = 16;
 constexpr uint32_t kCostPitch = kCostChunk + 4;
 
@@ -84,10 +85,12 @@ __host__ __device__ constexpr uint32_t shared_bytes(uint32_t work, uint32_t entr
 // A fault is its place; one of a cost comes after all of points.
 constexpr unsigned long long kNoFault = ~0ull, kCostFault = 1ull << 62;
 
-// Room for points of all rows of a block and all columns.
+// Room for points of all rows of a block and all columns: a chunk of kChunk dimensions, or one or two of kCostChunk.
+template <typename L>
+constexpr bool kLoadsAhead = L::kMostColumns <= 128;
 template <typename L>
 __host__ __device__ constexpr uint32_t staged_floats(uint32_t warps) {
-  return (warps * L::kWarpRows + L::kMostColumns) * (2 * kCostPitch > kPitch ? 2 * kCostPitch : kPitch);
+  return (warps * L::kWarpRows + L::kMostColumns) * (kLoadsAhead<L> ? 2 * kCostPitch : kPitch);
 }
 template <typename L>
 __host__ __device__ constexpr uint32_t entry_floats(uint32_t warps) {
@@ -603,9 +606,10 @@ __device__ __forceinline__ bool load_costs(Tile<L>& tile, float* staged, float* 
     end_copies();
   };
   stage(staged, 0);
-  for (uint32_t k = 0, now = 0; k < dimension; k += kCostChunk, now ^= 1) {
+  for (uint32_t k = 0, now = 0; k < dimension; k += kCostChunk, now ^= kLoadsAhead<L>) {
     float* staged_x = staged + now * turn;
-    if (k + kCostChunk < dimension) {
+    if (!kLoadsAhead<L> && k > 0) stage(staged, k);
+    if (kLoadsAhead<L> && k + kCostChunk < dimension) {
       stage(staged + (now ^ 1) * turn, k + kCostChunk);
       await_copies<1>();
     } else {
