@@ -10,6 +10,7 @@ import {
 import { Device } from "../src/device/mod.ts";
 import { readNpy, writeNpy } from "../src/io/mod.ts";
 import { sinkhorn } from "../src/ot/mod.ts";
+import { backends } from "./backends.ts";
 import { randomOf } from "./kv_cases.ts";
 import { fail, succeed } from "./packhorse_command.ts";
 import { randoms } from "./ot_support.ts";
@@ -98,16 +99,16 @@ Deno.test("cli: ot solve without convergence says so, writes the plan and exits 
   });
 });
 
-Deno.test("cli: ot solve --exact, on the CPU", async () => {
+Deno.test("cli: ot solve --exact, on every backend", async () => {
   await withPoints(true, async (xPath, yPath) => {
-    const args = ["ot", "solve", xPath, yPath, "--exact", "--json", "--backend", "cpu"];
-    const exact = JSON.parse(await succeed(...args));
-    assertEquals(exact.method, "exact");
-    assertEquals(exact.epsilon, 0);
-    const entropic = JSON.parse(
-      await succeed("ot", "solve", xPath, yPath, "--json", "--backend", "cpu"),
-    );
-    assert(entropic.cost > exact.cost && exact.cost > 0.5 * entropic.cost);
+    for (const backend of backends()) {
+      const args = ["ot", "solve", xPath, yPath, "--json", "--backend", backend];
+      const exact = JSON.parse(await succeed(...args, "--exact"));
+      assertEquals(exact.method, "exact");
+      assertEquals(exact.epsilon, 0);
+      const entropic = JSON.parse(await succeed(...args));
+      assert(entropic.cost > exact.cost && exact.cost > 0.5 * entropic.cost);
+    }
   });
 });
 

@@ -42,7 +42,8 @@ export interface TransportReport {
  * - `envelope`: the plan counts as a constant; exact for a loss of the value alone, and then the cheapest. It is not for
  *   `<T, C>`, the cost without its entropy, whose gradient it gets wrong by a tenth or more.
  * - `unrolled`: through the iterations that were made, as automatic differentiation would; for problems that did not
- *   converge. Takes memory and time for every iteration.
+ *   converge. Takes time for every iteration, and on the CPU memory. On CUDA only of problems that lie on chip: see
+ *   {@linkcode proximalTransport}.
  * - `detached`: plan and potentials count as constants, and masses have no gradient.
  */
 export type GradientMode = "implicit" | "envelope" | "unrolled" | "detached";
