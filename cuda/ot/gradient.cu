@@ -25,6 +25,7 @@ void run_plans(const CudaWorkspace& workspace, const Problem& problem, const Pla
     one.columns.out = const_cast<float*>(call.source.g + large.column_offset);
     one.solved = call.source.reports;
     one.plan = call.plan == nullptr ? nullptr : call.plan + large.plan_offset;
+    one.kept = call.source.plan == nullptr ? nullptr : call.source.plan + large.plan_offset;
     const int64_t from = call.transposed ? large.row_offset : large.column_offset,
                   to = call.transposed ? large.column_offset : large.row_offset;
     one.matrix = call.matrix == nullptr ? nullptr : call.matrix + from * call.width;

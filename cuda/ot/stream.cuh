@@ -123,8 +123,8 @@ struct StreamCall {
   float* product;
   uint32_t width;
   bool normalised;
-  // For gradients: the plan where it is kept, else null; G = d_plan + d_cost C, null: without.
-  const float *kept, *d_plan;
+  const float* kept;    // the plan, for products and gradients, or null: it is computed
+  const float* d_plan;  // for gradients: G = d_plan + d_cost C; null: without
 };
 
 enum class Costs { kHalves, kDifferences, kMatrix };
@@ -1180,7 +1180,7 @@ __device__ __noinline__ void run_product(const StreamCall& call, float scale, bo
       Tile::for_values([&](int m, int n, int e) {
         const int r = 2 * m + e / 2;
         product.plan[tile.row_of(r) - first_row][in_tile + tile.column_of(n, e % 2)] =
-            exp2_fast(values[m][n][e] + bias[r]);
+            tile.plan_of(values[m][n][e] + bias[r], r, column + tile.column_of(n, e % 2));
       });
       if (in_tile + 16 < kTileColumns) return;
       const uint32_t first = column - in_tile;

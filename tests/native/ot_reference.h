@@ -139,9 +139,10 @@ struct Gradients {
 };
 
 // The implicit gradient at a plan and its potentials, by the formulas of packhorse.h and a dense system; `fixed`: as if
-// alpha and beta were 0, for its size, as what they leave of it may be rounding alone.
+// alpha and beta were 0. `terms`: the same sums over absolute values, of which rounding is a part.
 inline Gradients implicit_gradient(const Problem& p, const double* plan, const double* f, const double* g,
-                                   double epsilon, const Upstream& upstream, bool fixed = false) {
+                                   double epsilon, const Upstream& upstream, bool fixed = false,
+                                   Gradients* terms = nullptr) {
   const uint32_t n = p.rows, m = p.columns, both = n + m;
   std::vector<double> sums(both, 0.0), h(static_cast<size_t>(n) * m, 0.0), right(both, 0.0),
       matrix(static_cast<size_t>(both) * both, 0.0);
@@ -183,14 +184,19 @@ inline Gradients implicit_gradient(const Problem& p, const double* plan, const d
       if (sums[l] > 0.0) row[l] += ((k < n) == (l < n) ? 1.0 : -1.0) / both / both;
   }
   const std::vector<double> solved = fixed ? std::vector<double>(both, 0.0) : solve_dense(matrix, right);
-  Gradients out;
+  Gradients out, unused;
+  Gradients& all = terms == nullptr ? unused : *terms;
+  all = {};
   out.cost.resize(h.size());
+  all.cost.resize(h.size());
   for (uint32_t i = 0; i < n; ++i) {
     for (uint32_t j = 0; j < m; ++j) {
       const size_t at = static_cast<size_t>(i) * m + j;
       out.cost[at] = plan[at] == 0.0
                          ? 0.0
                          : plan[at] * (solved[i] + solved[n + j] - h[at] + upstream.cost + upstream.value);
+      all.cost[at] = plan[at] * (std::fabs(solved[i]) + std::fabs(solved[n + j]) + std::fabs(h[at]) +
+                                 std::fabs(upstream.cost) + std::fabs(upstream.value));
     }
   }
   for (uint32_t k = 0; k < both; ++k) {
@@ -203,11 +209,20 @@ inline Gradients implicit_gradient(const Problem& p, const double* plan, const d
                                            epsilon * solved[k] * sums[k] / mass;
     }
     (k < n ? out.a : out.b).push_back(gradient);
+    double size = 0.0;
+    if (sums[k] > 0.0) {
+      size = std::isinf(penalty) ? std::fabs(upstream.value * potential) + epsilon * std::fabs(solved[k])
+                                 : std::fabs(upstream.value) * penalty * (1.0 + sums[k] / mass) +
+                                       epsilon * std::fabs(solved[k]) * sums[k] / mass;
+    }
+    (k < n ? all.a : all.b).push_back(size);
   }
   if (p.dimension == 0) return out;
   const uint32_t d = p.dimension;
   out.x.assign(static_cast<size_t>(n) * d, 0.0);
   out.y.assign(static_cast<size_t>(m) * d, 0.0);
+  all.x.assign(static_cast<size_t>(n) * d, 0.0);
+  all.y.assign(static_cast<size_t>(m) * d, 0.0);
   for (uint32_t i = 0; i < n; ++i) {
     for (uint32_t j = 0; j < m; ++j) {
       const float *u = &p.x[static_cast<size_t>(i) * d], *v = &p.y[static_cast<size_t>(j) * d];
@@ -224,6 +239,8 @@ inline Gradients implicit_gradient(const Problem& p, const double* plan, const d
       for (uint32_t k = 0; k < d; ++k) {
         const double a = u[k], b = v[k];
         double by_a = 0.0, by_b = 0.0;
+        // Differences may be formed after sums, of points less one of them.
+        double sizes = std::fabs(a - p.y[k]) + std::fabs(b - p.y[k]);
         if (p.cost_kind == PH_OT_SQEUCLIDEAN) by_a = 2.0 * (a - b), by_b = -by_a;
         if (p.cost_kind == PH_OT_EUCLIDEAN && cost > 0.0) by_a = (a - b) / cost, by_b = -by_a;
         if (p.cost_kind == PH_OT_DOT) by_a = -b, by_b = -a;
@@ -231,6 +248,17 @@ inline Gradients implicit_gradient(const Problem& p, const double* plan, const d
           by_a = -(b / v_norm - a / u_norm * dot / (u_norm * v_norm)) / u_norm;
           by_b = -(a / u_norm - b / v_norm * dot / (u_norm * v_norm)) / v_norm;
         }
+        double size_a = 2.0 * sizes, size_b = size_a;
+        if (p.cost_kind == PH_OT_EUCLIDEAN) size_a = size_b = cost > 0.0 ? sizes / cost : 0.0;
+        if (p.cost_kind == PH_OT_DOT) size_a = std::fabs(b), size_b = std::fabs(a);
+        if (p.cost_kind == PH_OT_COSINE) {
+          const bool defined = u_norm > 0.0 && v_norm > 0.0;
+          sizes = defined ? std::fabs(a / u_norm) + std::fabs(b / v_norm) : 0.0;
+          size_a = defined ? sizes / u_norm : 0.0;
+          size_b = defined ? sizes / v_norm : 0.0;
+        }
+        all.x[static_cast<size_t>(i) * d + k] += all.cost[static_cast<size_t>(i) * m + j] * size_a;
+        all.y[static_cast<size_t>(j) * d + k] += all.cost[static_cast<size_t>(i) * m + j] * size_b;
         out.x[static_cast<size_t>(i) * d + k] += weight * by_a;
         out.y[static_cast<size_t>(j) * d + k] += weight * by_b;
       }
