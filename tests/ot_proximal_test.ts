@@ -120,7 +120,7 @@ testOnDevices(
   "proximal points: the same bits alone, again, and beside others",
   (device, dtypes) => {
     const random = randomOf(510);
-    const sizes = [[20, 30], [1, 5], [3, 90], [64, 64], [11, 12]] as const;
+    const sizes = [[20, 30], [1, 5], [3, 90], [64, 64], [64, 300], [11, 12]] as const;
     const costs = sizes.map(([n, m]) => randoms(n * m, random));
     for (const dtype of dtypes) {
       const solved = (chosen: readonly number[]) => {

@@ -100,8 +100,8 @@ function assertGradients(actual: Arrays, expected: Arrays, slack: number, what: 
 }
 
 const ragged = [[3, 5], [12, 9], [40, 33]] as const;
-// More columns, and more rows than a thread block of a GPU has.
-const wide = [[5, 70], [270, 6], [6, 140], [70, 130]] as const;
+// More columns, all rows that a thread block of a GPU has, and more.
+const wide = [[5, 70], [270, 6], [6, 140], [64, 300], [70, 130]] as const;
 
 testOnDevices(
   "unrolled gradients are those of doubles, for as many iterations",
