@@ -273,14 +273,13 @@ struct BackwardShared {
 template <typename L>
 __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     BackwardTileKernel(const __grid_constant__ BackwardCall call) {
-  if (call.batch.first) wait_for_preceding();
-  let_next_begin();
+  begin_launch(call.batch);
   const BackwardShared<L> shared(blockDim.x / kWarp);
   Tile<L> tile(call.batch, dynamic_shared(), shared.work);
   const Batch& batch = call.batch;
   const auto end = [&] {
     if (tile.ranks > 1) cluster_sync();  // a block ends when nobody reads its memory any more
-    if (!batch.first && blockIdx.x == gridDim.x - 1) wait_for_preceding();
+    end_launch(batch);
   };
   const uint32_t most_rows = tile.warps * L::kWarpRows;
   const int64_t first_row = tile.row_offset() + tile.first_row;

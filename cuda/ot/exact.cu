@@ -26,13 +26,9 @@ template <typename L, typename T>
 __global__ void __launch_bounds__(L::kThreads, resident(L::kBlocks))
     ExactKernel(const __grid_constant__ SmallCall call) {
   const Batch& batch = call.batch;
-  if (batch.first) wait_for_preceding();
-  let_next_begin();
+  begin_launch(batch);
   PathsMemory<L>& memory = *reinterpret_cast<PathsMemory<L>*>(dynamic_shared());
   const Threads<L::kWarps> threads(memory.scratch);
-  const auto end = [&] {
-    if (!batch.first && blockIdx.x == gridDim.x - 1) wait_for_preceding();
-  };
   const SmallProblem problem(batch, blockIdx.x);
   const uint32_t n = problem.rows, m = problem.columns, extra = call.masses == nullptr ? 0 : 1;
   const T* costs = costs_of<T>(call, problem);
@@ -44,7 +40,7 @@ __global__ void __launch_bounds__(L::kThreads, resident(L::kBlocks))
     report.status = status;
     report.place = place;
     write_no_answer(threads, call, problem, false, report);
-    end();
+    end_launch(batch);
   };
   double scale;
   const SmallMasses masses =
@@ -108,7 +104,7 @@ __global__ void __launch_bounds__(L::kThreads, resident(L::kBlocks))
   report.cost = report.value = cost;
   report.marginal_error = error + (extra == 0 ? 0.0 : fabs(moved - mass));
   if (threads.thread == 0) call.reports[problem.problem] = report;
-  end();
+  end_launch(batch);
 }
 
 template <typename T>

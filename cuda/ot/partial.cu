@@ -146,13 +146,9 @@ __device__ __forceinline__ double violation(double sum, double capacity, double 
 template <int kWarps, typename T>
 __global__ void __launch_bounds__(kWarps* kWarp) PartialKernel(const __grid_constant__ PartialCall call) {
   const Batch& batch = call.small.batch;
-  if (batch.first) wait_for_preceding();
-  let_next_begin();
+  begin_launch(batch);
   unsigned long long* scratch = reinterpret_cast<unsigned long long*>(dynamic_shared());
   const Threads<kWarps> threads(scratch);
-  const auto end = [&] {
-    if (!batch.first && blockIdx.x == gridDim.x - 1) wait_for_preceding();
-  };
   const SmallProblem problem(batch, blockIdx.x);
   const uint32_t n = problem.rows, m = problem.columns;
   const T* costs = costs_of<T>(call.small, problem);
@@ -163,7 +159,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) PartialKernel(const __grid_cons
     report.status = status;
     report.place = place;
     write_no_answer(threads, call.small, problem, true, report);
-    end();
+    end_launch(batch);
   };
   double scale;
   const SmallMasses masses = read_small_masses(threads, batch, problem, false, task.a, task.b, scale);
@@ -227,7 +223,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) PartialKernel(const __grid_cons
   for (uint32_t j = threads.thread; j < m && call.small.g != nullptr; j += threads.kCount)
     call.small.g[problem.column_offset + j] = static_cast<float>(epsilon * task.g[j]);
   if (threads.thread == 0) call.small.reports[problem.problem] = report;
-  end();
+  end_launch(batch);
 }
 
 template <typename T>

@@ -237,8 +237,7 @@ struct PlanShared {
 template <typename L>
 __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     PlanTileKernel(const __grid_constant__ PlanCall call) {
-  if (call.batch.first) wait_for_preceding();
-  let_next_begin();
+  begin_launch(call.batch);
   const PlanShared<L> shared(blockDim.x / kWarp);
   Tile<L> tile(call.batch, dynamic_shared(), shared.work);
   const int64_t first_row = tile.row_offset() + tile.first_row;
@@ -287,7 +286,7 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     }
     multiply_matrix(tile, product);
   }
-  if (!call.batch.first && blockIdx.x == gridDim.x - 1) wait_for_preceding();
+  end_launch(call.batch);
 }
 
 }  // namespace ph::ot

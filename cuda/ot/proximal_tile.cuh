@@ -155,17 +155,13 @@ struct TileProximal {
 template <typename L>
 __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     ProximalTileKernel(const __grid_constant__ ProximalCall call) {
-  if (call.batch.first) wait_for_preceding();
-  let_next_begin();
+  begin_launch(call.batch);
   const Batch& batch = call.batch;
   Tile<L> tile(batch, dynamic_shared(), partial_floats<L>(blockDim.x / kWarp));
-  const auto end = [&] {
-    if (!batch.first && blockIdx.x == gridDim.x - 1) wait_for_preceding();
-  };
 
   TileSinkhorn<L> solver{tile};
   TileTask task;
-  if (!begin(tile, call, solver, task)) return end();
+  if (!begin(tile, call, solver, task)) return end_launch(batch);
   const ProximalShared<L> shared(tile.warps);
   TileProximal<L> points{tile, solver, reinterpret_cast<ProximalColumn*>(tile.entries + shared.columns)};
   for (uint32_t j = tile.thread; j < L::kMostColumns; j += tile.threads) points.columns[j] = {0.0, 0.0};
@@ -179,7 +175,7 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     solver.set_epsilon(ending.epsilon, batch);
     if (!points.begin_point(ending.epsilon)) {
       write_infeasible(tile, call, solver, ending.iterations, task.epsilon);
-      return end();
+      return end_launch(batch);
     }
     ++ending.iterations;
     Step step = Step::kIterate;
@@ -198,7 +194,7 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     ending.converged = ending.error <= task.tolerance && points.gap() <= least_gap;
   }
   write_solution(tile, call, solver, task, ending);
-  end();
+  end_launch(batch);
 }
 
 }  // namespace ph::ot

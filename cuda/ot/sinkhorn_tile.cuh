@@ -428,17 +428,13 @@ __device__ __forceinline__ void write_solution(Tile<L>& tile, const SinkhornCall
 template <typename L>
 __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     SinkhornTileKernel(const __grid_constant__ SinkhornCall call) {
-  if (call.batch.first) wait_for_preceding();
-  let_next_begin();
+  begin_launch(call.batch);
   const Batch& batch = call.batch;
   Tile<L> tile(batch, dynamic_shared(), partial_floats<L>(blockDim.x / kWarp));
-  const auto end = [&] {
-    if (!batch.first && blockIdx.x == gridDim.x - 1) wait_for_preceding();
-  };
 
   TileSinkhorn<L> solver{tile};
   TileTask task;
-  if (!begin(tile, call, solver, task)) return end();
+  if (!begin(tile, call, solver, task)) return end_launch(batch);
   const uint32_t limit = max(call.limits == nullptr ? call.limit : call.limits[tile.problem], 1);
   // Errors are in the unit of masses here; stages end with kStageTolerance of a's total.
   const float enough = task.tolerance;
@@ -457,7 +453,7 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
     solver.set_epsilon(epsilon, batch);
     if (!solver.begin_in_logarithms()) {
       write_infeasible(tile, call, solver, iterations + 1, target_epsilon);
-      return end();
+      return end_launch(batch);
     }
     Step step = Step::kColumns;
     bool stale = true;
@@ -494,7 +490,7 @@ __global__ void __launch_bounds__(L::kMostWarps* kWarp, L::kBlocks)
   }
 
   write_solution(tile, call, solver, task, {error <= enough, iterations, error, epsilon});
-  end();
+  end_launch(batch);
 }
 
 }  // namespace ph::ot

@@ -57,8 +57,7 @@ __device__ __forceinline__ void accumulate_costs(const double* x, const double* 
 __global__ void __launch_bounds__(kCostThreads)
     PointCostsKernel(const __grid_constant__ PointCostsCall call) {
   const Batch& batch = call.batch;
-  if (batch.first) wait_for_preceding();
-  let_next_begin();
+  begin_launch(batch);
   const SmallProblem problem(batch, blockIdx.x);
   const uint32_t across = (problem.columns + kTile - 1) / kTile, dimension = batch.dimension,
                  kind = batch.cost_kind, thread = threadIdx.x;
@@ -114,7 +113,7 @@ __global__ void __launch_bounds__(kCostThreads)
       }
     }
   }
-  if (!batch.first && blockIdx.x == gridDim.x - 1 && blockIdx.y == gridDim.y - 1) wait_for_preceding();
+  if (blockIdx.y == gridDim.y - 1) end_launch(batch);
 }
 
 }  // namespace

@@ -60,6 +60,16 @@ struct Batch {
   bool first;  // of a call's launches
 };
 
+// A call's launches overlap, see for_buckets: the first waits for what precedes the call, before it reads anything, and the
+// last thread block of every other, at its end, for the launch before.
+__device__ __forceinline__ void begin_launch(const Batch& batch) {
+  if (batch.first) wait_for_preceding();
+  let_next_begin();
+}
+__device__ __forceinline__ void end_launch(const Batch& batch) {
+  if (!batch.first && blockIdx.x == gridDim.x - 1) wait_for_preceding();
+}
+
 // At the beginning of a thread block's shared memory, where addresses are constants.
 template <typename L>
 struct alignas(16) Control {
