@@ -5,8 +5,8 @@
 // its share of the piece: its packed blocks (tile.cuh), whose records come into shared memory by bulk copies, kStages blocks
 // ahead, and between them, every warp at another time, its runs (recent.cuh). The warps' results are merged in order. With
 // more than one piece, partial results go through the workspace and the last thread block of a sequence and head merges
-// them, in the order of the pieces: deterministic, and independent of the rest of the batch, as pieces depend on the
-// sequence's own length alone.
+// them, in an order that depends on their number alone: deterministic, and independent of the rest of the batch, as pieces
+// depend on the sequence's own length alone.
 //
 // Layers whose parts are both packkv or fixed, the common case, have kernels of their own, where all widths are 2, 3 or 4
 // one for each, whose code has no branches on them; so have layers that are raw16 throughout: their warps take values from
@@ -38,14 +38,6 @@ using kv::StepPiece;
 using kv::StepSequence;
 using kv::StepView;
 
-// Warps of a thread block. Two thread blocks share a multiprocessor, and three warps a quarter of it, with 168 registers a
-// thread, or two with 255.
-template <int kDim, int kTiles>
-constexpr int kWarps = kDim* kTiles <= 192 ? 6 : 4;
-template <int kDim, int kTiles>
-constexpr int kThreads = kWarps<kDim, kTiles>* kWarpThreads;
-template <int kDim, int kTiles>  // packed blocks of a warp, at most
-constexpr uint32_t kWarpBlocks = kv::kMostPieceWork / kWarps<kDim, kTiles> + 2;
 constexpr float kLog2E = 1.4426950408889634f;
 
 // What kernels are for: layers of packkv and fixed, with residuals of 2, 3 or 4 bits throughout, of up to 4 bits, or of
@@ -57,11 +49,23 @@ __host__ __device__ constexpr int width_of(Flavour flavour) {
   return flavour < Flavour::kNarrow ? static_cast<int>(flavour) - static_cast<int>(Flavour::kFixed2) + 2 : 0;
 }
 
+// Warps of a thread block. Two thread blocks share a multiprocessor, and four warps a quarter of it, with 128 registers a
+// thread, three with 168, or two with 255. Four are for records of 2 bits, which leave memory the least time.
+template <int kDim, int kTiles, Flavour kFlavour>
+constexpr int kWarps = kDim* kTiles <= 128 && kFlavour == Flavour::kFixed2 ? 8
+                       : kDim* kTiles <= 192                               ? 6
+                                                                           : 4;
+template <int kDim, int kTiles, Flavour kFlavour>
+constexpr int kThreads = kWarps<kDim, kTiles, kFlavour>* kWarpThreads;
+template <int kWarps>  // packed blocks of a warp, at most
+constexpr uint32_t kWarpBlocks = (kv::kMostPieceWork + kWarps - 1) / kWarps;
+
 // Where the packed blocks of the warps are.
-template <Flavour kFlavour, int kWarps, uint32_t kBlocks>
+template <Flavour kFlavour, int kWarps>
 struct Places {
-  TileSpans spans[kFlavour == Flavour::kRaw16 ? 1 : kWarps][kFlavour == Flavour::kRaw16 ? 1 : kBlocks];
-  RawValues raw[kFlavour < Flavour::kRaw16 ? 1 : kWarps][kFlavour < Flavour::kRaw16 ? 1 : kBlocks];
+  static constexpr bool kHasTiles = kFlavour != Flavour::kRaw16, kHasRaw = kFlavour >= Flavour::kRaw16;
+  TileCopies tiles[kHasTiles ? kWarps : 1][kHasTiles ? kWarpBlocks<kWarps> : 1];
+  RawValues raw[kHasRaw ? kWarps : 1][kHasRaw ? kWarpBlocks<kWarps> : 1];
 };
 
 // ---- columns ----
@@ -251,7 +255,7 @@ template <int kDim, int kTiles, Flavour kFlavour>
 using QueriesOf =
     std::conditional_t<(kFlavour < Flavour::kRaw16), Queries<kDim, kTiles>, BothQueries<kDim, kTiles>>;
 template <int kDim, int kTiles, Flavour kFlavour>
-using PlacesOf = Places<kFlavour, kWarps<kDim, kTiles>, kWarpBlocks<kDim, kTiles>>;
+using PlacesOf = Places<kFlavour, kWarps<kDim, kTiles, kFlavour>>;
 
 // A warp's packed blocks where both parts are raw16. Fragments of the next block are under way before one is done; more
 // of them where there are fewer warps. Calls hide(block, scores).
@@ -259,7 +263,7 @@ template <int kDim, int kTiles, bool kBfloat, typename Hide>
 __device__ __forceinline__ void attend_raw(const uint8_t* pool, const RawValues* blocks, uint32_t count,
                                            const SharedQueries<kDim, kTiles>& queries,
                                            WarpState<kDim, kTiles>& state, Hide hide) {
-  constexpr int kAhead = kWarps < kDim, kTiles >> 4 ? 8 : 16;
+  constexpr int kAhead = kWarps < kDim, kTiles, Flavour::kRaw16 >> 4 ? 8 : 16;
   if (count == 0) return;
   uint4 held[kAhead];
   RawValues raw = blocks[0];
@@ -352,39 +356,48 @@ __device__ __forceinline__ void add_group_zeros(float (&zeros)[kTiles][kValueGro
   }
 }
 
-// What the last thread block needs to merge the pieces of a sequence and head.
-template <int kTiles>
-struct MergeShared {
-  static constexpr uint32_t kParts = 64;  // pieces at a time
-  float sum[4 * kTiles];
-  float weights[4 * kTiles][kParts];
+// How the last thread block merges the pieces of a sequence and head, and what it needs where its rings were. A team of threads
+// takes a stretch of the pieces, a thread of it four channels of a column at a time.
+template <int kDim, int kTiles, int kWarps>
+struct Merge {
+  static constexpr uint32_t kColumns = 4 * kTiles, kTeamThreads = 64;
+  static constexpr uint32_t kTeams = kWarps * kWarpThreads / kTeamThreads;
+  static constexpr uint32_t kItems = (kColumns * kDim / 4 + kTeamThreads - 1) / kTeamThreads;  // of a thread
+  static constexpr uint32_t kAhead = (kItems <= 2 ? 36 : 12) / kTeams;  // pieces of an item, loaded at once
+  static constexpr uint32_t kParts = 64;                                // pieces at a time
+  float4 values[kTeams][kColumns * kDim / 4];
+  float sum[kColumns];
+  float weights[kColumns][kParts];
 };
 
-// Adds up the partial results of all pieces, in their order; those of column c and piece p are at start + c + p * stride.
-template <int kDim, int kTiles, bool kBfloat>
+// Adds up the partial results of all pieces, in a fixed order; those of column c and piece p are at start + c + p * stride.
+template <int kDim, int kTiles, bool kBfloat, int kWarps>
 __device__ __forceinline__ void merge_pieces(const Partials& partials, uint64_t start, uint64_t stride,
                                              uint32_t pieces, const Columns& columns, uint8_t* out,
-                                             MergeShared<kTiles>& shared) {
-  constexpr uint32_t kItems = 4 * kTiles * kDim / 4 / kThreads<kDim, kTiles> + 1;  // four channels each
-  constexpr uint32_t kParts = MergeShared<kTiles>::kParts, kHeld = kParts / kWarpThreads;
-  constexpr uint32_t kAhead = 16;  // of a thread's first four channels, loaded before their weights are known
+                                             Merge<kDim, kTiles, kWarps>& shared) {
+  using M = Merge<kDim, kTiles, kWarps>;
+  constexpr uint32_t kHeld = M::kParts / kWarpThreads;
   const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
-  const auto source_of = [&](uint32_t item) {
-    const uint32_t at = threadIdx.x + item * kThreads<kDim, kTiles>;
-    return reinterpret_cast<const float4*>(partials.out + (start + 4 * at / kDim) * kDim + 4 * at % kDim);
-  };
-  float4 values[kItems] = {}, ahead[kAhead];
-  for (uint32_t begin = 0; begin < pieces; begin += kParts) {
-    const uint32_t count = min(kParts, pieces - begin);
+  const uint32_t team = threadIdx.x / M::kTeamThreads, items = columns.count * kDim / 4;
+  const auto item_of = [&](uint32_t k) { return threadIdx.x % M::kTeamThreads + k * M::kTeamThreads; };
+  const float4* source = reinterpret_cast<const float4*>(partials.out + start * kDim);
+  float4 values[M::kItems] = {};
+  for (uint32_t begin = 0; begin < pieces; begin += M::kParts) {
+    const uint32_t count = min(M::kParts, pieces - begin);
+    const uint32_t first = count * team / M::kTeams, last = count * (team + 1) / M::kTeams;
+    const auto load = [&](uint32_t piece, uint32_t item) {
+      return piece < last && item < items ? __ldcg(source + (begin + piece) * stride * (kDim / 4) + item)
+                                          : float4{};
+    };
+    // On their way before their weights are known.
+    float4 ahead[M::kItems][M::kAhead];
 #pragma unroll
-    for (uint32_t piece = 0; piece < kAhead; ++piece) {
-      ahead[piece] = piece < count && threadIdx.x < columns.count * kDim / 4
-                         ? __ldcg(source_of(0) + (begin + piece) * stride * (kDim / 4))
-                         : float4{};
-    }
+    for (uint32_t k = 0; k < M::kItems; ++k)
+#pragma unroll
+      for (uint32_t at = 0; at < M::kAhead; ++at) ahead[k][at] = load(first + at, item_of(k));
     // A warp finds the weights of a column. What is relative to the highest reference needs a look at all of them; mostly
     // they are the ones at hand.
-    for (uint32_t column = warp; column < columns.count; column += kWarps<kDim, kTiles>) {
+    for (uint32_t column = warp; column < columns.count; column += kWarps) {
       const auto part_sum = [&](uint32_t piece) {
         return piece < pieces
                    ? __ldcg(reinterpret_cast<const float2*>(&partials.sums[start + column + piece * stride]))
@@ -396,7 +409,7 @@ __device__ __forceinline__ void merge_pieces(const Partials& partials, uint64_t 
       for (uint32_t k = 0; k < kHeld; ++k) held[k] = part_sum(begin + lane + k * kWarpThreads);
 #pragma unroll
       for (uint32_t k = 0; k < kHeld; ++k) most = fmaxf(most, held[k].x);
-      if (pieces > kParts) {
+      if (pieces > M::kParts) {
         for (uint32_t piece = lane; piece < pieces; piece += kWarpThreads)
           most = fmaxf(most, part_sum(piece).x);
       }
@@ -414,31 +427,31 @@ __device__ __forceinline__ void merge_pieces(const Partials& partials, uint64_t 
     }
     __syncthreads();
 #pragma unroll
-    for (uint32_t item = 0; item < kItems; ++item) {
-      const uint32_t at = threadIdx.x + item * kThreads<kDim, kTiles>;
-      if (at >= columns.count * kDim / 4) break;
-      const float* weights = shared.weights[4 * at / kDim];
-      uint32_t first = 0;
-      if (item == 0) {
+    for (uint32_t k = 0; k < M::kItems; ++k) {
+      if (item_of(k) >= items) break;
+      const float* weights = shared.weights[4 * item_of(k) / kDim];
 #pragma unroll
-        for (; first < kAhead; ++first) {
-          if (first < count) add_weighted(values[item], weights[first], ahead[first]);
-        }
+      for (uint32_t at = 0; at < M::kAhead; ++at) {
+        if (first + at < last) add_weighted(values[k], weights[first + at], ahead[k][at]);
       }
-#pragma unroll 16
-      for (uint32_t piece = first; piece < count; ++piece) {
-        add_weighted(values[item], weights[piece],
-                     __ldcg(source_of(item) + (begin + piece) * stride * (kDim / 4)));
-      }
+#pragma unroll 8
+      for (uint32_t piece = first + M::kAhead; piece < last; ++piece)
+        add_weighted(values[k], weights[piece], load(piece, item_of(k)));
     }
     __syncthreads();
   }
 #pragma unroll
-  for (uint32_t item = 0; item < kItems; ++item) {
-    const uint32_t at = threadIdx.x + item * kThreads<kDim, kTiles>;
-    if (at >= columns.count * kDim / 4) break;
+  for (uint32_t k = 0; k < M::kItems; ++k) {
+    if (item_of(k) < items) shared.values[team][item_of(k)] = values[k];
+  }
+  __syncthreads();
+  for (uint32_t at = threadIdx.x; at < items; at += kWarps * kWarpThreads) {
+    float4 value = shared.values[0][at];
+#pragma unroll
+    for (uint32_t of_team = 1; of_team < M::kTeams; ++of_team)
+      add_weighted(value, 1.0f, shared.values[of_team][at]);
     const uint32_t column = 4 * at / kDim, channel = 4 * at % kDim;
-    store_quotients<kBfloat>(out, columns.position(column, kDim) + channel, values[item], shared.sum[column]);
+    store_quotients<kBfloat>(out, columns.position(column, kDim) + channel, value, shared.sum[column]);
   }
 }
 
@@ -447,8 +460,7 @@ template <int kDim, int kTiles, Flavour kFlavour>
 struct DecodeShared {
   QueriesOf<kDim, kTiles, kFlavour> queries;
   PlacesOf<kDim, kTiles, kFlavour> places;
-  MergeShared<kTiles> merge;
-  uint64_t barriers[kWarps<kDim, kTiles>][kStages];
+  uint64_t barriers[kWarps<kDim, kTiles, kFlavour>][kStages];
   uint64_t queries_ready;
   uint32_t is_last;
 };
@@ -472,9 +484,10 @@ struct DecodeWarp {
       : parameters(parameters_),
         work(work_),
         shared(shared_),
-        warp(threadIdx.x / kWarpThreads),
+        // A shuffle tells the compiler that lanes have the same: what follows from it is computed once for all of them.
+        warp(__shfl_sync(kEveryLane, threadIdx.x / kWarpThreads, 0)),
         lane(threadIdx.x % kWarpThreads),
-        share(warp_share<kWarps<kDim, kTiles>>(work.piece, warp)),
+        share(warp_share<kWarps<kDim, kTiles, kFlavour>>(work.piece, warp)),
         ring{dynamic + warp * parameters.stages * parameters.slot_bytes, parameters.slot_bytes,
              parameters.stages, shared.barriers[warp]} {}
 
@@ -494,16 +507,18 @@ struct DecodeWarp {
         } else {
           span = kv::record_span(cache, index, block, work.head);
         }
-        shared.places.spans[warp][at] = {make_span(pages, span.params, span.params + kv::kParamsUnits),
-                                         make_span(pages, span.begin, span.end)};
+        shared.places.tiles[warp][at] = {
+            make_copy(cache.pool, make_span(pages, span.params, span.params + kv::kParamsUnits)),
+            make_copy(cache.pool, make_span(pages, span.begin, span.end))};
       } else {
         const uint32_t params_units = kv::params_bytes(parameters.shape) / kUnitBytes,
                        raw_units = kv::raw_bytes(parameters.shape) / kUnitBytes;
         const kv::RecordSpan span = kv::record_span(cache, index, block, work.head, params_units);
         if (raw_units > 0) shared.places.raw[warp][at] = find_raw_values(pages, span.end, raw_units);
         if constexpr (kMixed) {
-          shared.places.spans[warp][at] = {make_span(pages, span.params, span.params + params_units),
-                                           make_span(pages, span.begin, span.end - raw_units)};
+          shared.places.tiles[warp][at] = {
+              make_copy(cache.pool, make_span(pages, span.params, span.params + params_units)),
+              make_copy(cache.pool, make_span(pages, span.begin, span.end - raw_units))};
         }
       }
     }
@@ -512,7 +527,10 @@ struct DecodeWarp {
 
   __device__ __forceinline__ void fetch(uint32_t at, uint32_t stage) const {
     if constexpr (!kRaw) {
-      ring.fetch(parameters.cache.pool, at < share.blocks ? &shared.places.spans[warp][at] : nullptr, stage);
+      if (at >= share.blocks) return ring.skip();
+      const TileCopies copies = shared.places.tiles[warp][at];
+      ring.copy(parameters.cache.pool, stage, {copies.record, copies.params},
+                {copies.record_position(), copies.params_position()});
     }
   }
 
@@ -555,7 +573,7 @@ struct DecodeWarp {
   // did so at the same time, before their first block or after their last, would leave the memory idle meanwhile.
   __device__ __forceinline__ uint32_t turn_of_runs() const {
     if (share.runs == 0) return UINT32_MAX;
-    constexpr uint32_t kParts = kWarps<kDim, kTiles> + 1;
+    constexpr uint32_t kParts = kWarps<kDim, kTiles, kFlavour> + 1;
     return min(max(share.blocks * (warp + 1) / kParts, 1), share.blocks);
   }
 
@@ -595,9 +613,10 @@ struct DecodeWarp {
     const uint32_t first_token = cache.sinks + share.first_block * kBlockTokens;
     // Blocks that some column does not see all of come first.
     const uint32_t hidden = work.window.begin(kMostQueries - 1);
+    uint32_t hidden_blocks = hidden > first_token ? (hidden - first_token - 1) / kBlockTokens + 1 : 0;
+    asm volatile("" : "+r"(hidden_blocks));  // lest the compiler computes it for every block
     const auto hide = [&](uint32_t at, float(&scores)[kTiles][8]) {
-      const uint32_t start = first_token + at * kBlockTokens;
-      if (start < hidden) hide_tokens(work.window, work.columns, start, scores);
+      if (at < hidden_blocks) hide_tokens(work.window, work.columns, first_token + at * kBlockTokens, scores);
     };
     if constexpr (kRaw) {
       if (share.runs > 0) attend_runs(ring.slots, state, [](int, float) {});
@@ -624,8 +643,8 @@ struct DecodeWarp {
         // Opaque, lest the compiler keeps every address that follows from it in a register of its own.
         uint32_t own_lane = lane;
         asm volatile("" : "+r"(own_lane));
-        const TileSpans& spans = shared.places.spans[warp][at];
-        const Tile tile = {slot + spans.params_position(), slot + spans.record_position(), own_lane};
+        const TileCopies& copies = shared.places.tiles[warp][at];
+        const Tile tile = {slot + copies.params_position(), slot + copies.record_position(), own_lane};
         uint2 widths = {};
         if constexpr (kWidth == 0) {
           widths = *reinterpret_cast<const uint2*>(tile.record);
@@ -670,15 +689,15 @@ struct DecodeWarp {
 };
 
 template <int kDim, int kTiles, bool kBfloat, Flavour kFlavour>
-__global__ void __launch_bounds__(kThreads<kDim, kTiles>, 2)
+__global__ void __launch_bounds__(kThreads<kDim, kTiles, kFlavour>, 2)
     DecodeKernel(const __grid_constant__ DecodeParameters parameters) {
   extern __shared__ __align__(128) uint8_t dynamic[];
   __shared__ DecodeShared<kDim, kTiles, kFlavour> shared;
   const CacheView& cache = parameters.cache;
   if (threadIdx.x == 0) {
-    for (uint32_t at = 0; at < kWarps<kDim, kTiles> * parameters.stages; ++at)
+    for (uint32_t at = 0; at < kWarps<kDim, kTiles, kFlavour> * parameters.stages; ++at)
       begin_barrier(&shared.barriers[at / parameters.stages][at % parameters.stages], 1);
-    begin_barrier(&shared.queries_ready, kThreads<kDim, kTiles>);
+    begin_barrier(&shared.queries_ready, kThreads<kDim, kTiles, kFlavour>);
     publish_barriers();
   }
   // The step's pieces were there before the kernel that precedes this one in the stream.
@@ -697,16 +716,16 @@ __global__ void __launch_bounds__(kThreads<kDim, kTiles>, 2)
   const Partials& partials = parameters.partials;
   uint8_t* out = parameters.out + 2 * work.row;
   // A thread takes four channels of a column at a time.
-  for (uint32_t at = threadIdx.x; at < columns.count * kDim / 4; at += kThreads<kDim, kTiles>) {
+  for (uint32_t at = threadIdx.x; at < columns.count * kDim / 4; at += kThreads<kDim, kTiles, kFlavour>) {
     const uint32_t column = 4 * at / kDim, channel = 4 * at % kDim;
     float most = result(0).sums[column].reference;
 #pragma unroll
-    for (int warp = 1; warp < kWarps<kDim, kTiles>; ++warp)
+    for (int warp = 1; warp < kWarps<kDim, kTiles, kFlavour>; ++warp)
       most = fmaxf(most, result(warp).sums[column].reference);
     float4 value = {};
     float sum = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < kWarps<kDim, kTiles>; ++warp) {
+    for (int warp = 0; warp < kWarps<kDim, kTiles, kFlavour>; ++warp) {
       const float weight = part_weight(result(warp).sums[column].reference, most);
       add_weighted(value, weight, *reinterpret_cast<const float4*>(&result(warp).out[column][channel]));
       sum = __fmaf_rn(weight, result(warp).sums[column].sum, sum);
@@ -734,7 +753,9 @@ __global__ void __launch_bounds__(kThreads<kDim, kTiles>, 2)
   const uint64_t start =
       (static_cast<uint64_t>(work.index - piece.place) * cache.heads + work.head) * partials.columns +
       columns.first;
-  merge_pieces<kDim, kTiles, kBfloat>(partials, start, stride, piece.pieces, columns, out, shared.merge);
+  constexpr int kOwnWarps = kWarps<kDim, kTiles, kFlavour>;
+  merge_pieces<kDim, kTiles, kBfloat, kOwnWarps>(partials, start, stride, piece.pieces, columns, out,
+                                                 *reinterpret_cast<Merge<kDim, kTiles, kOwnWarps>*>(dynamic));
   if (threadIdx.x == 0) *finished = 0;
 }
 
@@ -764,16 +785,18 @@ template <int kDim, int kTiles, bool kBfloat, Flavour kFlavour>
 void launch_kernel(const ph_device& device, DecodeParameters parameters, uint32_t columns) {
   const kv::TileShape& shape = parameters.shape;
   constexpr uint32_t kOwnBytes = sizeof(DecodeShared<kDim, kTiles, kFlavour>);
+  constexpr int kOwnWarps = kWarps<kDim, kTiles, kFlavour>;
   // Of params and a record up to its 16-bit values, of what runs need, and of a result.
   const uint32_t record_bytes = kv::largest_record_bytes(shape) - kv::raw_bytes(shape);
   const uint32_t slot_bytes =
       std::max({is_raw16(shape) ? 0 : tile_slot_bytes(record_bytes), run_scratch_bytes(kDim),
                 static_cast<uint32_t>(sizeof(WarpResult<kDim, kTiles>))});
+  static_assert(sizeof(Merge<kDim, kTiles, kOwnWarps>) <= kOwnWarps * sizeof(WarpResult<kDim, kTiles>));
   parameters.slot_bytes = round_to_sectors(slot_bytes);
   constexpr uint32_t kWidths = width_of(kFlavour) * kWidthsOfOne<kDim / 32>;
   parameters.record_units = kv::head_record_bytes(shape, kWidths, kWidths) / kUnitBytes;
   // As many tiles ahead as fit the shared memory of a thread block.
-  const uint32_t warps_bytes = kWarps<kDim, kTiles> * parameters.slot_bytes,
+  const uint32_t warps_bytes = kOwnWarps * parameters.slot_bytes,
                  limit = static_cast<uint32_t>(device.shared_bytes) - kOwnBytes;
   parameters.stages = is_raw16(shape) ? 1 : std::min(kStages, limit / warps_bytes);
   if (parameters.stages == 0) {
@@ -786,7 +809,7 @@ void launch_kernel(const ph_device& device, DecodeParameters parameters, uint32_
   allow_shared(device, kernel, SharedMemory::kPrefer);
   const dim3 grid(parameters.step.piece_count * parameters.cache.heads,
                   (columns + 4 * kTiles - 1) / (4 * kTiles));
-  launch_overlapping(device, kernel, grid, kThreads<kDim, kTiles>, parameters.stages * warps_bytes,
+  launch_overlapping(device, kernel, grid, kThreads<kDim, kTiles, kFlavour>, parameters.stages * warps_bytes,
                      parameters);
 }
 

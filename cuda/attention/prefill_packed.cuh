@@ -44,7 +44,7 @@ __device__ __forceinline__ void fetch_block(const uint8_t* pool, const TileSpans
 // Nibble words N (tile.h) of a lane of a group of `width` 0 to 4.
 __device__ __forceinline__ void load_nibbles(const uint8_t* group, uint32_t width, uint32_t (&nibbles)[8]) {
   Nibbles<0> loaded;
-  load_group<0>(group, threadIdx.x % kWarpThreads, width, loaded);
+  load_words_of(group, threadIdx.x % kWarpThreads, width, loaded.words);
   ph::attention::unpack_group(width, loaded);
 #pragma unroll
   for (int x = 0; x < 8; ++x) nibbles[x] = loaded.words[x] & loaded.mask * 0x11u;

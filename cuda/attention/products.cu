@@ -56,17 +56,20 @@ struct ProductParameters {
 };
 
 // What is copied of a block.
-struct PartSpans {
-  Span params, bases, groups;  // of keys, `bases` includes the groups
-  uint32_t widths;             // of the part's groups, as in the header
+struct PartCopies {
+  SpanCopy params, record;  // of keys, with the groups; of values, up to them
+  SpanCopy groups;          // of values
+  uint32_t widths;          // of the part's groups, as in the header
 
   // Where they come to lie in a slot: params from kHalfParams on if they are the values', then what precedes the groups,
   // then those of values.
   static constexpr uint32_t kRecordSector = round_to_sectors(kParamsBytes + kSectorBytes - kUnitBytes);
-  __device__ __forceinline__ uint32_t params_position() const { return sector_offset(params); }
-  __device__ __forceinline__ uint32_t record_position() const { return kRecordSector + sector_offset(bases); }
+  __device__ __forceinline__ uint32_t params_position() const { return params.sector_offset(); }
+  __device__ __forceinline__ uint32_t record_position() const {
+    return kRecordSector + record.sector_offset();
+  }
   __device__ __forceinline__ uint32_t groups_position(uint32_t before) const {
-    return kRecordSector + round_to_sectors(before + kSectorBytes - kUnitBytes) + sector_offset(groups);
+    return kRecordSector + round_to_sectors(before + kSectorBytes - kUnitBytes) + groups.sector_offset();
   }
 };
 
@@ -87,8 +90,8 @@ __device__ __forceinline__ WarpUnits warp_units(const ProductParameters& paramet
 }
 
 template <uint32_t kPart>
-__device__ __forceinline__ PartSpans make_part_spans(const ProductParameters& parameters, uint32_t block,
-                                                     uint32_t head) {
+__device__ __forceinline__ PartCopies find_part(const ProductParameters& parameters, uint32_t block,
+                                                uint32_t head) {
   const CacheView& cache = parameters.cache;
   const SequenceTokens& tokens = parameters.tokens;
   const kv::RecordSpan span = kv::record_span(cache, kv::index_of(cache, tokens.layer, tokens.sequence),
@@ -99,34 +102,33 @@ __device__ __forceinline__ PartSpans make_part_spans(const ProductParameters& pa
     const uint8_t* header = kv::stream_byte(cache, pages, static_cast<uint64_t>(span.begin) * kUnitBytes);
     widths = reinterpret_cast<const uint32_t*>(header)[kPart];
   }
+  const auto copy_of = [&](uint32_t begin, uint32_t end) {
+    return make_copy(cache.pool, make_span(pages, begin, end));
+  };
   const uint32_t groups = span.begin + parameters.layout.groups / kUnitBytes;
   const uint32_t group_units = kv::kGroupBytes / kUnitBytes * kv::width_sum(widths);
   constexpr uint32_t kHalf = kHalfParams / kUnitBytes;
   if constexpr (kPart == PH_KV_KEYS) {
-    return {make_span(pages, span.params, span.params + kHalf),
-            make_span(pages, span.begin, groups + group_units),
-            {},
-            widths};
+    return {copy_of(span.params, span.params + kHalf), copy_of(span.begin, groups + group_units), {}, widths};
   } else {
-    return {make_span(pages, span.params + kHalf, span.params + kv::kParamsUnits),
-            make_span(pages, span.begin, groups),
-            group_units > 0 ? make_span(pages, span.end - group_units, span.end) : Span{}, widths};
+    return {copy_of(span.params + kHalf, span.params + kv::kParamsUnits), copy_of(span.begin, groups),
+            group_units > 0 ? copy_of(span.end - group_units, span.end) : SpanCopy{}, widths};
   }
 }
 
-// Starts the copy of a block, or none for a null `spans`.
+// Starts the copy of a block.
 template <uint32_t kPart>
 __device__ __forceinline__ void fetch_part(const Ring& ring, const ProductParameters& parameters,
-                                           const PartSpans* spans, uint32_t stage) {
-  if (spans == nullptr) return ring.skip();
+                                           const PartCopies& part, uint32_t stage) {
   const uint8_t* pool = parameters.cache.pool;
-  if constexpr (kPart == PH_KV_KEYS) {
-    ring.copy(pool, stage, {spans->bases, spans->params},
-              {spans->record_position(), spans->params_position()});
+  const PartCopies copies = part;
+  if (kPart == PH_KV_KEYS || copies.groups.bytes == 0) {
+    const uint32_t params = (kPart == PH_KV_KEYS ? 0 : kHalfParams) + copies.params_position();
+    ring.copy(pool, stage, {copies.record, copies.params}, {copies.record_position(), params});
   } else {
-    ring.copy(pool, stage, {spans->groups, spans->bases, spans->params},
-              {spans->groups_position(parameters.layout.groups), spans->record_position(),
-               kHalfParams + spans->params_position()});
+    ring.copy(pool, stage, {copies.groups, copies.record, copies.params},
+              {copies.groups_position(parameters.layout.groups), copies.record_position(),
+               kHalfParams + copies.params_position()});
   }
 }
 
@@ -135,17 +137,19 @@ __device__ __forceinline__ void fetch_part(const Ring& ring, const ProductParame
 // has ended; then it calls prepare(). The next kernel may do the same meanwhile.
 template <uint32_t kPart, typename Prepare, typename Use>
 __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, const WarpUnits& units,
-                                          const Ring& ring, PartSpans (&spans)[kWarpUnits], Prepare prepare,
+                                          const Ring& ring, PartCopies (&copies)[kWarpUnits], Prepare prepare,
+
                                           Use use) {
   const uint32_t lane = threadIdx.x % kWarpThreads, settled_blocks = parameters.tokens.settled,
                  settled = settled_blocks > units.first_block ? settled_blocks - units.first_block : 0;
   const auto find = [&](bool wanted) {
     if (wanted && lane < units.blocks)
-      spans[lane] = make_part_spans<kPart>(parameters, units.first_block + lane, blockIdx.y);
+      copies[lane] = find_part<kPart>(parameters, units.first_block + lane, blockIdx.y);
     __syncwarp();
   };
   const auto fetch = [&](uint32_t at, uint32_t stage) {
-    fetch_part<kPart>(ring, parameters, at < units.blocks ? &spans[at] : nullptr, stage);
+    if (at < units.blocks) fetch_part<kPart>(ring, parameters, copies[at], stage);
+    else ring.skip();
   };
   let_next_begin();
   find(lane < settled);
@@ -164,7 +168,7 @@ __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, c
     // Opaque, lest the compiler keeps every address that follows from it in a register of its own.
     uint32_t own_lane = lane;
     asm volatile("" : "+r"(own_lane));
-    const PartSpans& places = spans[at];
+    const PartCopies& places = copies[at];
     const Tile tile = {slot + places.params_position(), slot + places.record_position(), own_lane};
     const uint32_t groups = kPart == PH_KV_KEYS
                                 ? parameters.layout.groups
@@ -248,7 +252,7 @@ struct ScoreShared {
   static constexpr bool kShares = kResident % 2 == 0;
   Queries<kDim, kTiles> queries;
   alignas(16) float found[kProductWarps][4 * kTiles][kBlockTokens + 4];  // fewer conflicts of banks
-  PartSpans spans[kProductWarps][kWarpUnits];
+  PartCopies copies[kProductWarps][kWarpUnits];
   uint64_t barriers[kProductWarps][kProductStages];
 };
 
@@ -270,7 +274,7 @@ __global__ void __launch_bounds__(kProductThreads, ScoreShared<kDim, kTiles>::kR
                      parameters.stages, shared.barriers[warp]};
   WarpState<kDim, kTiles> state;
   for_tiles<PH_KV_KEYS>(
-      parameters, units, ring, shared.spans[warp],
+      parameters, units, ring, shared.copies[warp],
       [&] {
         if (const uint32_t n = threadIdx.x / kWarpThreads; n < kTiles)
           quantize_queries<kDim, kTiles, kBfloat>(LaneQuery<kDim>(columns, n), n, parameters.scale, queries);
@@ -399,7 +403,7 @@ constexpr int kSumStride = kDim + 8;
 struct WeighShared {
   static constexpr uint32_t kResident = 3;
   static constexpr bool kShares = false;
-  PartSpans spans[kProductWarps][kWarpUnits];
+  PartCopies copies[kProductWarps][kWarpUnits];
   uint64_t barriers[kProductWarps][kProductStages];
   uint32_t is_last;
 };
@@ -434,7 +438,7 @@ __global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
     for (int o = 0; o < kDim / 8; ++o) state.out[n][o] = 0.0f;
   }
   for_tiles<PH_KV_VALUES>(
-      parameters, units, ring, shared.spans[warp], [&] { load_weights(0, next); },
+      parameters, units, ring, shared.copies[warp], [&] { load_weights(0, next); },
       [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t groups) {
         const TileWeights<kTiles> own = next;
         load_weights(at + 1, next);
@@ -462,7 +466,7 @@ __global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
           for (int t = 0; t < 8; ++t)
             fixed[t] = __float_as_uint(__fmaf_rn(products[t], to_fixed, kFixedMagic));
           weight_units[n] = largest * (1.0f / kLargestFixed);
-          weight_fragments(tile.lane, fixed, fragments[n]);
+          weight_fragments(fixed, fragments[n]);
         }
         with_width<kGroups, kWide>(widths, [&](auto width) {
           tile_values<kDim, kTiles, kWide, decltype(width)::value>(tile, parameters.layout, groups, widths,
@@ -537,7 +541,7 @@ uint32_t group_bytes(const kv::TileShape& shape, uint32_t part) {
 
 // Shared memory of a block, at least `least`.
 uint32_t slot_bytes(const kv::TileShape& shape, uint32_t part, uint32_t least) {
-  const uint32_t bytes = PartSpans::kRecordSector + kv::bases_position(shape, kv::kParts) +
+  const uint32_t bytes = PartCopies::kRecordSector + kv::bases_position(shape, kv::kParts) +
                          group_bytes(shape, part) + 3 * kSectorBytes;
   return (std::max(bytes, least) + 127) / 128 * 128;
 }

@@ -27,20 +27,12 @@ struct Span {
   uint16_t units;
   uint32_t pages[2];
 
-  __device__ __forceinline__ bool straddles() const {
-    return unit + units > static_cast<int>(kv::kPageUnits);
-  }
   __device__ __forceinline__ SpanPiece piece(const uint8_t* pool, bool second) const {
     const uint32_t first = min(static_cast<uint32_t>(units), kv::kPageUnits - unit);
     return {pool + (second ? pages[1] * kv::kPageBytes : pages[0] * kv::kPageBytes + unit * kv::kUnitBytes),
             second ? first * kv::kUnitBytes : 0, (second ? units - first : first) * kv::kUnitBytes};
   }
 };
-
-// How far into a sector a span begins.
-__device__ __forceinline__ uint32_t sector_offset(const Span& span) {
-  return span.unit * kv::kUnitBytes % kSectorBytes;
-}
 
 __device__ __forceinline__ Span make_span(const uint32_t* page_table, uint32_t begin, uint32_t end) {
   return {static_cast<uint16_t>(begin % kv::kPageUnits),
@@ -51,20 +43,45 @@ __device__ __forceinline__ Span make_span(const uint32_t* page_table, uint32_t b
 // Where a tile's params and record are.
 struct TileSpans {
   Span params, record;
+};
 
-  // Where they come to lie in a slot: as far from a sector's begin as in the pool.
-  __device__ __forceinline__ uint32_t params_position() const { return sector_offset(params); }
-  __device__ __forceinline__ uint32_t record_position() const {
-    return kRecordSector + sector_offset(record);
+// A span's way into a slot, where it comes to lie as far from a sector's begin as in the pool. Not of 0 bytes.
+struct alignas(16) SpanCopy {
+  const uint8_t* source;
+  uint16_t first_bytes, bytes;  // in its first page, and in all
+  uint32_t second_page;
+
+  __device__ __forceinline__ uint32_t sector_offset() const {
+    return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(source)) % kSectorBytes;
   }
+  __device__ __forceinline__ bool straddles() const { return first_bytes < bytes; }
+};
+static_assert(kv::kPageBytes % kSectorBytes == 0);
+
+__device__ __forceinline__ SpanCopy make_copy(const uint8_t* pool, const Span& span) {
+  const SpanPiece first = span.piece(pool, false);
+  return {first.source, static_cast<uint16_t>(first.bytes),
+          static_cast<uint16_t>(span.units * kv::kUnitBytes), span.pages[1]};
+}
+
+// The copies of a tile.
+struct TileCopies {
+  SpanCopy params, record;
+
   // The sector, of a slot, in which the record begins.
   static constexpr uint32_t kRecordSector =
       round_to_sectors(kv::kParamsBytes + kSectorBytes - kv::kUnitBytes);
+
+  // Where they come to lie in a slot.
+  __device__ __forceinline__ uint32_t params_position() const { return params.sector_offset(); }
+  __device__ __forceinline__ uint32_t record_position() const {
+    return kRecordSector + record.sector_offset();
+  }
 };
 
 // Bytes of a slot for records of up to so many.
 constexpr uint32_t tile_slot_bytes(uint32_t record_bytes) {
-  return TileSpans::kRecordSector + round_to_sectors(record_bytes + kSectorBytes - kv::kUnitBytes);
+  return TileCopies::kRecordSector + round_to_sectors(record_bytes + kSectorBytes - kv::kUnitBytes);
 }
 
 __device__ __forceinline__ void bulk_copy(uint32_t target, const uint8_t* source, uint32_t bytes,
@@ -74,6 +91,17 @@ __device__ __forceinline__ void bulk_copy(uint32_t target, const uint8_t* source
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
       "l"(source), "r"(bytes), "r"(barrier)
       : "memory");
+#endif
+}
+
+// True in one lane of a warp, all of which call it.
+__device__ __forceinline__ bool is_elected() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t elected;
+  asm volatile("{\n .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected != 0;
+#else
+  return threadIdx.x % kWarpThreads == 0;
 #endif
 }
 
@@ -124,59 +152,54 @@ struct Ring {
 #endif
   }
 
-  // Starts the copies of a tile's spans to where they belong in a slot. All lanes call it or `skip`, once per tile in turn.
-  template <int kSpans>
-  __device__ __forceinline__ void copy(const uint8_t* pool, uint32_t stage, const Span (&spans)[kSpans],
-                                       const uint32_t (&positions)[kSpans]) const {
+  // Starts the copies of a tile to where they belong in a slot. All lanes call it, with the same, or `skip`, once per tile in
+  // turn.
+  template <int kCopies>
+  __device__ __forceinline__ void copy(const uint8_t* pool, uint32_t stage, const SpanCopy (&copies)[kCopies],
+                                       const uint32_t (&positions)[kCopies]) const {
     uint8_t* slot = slots + stage * slot_bytes;
 #if __CUDA_ARCH__ >= 900
-    // By one lane: a copy takes its operands from uniform registers, and lanes would take turns in a loop.
-    const uint32_t barrier = shared_address(barriers + stage);
-    const auto copy_piece = [&](int which, bool second) {
-      const SpanPiece piece = spans[which].piece(pool, second);
-      if (piece.bytes > 0)
-        bulk_copy(shared_address(slot) + positions[which] + piece.offset, piece.source, piece.bytes, barrier);
-    };
-    uint32_t units = 0;
+    const uint32_t barrier = shared_address(barriers + stage), target = shared_address(slot);
+    uint32_t bytes = 0;
     bool straddles = false;
 #pragma unroll
-    for (int which = 0; which < kSpans; ++which) {
-      units += spans[which].units;
-      straddles |= spans[which].straddles();
+    for (int which = 0; which < kCopies; ++which) {
+      bytes += copies[which].bytes;
+      straddles |= copies[which].straddles();
     }
-    if (threadIdx.x % kWarpThreads == 0) {
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                   "r"(units * kv::kUnitBytes)
+    // Of an elected lane, the compiler knows that it is one: a copy takes its operands from uniform registers, and lanes
+    // would take turns in a loop.
+    if (is_elected()) {
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                    : "memory");
 #pragma unroll
-      for (int which = 0; which < kSpans; ++which) copy_piece(which, false);
+      for (int which = 0; which < kCopies; ++which)
+        bulk_copy(target + positions[which], copies[which].source, copies[which].first_bytes, barrier);
     }
     // A vote, so that this is a branch, and rare.
     if (__any_sync(kEveryLane, straddles)) {
-      if (threadIdx.x % kWarpThreads == 0) {
 #pragma unroll
-        for (int which = 0; which < kSpans; ++which) copy_piece(which, true);
+      for (int which = 0; which < kCopies; ++which) {
+        const SpanCopy& copy = copies[which];
+        if (copy.straddles() && is_elected())
+          bulk_copy(target + positions[which] + copy.first_bytes, pool + copy.second_page * kv::kPageBytes,
+                    copy.bytes - copy.first_bytes, barrier);
       }
-      __syncwarp();
     }
 #else
 #pragma unroll
-    for (int which = 0; which < kSpans; ++which) {
-      const Span& span = spans[which];
-      for (uint32_t at = threadIdx.x % kWarpThreads; at < span.units; at += kWarpThreads) {
-        const SpanPiece piece = span.piece(pool, span.unit + at >= kv::kPageUnits);
-        kv::copy_async(reinterpret_cast<uint4*>(slot + positions[which] + at * kv::kUnitBytes),
-                       piece.source + at * kv::kUnitBytes - piece.offset);
+    for (int which = 0; which < kCopies; ++which) {
+      const SpanCopy& copy = copies[which];
+      for (uint32_t at = threadIdx.x % kWarpThreads * kv::kUnitBytes; at < copy.bytes;
+           at += kWarpThreads * kv::kUnitBytes) {
+        const uint8_t* source = at < copy.first_bytes
+                                    ? copy.source + at
+                                    : pool + copy.second_page * kv::kPageBytes + (at - copy.first_bytes);
+        kv::copy_async(reinterpret_cast<uint4*>(slot + positions[which] + at), source);
       }
     }
     skip();
 #endif
-  }
-
-  // Starts a tile's copy into a slot, or none for a null `spans`.
-  __device__ __forceinline__ void fetch(const uint8_t* pool, const TileSpans* spans, uint32_t stage) const {
-    if (spans == nullptr) return skip();
-    copy(pool, stage, {spans->record, spans->params}, {spans->record_position(), spans->params_position()});
   }
 
   // After a slot was used as ordinary shared memory, and before the next fetch into it.

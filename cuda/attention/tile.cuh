@@ -89,40 +89,35 @@ __device__ __forceinline__ uint32_t width_mask(uint32_t width) {
   return (1u << width) * 0x01010101u - 0x01010101u;
 }
 
-// Loads a lane's words of a group of `width` bits, 0 to 4, from shared memory; words beyond those of the width are
-// anything. Of any width (kWidth 0) in one statement, volatile and without branches, so that the load of the next group
-// is under way while this one is worked on.
+// Loads a lane's words of a group of kWidth bits, 2 to 4, from shared memory; words beyond those of the width are anything.
 template <int kWidth>
-__device__ __forceinline__ void load_group(const uint8_t* group, uint32_t lane, uint32_t width,
-                                           Nibbles<kWidth>& nibbles) {
-  uint32_t(&w)[8] = nibbles.words;
-  if constexpr (kWidth > 0) {
-    if constexpr (kWidth >= 2) {
-      const uint4 four = *reinterpret_cast<const uint4*>(group + 16 * lane);
-      w[0] = four.x, w[1] = four.y, w[2] = four.z, w[3] = four.w;
-    }
-    if constexpr (kWidth == 4) {
-      const uint4 four = *reinterpret_cast<const uint4*>(group + 512 + 16 * lane);
-      w[4] = four.x, w[5] = four.y, w[6] = four.z, w[7] = four.w;
-    }
-    if constexpr (kWidth % 2 == 1) {
-      const uint2 two = *reinterpret_cast<const uint2*>(group + 512 * (kWidth / 2) + 8 * lane);
-      w[2 * kWidth - 2] = two.x, w[2 * kWidth - 1] = two.y;
-    }
-  } else {
-    const uint32_t address = shared_address(group), vector = address + 16 * lane, half = address + 8 * lane;
-    asm volatile(
-        "{\n .reg .pred one, two, three, four;\n"
-        " setp.eq.u32 one, %10, 1;\n setp.ge.u32 two, %10, 2;\n"
-        " setp.eq.u32 three, %10, 3;\n setp.eq.u32 four, %10, 4;\n"
-        " @two ld.shared.v4.u32 {%0, %1, %2, %3}, [%8];\n"
-        " @four ld.shared.v4.u32 {%4, %5, %6, %7}, [%8 + 512];\n"
-        " @three ld.shared.v2.u32 {%4, %5}, [%9 + 512];\n"
-        " @one ld.shared.v2.u32 {%0, %1}, [%9];\n}"
-        : "=&r"(w[0]), "=&r"(w[1]), "=&r"(w[2]), "=&r"(w[3]), "=&r"(w[4]), "=&r"(w[5]), "=&r"(w[6]),
-          "=&r"(w[7])
-        : "r"(vector), "r"(half), "r"(width));
+__device__ __forceinline__ void load_words_of(const uint8_t* group, uint32_t lane, uint32_t (&w)[8]) {
+  const uint4 low = *reinterpret_cast<const uint4*>(group + 16 * lane);
+  w[0] = low.x, w[1] = low.y, w[2] = low.z, w[3] = low.w;
+  if constexpr (kWidth == 4) {
+    const uint4 high = *reinterpret_cast<const uint4*>(group + 512 + 16 * lane);
+    w[4] = high.x, w[5] = high.y, w[6] = high.z, w[7] = high.w;
+  } else if constexpr (kWidth == 3) {
+    const uint2 high = *reinterpret_cast<const uint2*>(group + 512 + 8 * lane);
+    w[4] = high.x, w[5] = high.y;
   }
+}
+
+// The same for `width` bits, 0 to 4: in one statement, volatile and without branches, so that the load of the next group is
+// under way while this one is worked on.
+__device__ __forceinline__ void load_words_of(const uint8_t* group, uint32_t lane, uint32_t width,
+                                              uint32_t (&w)[8]) {
+  const uint32_t address = shared_address(group), vector = address + 16 * lane, half = address + 8 * lane;
+  asm volatile(
+      "{\n .reg .pred one, two, three, four;\n"
+      " setp.eq.u32 one, %10, 1;\n setp.ge.u32 two, %10, 2;\n"
+      " setp.eq.u32 three, %10, 3;\n setp.eq.u32 four, %10, 4;\n"
+      " @two ld.shared.v4.u32 {%0, %1, %2, %3}, [%8];\n"
+      " @four ld.shared.v4.u32 {%4, %5, %6, %7}, [%8 + 512];\n"
+      " @three ld.shared.v2.u32 {%4, %5}, [%9 + 512];\n"
+      " @one ld.shared.v2.u32 {%0, %1}, [%9];\n}"
+      : "=&r"(w[0]), "=&r"(w[1]), "=&r"(w[2]), "=&r"(w[3]), "=&r"(w[4]), "=&r"(w[5]), "=&r"(w[6]), "=&r"(w[7])
+      : "r"(vector), "r"(half), "r"(width));
 }
 
 // The words of a group to nibble words. All lanes agree on the width.
@@ -156,24 +151,62 @@ __device__ __forceinline__ bool any_wide(uint32_t widths) {
   return (widths + 0x33333333u & 0x88888888u) != 0;
 }
 
-// Calls use(group, nibbles) for the groups of a part, which follow each other from `groups` on; of groups wider than 4
-// bits, for one digit of each. kWidth: the width of every group, or 0 where they differ.
-template <int kGroups, int kWidth, bool kWide, typename Use>
-__device__ __forceinline__ void for_groups(const uint8_t* groups, uint32_t lane, uint32_t widths, int digit,
-                                           Use use) {
+// Calls use(group, nibbles) for so many groups of a part; see for_groups.
+template <int kWidth, bool kWide, int kGroups, typename Use>
+__device__ __forceinline__ void for_some_groups(const uint8_t* groups, uint32_t lane, uint32_t widths,
+                                                int digit, std::integral_constant<int, kGroups>, Use use) {
   const auto full_width = [&](int group) { return kWidth > 0 ? kWidth : widths >> 4 * group & 15; };
   const auto width_of = [&](int group) {
     return kWide ? digit_width(full_width(group), digit) : full_width(group);
   };
+  const auto load = [&](int group, Nibbles<kWidth>& nibbles) {
+    if constexpr (kWidth > 0) load_words_of<kWidth>(groups, lane, nibbles.words);
+    else load_words_of(groups, lane, width_of(group), nibbles.words);
+  };
   if constexpr (kWide) groups += digit * 4 * kv::kGroupBytes;
   Nibbles<kWidth> nibbles[2];
-  load_group<kWidth>(groups, lane, width_of(0), nibbles[0]);
+  load(0, nibbles[0]);
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     groups += kv::kGroupBytes * full_width(group);
-    if (group + 1 < kGroups) load_group<kWidth>(groups, lane, width_of(group + 1), nibbles[(group + 1) % 2]);
+    if (group + 1 < kGroups) load(group + 1, nibbles[(group + 1) % 2]);
     unpack_group(width_of(group), nibbles[group % 2]);
     use(group, nibbles[group % 2]);
+  }
+}
+
+// Calls use(group, nibbles) for the groups of a part, which follow each other from `groups` on; of groups wider than 4
+// bits, for one digit of each. kWidth: the width of every group, or 0 where they differ. Where no group is wide, two at a
+// time, that mostly have the same width: for each there is code without branches.
+template <int kGroups, int kWidth, bool kWide, typename Use>
+__device__ __forceinline__ void for_groups(const uint8_t* groups, uint32_t lane, uint32_t widths, int digit,
+                                           Use use) {
+  if constexpr (kWidth == 0 && !kWide && kGroups % 2 == 0) {
+#pragma unroll
+    for (int first = 0; first < kGroups; first += 2) {
+      const uint32_t both = widths >> 4 * first & 0xff;
+      const auto with_same = [&](auto width) {
+        constexpr int kSame = decltype(width)::value;
+        Nibbles<0> nibbles[2];
+#pragma unroll
+        for (int at = 0; at < 2; ++at)
+          load_words_of<kSame>(groups + at * kSame * kv::kGroupBytes, lane, nibbles[at].words);
+#pragma unroll
+        for (int at = 0; at < 2; ++at) {
+          unpack_group(kSame, nibbles[at]);
+          use(first + at, nibbles[at]);
+        }
+      };
+      if (both == 0x33) with_same(std::integral_constant<int, 3>{});
+      else if (both == 0x44) with_same(std::integral_constant<int, 4>{});
+      else if (both == 0x22) with_same(std::integral_constant<int, 2>{});
+      else
+        for_some_groups<0, false>(groups, lane, both, 0, std::integral_constant<int, 2>{},
+                                  [&](int at, const Nibbles<0>& nibbles) { use(first + at, nibbles); });
+      groups += kv::kGroupBytes * ((both & 15) + (both >> 4));
+    }
+  } else {
+    for_some_groups<kWidth, kWide>(groups, lane, widths, digit, std::integral_constant<int, kGroups>{}, use);
   }
 }
 
@@ -233,11 +266,11 @@ __device__ __forceinline__ void load_zeros(const uint8_t* source, float (&zeros)
 template <int kDim, bool kWide>
 constexpr float kBaseBias = !kWide && kDim % 64 == 0 ? 128.0f : 0.0f;
 
-// Byte `at` of a word of bases, plus kBaseBias.
+// Byte `at` of a word of bases, plus kBaseBias; its bits are TileLayout::bias_bits.
 template <int kDim, bool kWide>
-__device__ __forceinline__ float base_value(uint32_t bases, int at) {
+__device__ __forceinline__ float base_value(uint32_t bases, uint32_t bias_bits, int at) {
   if constexpr (kBaseBias<kDim, kWide> != 0.0f) {
-    return __uint_as_float(__byte_perm(bases, 0x43000000u, 0x7044 | at << 8));
+    return __uint_as_float(__byte_perm(bases, bias_bits, 0x7044 | at << 8));
   }
   return __uint_as_float(__byte_perm(bases, kIntegerWord, 0x7440 | at)) - kInteger;
 }
@@ -295,6 +328,8 @@ struct Tile {
 struct TileLayout {
   uint32_t value_bases, groups;   // bytes; the key bases follow the header
   bool narrow_bases[kv::kParts];  // of 4 bits
+  // 128.0f, which the compiler is not to know: it would load each selector of a permutation of bytes with it.
+  uint32_t bias_bits = 0x43000000u;
 
   // Where no residual has more than 4 bits, the head's channels decide (TilePart).
   template <int kDim, bool kWide>
@@ -416,33 +451,41 @@ __device__ __forceinline__ void tile_scores(const Tile& tile, const TileLayout& 
   }
 }
 
+// An 8x8 matrix of 16-bit elements, of which lane (g, i) has row g, columns 2i and 2i + 1, transposed.
+__device__ __forceinline__ uint32_t transposed(uint32_t elements) {
+  uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(elements));
+  return result;
+}
+
 // Weights in fixed point (see split_fixed), of tokens 8 * g + t and column i in lane (g, i), to B fragments.
-__device__ __forceinline__ void weight_fragments(uint32_t lane, const uint32_t (&fixed)[8],
-                                                 uint32_t (&weights)[4]) {
-  const uint32_t g = lane / 4, i = lane % 4;
-  // A C fragment has 8 tokens of column i, a B fragment 16 tokens of column g: four shuffles.
-  const uint32_t even_lane = 8 * i + g / 2, odd_lane = even_lane + 4;
-  const bool odd = g % 2 == 1;
-  const uint32_t first_lane = odd ? odd_lane : even_lane, second_lane = odd ? even_lane : odd_lane;
-  uint32_t high[2], low[2];
-  split_fixed(fixed, high[0], low[0]);
-  split_fixed(fixed + 4, high[1], low[1]);
-  const uint32_t x0 = odd ? low[0] : high[0], x1 = odd ? low[1] : high[1];
-  const uint32_t y0 = odd ? high[0] : low[0], y1 = odd ? high[1] : low[1];
-  const uint32_t r0 = __shfl_sync(kEveryLane, x0, first_lane), r1 = __shfl_sync(kEveryLane, x1, first_lane);
-  const uint32_t r2 = __shfl_sync(kEveryLane, y0, second_lane), r3 = __shfl_sync(kEveryLane, y1, second_lane);
-  weights[0] = odd ? r2 : r0;
-  weights[1] = odd ? r3 : r1;
-  weights[2] = odd ? r0 : r2;
-  weights[3] = odd ? r1 : r3;
+__device__ __forceinline__ void weight_fragments(const uint32_t (&fixed)[8], uint32_t (&weights)[4]) {
+  // Two tokens' high bytes are an element, their low ones the next. Transposed, a lane has the high or the low bytes of column
+  // g / 2: those of tokens 16 * i + 0, 1 and 16 * i + 8, 9, and so on.
+  uint32_t pairs[4];
+#pragma unroll
+  for (int p = 0; p < 4; ++p)
+    pairs[p] = transposed(__byte_perm(fixed[2 * p], fixed[2 * p + 1], 0x4051) ^ 0x80800000u);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    weights[half] = __byte_perm(pairs[2 * half], pairs[2 * half + 1], 0x5410);
+    weights[2 + half] = __byte_perm(pairs[2 * half], pairs[2 * half + 1], 0x7632);
+  }
 }
 
 // A column's highest of scores that its lanes hold.
 template <int kScores>
 __device__ __forceinline__ float highest_score(const float (&scores)[kScores]) {
-  float most = scores[0];
+  // In pairs, as each waits for the ones before.
+  float pairs[kScores];
 #pragma unroll
-  for (int t = 1; t < kScores; ++t) most = fmaxf(most, scores[t]);
+  for (int t = 0; t < kScores; ++t) pairs[t] = scores[t];
+#pragma unroll
+  for (int distance = 1; distance < kScores; distance *= 2)
+#pragma unroll
+    for (int t = 0; t + distance < kScores; t += 2 * distance)
+      pairs[t] = fmaxf(pairs[t], pairs[t + distance]);
+  float most = pairs[0];
   for (int distance = 4; distance < kWarpThreads; distance *= 2)
     most = fmaxf(most, __shfl_xor_sync(kEveryLane, most, distance));
   return most;
@@ -509,14 +552,14 @@ __device__ __forceinline__ void tile_weights(const Tile& tile, WarpState<kDim, k
     for (int t = 0; t < 8; ++t) {
       const float probability = exponential(__fmaf_rn(scores[n][t], state.query_scale[n], -highest[n]));
       const float weight = probability * scales[t];
-      sum += probability;
-      zero_sum = __fmaf_rn(weight, zeros[t], zero_sum);
+      sum = t == 0 ? probability : sum + probability;
+      zero_sum = t == 0 ? weight * zeros[t] : __fmaf_rn(weight, zeros[t], zero_sum);
       fixed[t] = __float_as_uint(__fmaf_rn(weight, to_fixed, kFixedMagic));
     }
     state.sum[n] = __fmaf_rn(sum, tile_factor, state.sum[n]);
     state.zeros[n] = __fmaf_rn(zero_sum, tile_factor, state.zeros[n]);
     units[n] = tile_factor * largest_scale * (1.0f / kLargestFixed);
-    weight_fragments(tile.lane, fixed, weights[n]);
+    weight_fragments(fixed, weights[n]);
   }
 }
 
@@ -565,7 +608,7 @@ __device__ __forceinline__ void tile_values(const Tile& tile, const TileLayout& 
           }
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            const float base = base_value<kDim, kWide>(bases[group], j);
+            const float base = base_value<kDim, kWide>(bases[group], layout.bias_bits, j);
             const int half = j / 2, row = j % 2;
 #pragma unroll
             for (int n = 0; n < kTiles; ++n) {
