@@ -194,16 +194,19 @@ std::vector<float> plans_of(const Batch& batch, const Results& results) {
 // differ, and of powers.
 double arithmetic() { return (in_single ? 96.0 : 3.0) * kUnit; }
 // What rounding f and g to float32 once does to a plan, relatively and at most, as an exponent is (f + g - C) / epsilon; in
-// single precision C too, and eight times over: parts of potentials are multiplied by 1 / epsilon and added.
+// single precision C too, and eight times over: parts of potentials are multiplied by 1 / epsilon and added. Of points, C is
+// the sum of squares as large as the largest cost, also where it is 0 itself.
 double rounding_of(const reference::Problem& p, const float* t, const float* f, const float* g,
                    double epsilon) {
+  const double largest = p.largest();
   double sum = 0.0, total = 0.0;
   for (uint32_t i = 0; i < p.rows; ++i) {
     for (uint32_t j = 0; j < p.columns; ++j) {
       const size_t at = static_cast<size_t>(i) * p.columns + j;
       if (!(t[at] > 0.0f)) continue;
       total += t[at];
-      sum += t[at] * (std::fabs(f[i]) + std::fabs(g[j]) + (in_single ? std::fabs(p.cost[at]) : 0.0));
+      const double cost = p.dimension > 0 ? largest : std::fabs(p.cost[at]);
+      sum += t[at] * (std::fabs(f[i]) + std::fabs(g[j]) + (in_single ? cost : 0.0));
     }
   }
   return total > 0.0 ? (in_single ? 8.0 : 1.0) * kUnit * sum / total / epsilon : 0.0;
