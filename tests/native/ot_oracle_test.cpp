@@ -348,23 +348,29 @@ void check_products(const Batch& batch, const Results& results) {
           const float* t = (kept ? plan.data() : from_potentials.data()) + batch.plan[q];
           const uint32_t count = transposed ? p.columns : p.rows, inner = transposed ? p.rows : p.columns;
           std::vector<double> expected(static_cast<size_t>(count) * width, 0.0);
+          double squares = 0.0;  // of what is added up
           for (uint32_t i = 0; i < count; ++i) {
-            double sum = 0.0;
+            double sum = 0.0, row_squares = 0.0;
             for (uint32_t j = 0; j < inner; ++j) {
               const double weight = t[transposed ? static_cast<size_t>(j) * p.columns + i
                                                  : static_cast<size_t>(i) * p.columns + j];
               sum += weight;
-              for (uint32_t w = 0; w < width; ++w)
-                expected[static_cast<size_t>(i) * width + w] += weight * values[(from[q] + j) * width + w];
+              for (uint32_t w = 0; w < width; ++w) {
+                const double term = weight * values[(from[q] + j) * width + w];
+                expected[static_cast<size_t>(i) * width + w] += term;
+                row_squares += term * term;
+              }
             }
-            for (uint32_t w = 0; w < width && normalised; ++w)
-              if (sum > 0.0) expected[static_cast<size_t>(i) * width + w] /= sum;
+            const bool divided = normalised && sum > 0.0;
+            for (uint32_t w = 0; w < width && divided; ++w)
+              expected[static_cast<size_t>(i) * width + w] /= sum;
+            squares += divided ? row_squares / sum / sum : row_squares;
           }
-          // Signs of what is multiplied differ, so that roundings add up as little as the sums do.
+          // Signs of what is multiplied differ, so that sums and roundings add up as random steps do.
           const double rounding =
               rounding_of(p, t, &f[batch.rows[q]], &g[batch.columns[q]], reports[q].epsilon);
-          expect(distance(expected, &actual[to[q] * width]), arithmetic() + (kept ? 0.0 : rounding),
-                 "product", p, batch.kind);
+          expect(distance(expected, &actual[to[q] * width], 0.0, squares),
+                 arithmetic() + (kept ? 0.0 : rounding), "product", p, batch.kind);
         }
       }
     }
