@@ -127,8 +127,9 @@ __device__ __forceinline__ void unpack_group(uint32_t width, Nibbles<kWidth>& ni
   nibbles.mask = width_mask(width);
   if (width == 4 || kWidth == 2) return;
   if (width == 3) {
-    w[6] = (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
-    w[7] = (w[3] >> 3 & 0x11111111u) | (w[4] >> 2 & 0x22222222u) | (w[5] >> 1 & 0x44444444u);
+    const auto choose = [](uint32_t bits, uint32_t x, uint32_t y) { return (x & bits) | (y & ~bits); };
+    w[6] = choose(0x11111111u, w[0] >> 3, choose(0x22222222u, w[1] >> 2, w[2] >> 1));
+    w[7] = choose(0x11111111u, w[3] >> 3, choose(0x22222222u, w[4] >> 2, w[5] >> 1));
   } else if (width == 2) {
 #pragma unroll
     for (int x = 3; x >= 0; --x) {
@@ -248,16 +249,15 @@ __device__ __forceinline__ void load_scales(const uint8_t* source, float (&scale
 constexpr float kInteger = 8388608.0f;          // 2^23: the low bits of its words count units
 constexpr uint32_t kIntegerWord = 0x4b000000u;  // as a word
 
-// Eight 16-bit zero points, as floats. Conversions of 16-bit integers are few a cycle: 2^15 is added, and taken away again
-// with 2^23.
+// Eight 16-bit zero points, as floats in units of kZeroUnit: conversions of 32-bit integers are faster than those of 16.
+constexpr float kZeroUnit = 0x1p-16f;
 __device__ __forceinline__ void load_zeros(const uint8_t* source, float (&zeros)[8]) {
   const uint4 words = *reinterpret_cast<const uint4*>(source);
   const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t positive = pairs[i] ^ 0x80008000u;
-    zeros[2 * i] = __uint_as_float(__byte_perm(positive, kIntegerWord, 0x7610)) - (kInteger + 32768.0f);
-    zeros[2 * i + 1] = __uint_as_float(__byte_perm(positive, kIntegerWord, 0x7632)) - (kInteger + 32768.0f);
+    zeros[2 * i] = static_cast<float>(static_cast<int>(pairs[i] << 16));
+    zeros[2 * i + 1] = static_cast<float>(static_cast<int>(pairs[i] & 0xffff0000u));
   }
 }
 
@@ -342,7 +342,7 @@ struct TileLayout {
 template <int kDim, int kTiles>
 struct Queries {
   alignas(16) uint32_t fragments[kDim / 32][kWarpThreads][2 * kTiles];  // B of each group, lane and tile
-  float sum[4 * kTiles];                                                // of a column
+  float sum[4 * kTiles];                                                // of a column, times kZeroUnit
   float scale[4 * kTiles];  // of its fixed-point scores, softmax scale and log2(e) included
 };
 
@@ -350,10 +350,11 @@ struct Queries {
 template <int kDim, int kTiles>
 struct WarpState {
   float query_scale[kTiles], query_sum[kTiles];
-  float out[kTiles][kDim / 8];       // channel 8 * o + g, without `zeros`
-  float reference[kTiles];           // exponents are relative to it
-  float weights[kTiles];             // sum of the weights that kBaseBias is multiplied with
-  float sum[kTiles], zeros[kTiles];  // of this lane's tokens: probabilities, and weights times zero points
+  float out[kTiles][kDim / 8];  // channel 8 * o + g, without `zeros`
+  float reference[kTiles];      // exponents are relative to it
+  float weights[kTiles];        // sum of the weights that kBaseBias is multiplied with
+  float sum[kTiles],
+      zeros[kTiles];  // of this lane's tokens: probabilities, and weights times zero points / kZeroUnit
 };
 
 // What is to be added to column n's outputs in the end: the zero points' share of all lanes, without kBaseBias.
@@ -362,7 +363,7 @@ __device__ __forceinline__ float output_shift(const WarpState<kDim, kTiles>& sta
   float zeros = state.zeros[n];
   for (int distance = 4; distance < kWarpThreads; distance *= 2)
     zeros += __shfl_xor_sync(kEveryLane, zeros, distance);
-  return __fmaf_rn(-kBaseBias<kDim, kWide>, state.weights[n], zeros);
+  return __fmaf_rn(-kBaseBias<kDim, kWide>, state.weights[n], zeros * kZeroUnit);
 }
 
 // Scores of the tile before query_scale: scores[tile][t] is that of token 8 * g + t.

@@ -209,7 +209,7 @@ __device__ __forceinline__ void kivi_values(uint32_t lane, const uint8_t* scales
 #pragma unroll
       for (int distance = 4; distance < kWarpThreads; distance *= 2)
         most = fmaxf(most, __shfl_xor_sync(kEveryLane, most, distance));
-      zeros[n][of_values] = __fmaf_rn(zero_sum, factors[n], zeros[n][of_values]);
+      zeros[n][of_values] = __fmaf_rn(zero_sum, factors[n] * kZeroUnit, zeros[n][of_values]);
       const float to_fixed = fixed_factor(most);
       uint32_t fixed[8];
 #pragma unroll
