@@ -138,7 +138,6 @@ __device__ __forceinline__ void fetch_part(const Ring& ring, const ProductParame
 template <uint32_t kPart, typename Prepare, typename Use>
 __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, const WarpUnits& units,
                                           const Ring& ring, PartCopies (&copies)[kWarpUnits], Prepare prepare,
-
                                           Use use) {
   const uint32_t lane = threadIdx.x % kWarpThreads, settled_blocks = parameters.tokens.settled,
                  settled = settled_blocks > units.first_block ? settled_blocks - units.first_block : 0;

@@ -353,8 +353,8 @@ struct WarpState {
   float out[kTiles][kDim / 8];  // channel 8 * o + g, without `zeros`
   float reference[kTiles];      // exponents are relative to it
   float weights[kTiles];        // sum of the weights that kBaseBias is multiplied with
-  float sum[kTiles],
-      zeros[kTiles];  // of this lane's tokens: probabilities, and weights times zero points / kZeroUnit
+  // Of this lane's tokens: probabilities, and weights times zero points in units of kZeroUnit.
+  float sum[kTiles], zeros[kTiles];
 };
 
 // What is to be added to column n's outputs in the end: the zero points' share of all lanes, without kBaseBias.
