@@ -484,8 +484,7 @@ struct DecodeWarp {
       : parameters(parameters_),
         work(work_),
         shared(shared_),
-        // A shuffle tells the compiler that lanes have the same: what follows from it is computed once for all of them.
-        warp(__shfl_sync(kEveryLane, threadIdx.x / kWarpThreads, 0)),
+        warp(warp_index()),
         lane(threadIdx.x % kWarpThreads),
         share(warp_share<kWarps<kDim, kTiles, kFlavour>>(work.piece, warp)),
         ring{dynamic + warp * parameters.stages * parameters.slot_bytes, parameters.slot_bytes,

@@ -207,21 +207,34 @@ __device__ __forceinline__ Columns columns_of(const ProductParameters& parameter
 
 // ---- q . K ----
 
-// Two lanes share a token and take its chunks of 8 channels in turn.
+// A run's keys in registers: two lanes share a token and take its chunks of 8 channels in turn.
+template <int kDim>
+struct RunKeys {
+  uint4 chunks[kDim / 16];
+  uint32_t token;
+  bool present;
+
+  __device__ __forceinline__ void load(const ProductParameters& parameters, const RecentRows<kDim>& keys,
+                                       uint32_t run) {
+    const SequenceTokens& tokens = parameters.tokens;
+    const uint32_t lane = threadIdx.x % kWarpThreads, at = run * kv::kRunTokens + lane / 2;
+    present = at < tokens.recent(parameters.cache);
+    token = tokens.recent_token(parameters.cache, present ? at : 0);
+    const uint8_t* row = keys.row(parameters.cache, token) + 16 * (lane % 2);
+#pragma unroll
+    for (int x = 0; x < kDim / 16; ++x) chunks[x] = *reinterpret_cast<const uint4*>(row + 32 * x);
+  }
+};
+
 template <int kDim, int kTiles, bool kBfloat>
-__device__ __forceinline__ void score_run(const ProductParameters& parameters, const RecentRows<kDim>& keys,
-                                          uint32_t run, const Columns& columns, float* out) {
-  const SequenceTokens& tokens = parameters.tokens;
+__device__ __forceinline__ void score_run(const ProductParameters& parameters, const RunKeys<kDim>& keys,
+                                          const Columns& columns, float* out) {
   const uint32_t lane = threadIdx.x % kWarpThreads;
-  const uint32_t at = run * kv::kRunTokens + lane / 2;
-  const bool present = at < tokens.recent(parameters.cache);
-  const uint32_t token = tokens.recent_token(parameters.cache, present ? at : 0);
-  const uint8_t* row = keys.row(parameters.cache, token);
   float sums[4 * kTiles] = {};
-#pragma unroll 4
+#pragma unroll
   for (int x = 0; x < kDim / 16; ++x) {
     const uint32_t channel = 16 * x + 8 * (lane % 2);
-    const uint4 key = *reinterpret_cast<const uint4*>(row + 2 * channel);
+    const uint4 key = keys.chunks[x];
 #pragma unroll
     for (int column = 0; column < 4 * kTiles; ++column) {
       if (column >= columns.count) break;
@@ -238,8 +251,8 @@ __device__ __forceinline__ void score_run(const ProductParameters& parameters, c
 #pragma unroll
   for (int column = 0; column < 4 * kTiles; ++column) {
     const float sum = sums[column] + __shfl_xor_sync(kEveryLane, sums[column], 1);
-    if (present && lane % 2 == 0 && column < columns.count)
-      out[static_cast<uint64_t>(column) * tokens.length + token] = sum * parameters.scale;
+    if (keys.present && lane % 2 == 0 && column < columns.count)
+      out[static_cast<uint64_t>(column) * parameters.tokens.length + keys.token] = sum * parameters.scale;
   }
 }
 
@@ -259,12 +272,13 @@ template <int kDim, int kTiles, bool kBfloat, bool kWide>
 __global__ void __launch_bounds__(kProductThreads, ScoreShared<kDim, kTiles>::kResident)
     ScoreKernel(const __grid_constant__ ProductParameters parameters) {
   constexpr int kColumns = 4 * kTiles, kGroups = kDim / 32;
+  // The first run's keys are on their way while packed blocks are worked on, if there are registers for them.
+  constexpr bool kLoadsAhead = kDim <= 128;
   extern __shared__ __align__(128) uint8_t dynamic[];
   __shared__ ScoreShared<kDim, kTiles> shared;
   Queries<kDim, kTiles>& queries = shared.queries;
   auto& found = shared.found;
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
-                 i = lane % 4;
+  const uint32_t warp = warp_index(), lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
   const uint32_t length = parameters.tokens.length;
   const Columns columns = columns_of(parameters, kColumns, kDim);
   float* out = parameters.out + static_cast<uint64_t>(blockIdx.y * columns.group + columns.first) * length;
@@ -272,6 +286,8 @@ __global__ void __launch_bounds__(kProductThreads, ScoreShared<kDim, kTiles>::kR
   const Ring ring = {dynamic + warp * parameters.stages * parameters.slot_bytes, parameters.slot_bytes,
                      parameters.stages, shared.barriers[warp]};
   WarpState<kDim, kTiles> state;
+  const RecentRows<kDim> recent(parameters, PH_KV_KEYS);
+  RunKeys<kDim> run_keys;
   for_tiles<PH_KV_KEYS>(
       parameters, units, ring, shared.copies[warp],
       [&] {
@@ -283,10 +299,7 @@ __global__ void __launch_bounds__(kProductThreads, ScoreShared<kDim, kTiles>::kR
           state.query_sum[n] = queries.sum[4 * n + i];
           state.query_scale[n] = queries.scale[4 * n + i];
         }
-        // While the first blocks are on their way.
-        const RecentRows<kDim> keys(parameters, PH_KV_KEYS);
-        for (uint32_t run = units.first_run; run < units.first_run + units.runs; ++run)
-          score_run<kDim, kTiles, kBfloat>(parameters, keys, run, columns, out);
+        if (kLoadsAhead && units.runs > 0) run_keys.load(parameters, recent, units.first_run);
       },
       [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t) {
         float scores[kTiles][8];
@@ -314,6 +327,10 @@ __global__ void __launch_bounds__(kProductThreads, ScoreShared<kDim, kTiles>::kR
           row[lane + kWarpThreads] = found[warp][column][lane + kWarpThreads];
         }
       });
+  for (uint32_t run = 0; run < units.runs; ++run) {
+    if (run > 0 || !kLoadsAhead) run_keys.load(parameters, recent, units.first_run + run);
+    score_run<kDim, kTiles, kBfloat>(parameters, run_keys, columns, out);
+  }
 }
 
 // ---- w . V ----
@@ -413,8 +430,7 @@ __global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
   constexpr int kColumns = 4 * kTiles, kGroups = kDim / 32, kStride = kSumStride<kDim>;
   extern __shared__ __align__(128) uint8_t dynamic[];
   __shared__ WeighShared shared;
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads, g = lane / 4,
-                 i = lane % 4;
+  const uint32_t warp = warp_index(), lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
   const CacheView& cache = parameters.cache;
   const uint32_t length = parameters.tokens.length;
   const Columns columns = columns_of(parameters, kColumns, kDim);

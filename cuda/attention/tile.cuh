@@ -40,6 +40,12 @@ __device__ __forceinline__ void multiply(int (&c)[4], uint32_t a0, uint32_t a1, 
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0));
 }
 
+// The warp of a thread block. A shuffle tells the compiler that lanes have the same, so that what follows from it is computed
+// once for all of them.
+__device__ __forceinline__ uint32_t warp_index() {
+  return __shfl_sync(kEveryLane, threadIdx.x / kWarpThreads, 0);
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
