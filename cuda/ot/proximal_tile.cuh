@@ -55,18 +55,10 @@ struct TileProximal {
       solver.g[k] = solver.b[k] > 0.0f ? static_cast<float>(g) : -INFINITY;
       solver.v[k] = solver.b[k] > 0.0f ? scaling_of(g - solver.g[k], epsilon) : 0.0f;
     }
-    float best[L::kRows], sums[L::kRows], f_row[L::kRows], largest[L::kOwned];
+    float sums[L::kRows], f_row[L::kRows], largest[L::kOwned];
 #pragma unroll
-    for (int ii = 0; ii < L::kRows; ++ii) {
-      best[ii] = -INFINITY;
-      sums[ii] = 0.0f;
-    }
-    tile.for_kept_columns([&](uint32_t owner, int k, const float(&costs)[L::kRows]) {
-      const float g_column = tile.of_owner(solver.g, owner, k);
-#pragma unroll
-      for (int ii = 0; ii < L::kRows; ++ii) best[ii] = fmaxf(best[ii], g_column - costs[ii]);
-    });
-    const float row_best = tile.combine_row(best, Max{});
+    for (int ii = 0; ii < L::kRows; ++ii) sums[ii] = 0.0f;
+    const float row_best = solver.best_of_row(solver.g);
     const bool isolated = solver.a > 0.0f && row_best == -INFINITY;
     solver.f = row_best == -INFINITY ? 0.0f : -row_best;
     tile.of_rows(solver.f, f_row);
@@ -81,19 +73,7 @@ struct TileProximal {
                                             : -INFINITY;
     solver.u = solver.a > 0.0f ? 1.0f : 0.0f;
 
-    tile.of_rows(solver.f, f_row);
-#pragma unroll
-    for (int k = 0; k < L::kOwned; ++k) largest[k] = -INFINITY;
-    tile.for_kept_columns([&](uint32_t owner, int k, const float(&costs)[L::kRows]) {
-      float most = -INFINITY;
-#pragma unroll
-      for (int ii = 0; ii < L::kRows; ++ii) most = fmaxf(most, f_row[ii] - costs[ii]);
-#pragma unroll
-      for (int distance = kWarp / 2; distance >= L::kLaneColumns; distance /= 2)
-        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, distance));
-      if (owner == tile.lane_row) largest[k] = most;
-    });
-    const bool feasible = !tile.combine_warps(largest, 0.0f, __any_sync(kAllLanes, isolated), Max{}).flag;
+    const bool feasible = solver.best_of_columns(isolated, largest);
     bool partners = true;
 #pragma unroll
     for (int k = 0; k < L::kOwned; ++k) {
@@ -120,20 +100,13 @@ struct TileProximal {
   // What is paid above the dual, in the unit of masses.
   __device__ __forceinline__ double gap() const {
     double sum = 0.0;
-    float g[L::kOwned], best[L::kRows];
+    float g[L::kOwned];
 #pragma unroll
     for (int k = 0; k < L::kOwned; ++k) {
       g[k] = solver.column_potential(k);
       if (tile.counts_column(k) && solver.b[k] > 0.0f) sum -= double{solver.b[k]} * g[k];
     }
-#pragma unroll
-    for (int ii = 0; ii < L::kRows; ++ii) best[ii] = -INFINITY;
-    tile.for_kept_columns([&](uint32_t owner, int k, const float(&costs)[L::kRows]) {
-      const float g_column = tile.of_owner(g, owner, k);
-#pragma unroll
-      for (int ii = 0; ii < L::kRows; ++ii) best[ii] = fmaxf(best[ii], g_column - costs[ii]);
-    });
-    const float row_best = tile.combine_row(best, Max{});
+    const float row_best = solver.best_of_row(g);
     if (tile.counts_row() && solver.a > 0.0f) sum += double{solver.a} * row_best;
     float v_column[L::kColumns], u_row[L::kRows], paid = 0.0f;
     tile.of_columns(solver.v, v_column);

@@ -188,21 +188,43 @@ struct TileSinkhorn {
     return __all_sync(kAllLanes, good);
   }
 
+  // The largest potential of a column less its cost, for the thread's row.
+  __device__ __forceinline__ float best_of_row(const float (&potentials)[L::kOwned]) const {
+    float best[L::kRows];
+#pragma unroll
+    for (int ii = 0; ii < L::kRows; ++ii) best[ii] = -INFINITY;
+    tile.for_kept_columns([&](uint32_t owner, int k, const float(&costs)[L::kRows]) {
+      const float potential = tile.of_owner(potentials, owner, k);
+#pragma unroll
+      for (int ii = 0; ii < L::kRows; ++ii) best[ii] = fmaxf(best[ii], potential - costs[ii]);
+    });
+    return tile.combine_row(best, Max{});
+  }
+  // The largest f of a row less its cost, for the thread's columns. False where a row is `isolated`.
+  __device__ __forceinline__ bool best_of_columns(bool isolated, float (&best)[L::kOwned]) const {
+    float f_row[L::kRows];
+    tile.of_rows(f, f_row);
+#pragma unroll
+    for (int k = 0; k < L::kOwned; ++k) best[k] = -INFINITY;
+    tile.for_kept_columns([&](uint32_t owner, int k, const float(&costs)[L::kRows]) {
+      float most = -INFINITY;
+#pragma unroll
+      for (int ii = 0; ii < L::kRows; ++ii) most = fmaxf(most, f_row[ii] - costs[ii]);
+#pragma unroll
+      for (int distance = kWarp / 2; distance >= L::kLaneColumns; distance /= 2)
+        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, distance));
+      if (owner == tile.lane_row) best[k] = most;
+    });
+    return !tile.combine_warps(best, 0.0f, __any_sync(kAllLanes, isolated), Max{}).flag;
+  }
+
   // f from g in logarithms, and g so that the largest entry of every column of the kernel of both is 1. False where a row or
   // a column with mass has no partner of finite cost.
   __device__ __forceinline__ bool begin_in_logarithms() {
-    float best[L::kRows], sums[L::kRows], f_row[L::kRows], largest[L::kOwned];
+    float sums[L::kRows], f_row[L::kRows], largest[L::kOwned];
 #pragma unroll
-    for (int ii = 0; ii < L::kRows; ++ii) {
-      best[ii] = -INFINITY;
-      sums[ii] = 0.0f;
-    }
-    tile.for_kept_columns([&](uint32_t owner, int k, const float(&costs)[L::kRows]) {
-      const float g_column = tile.of_owner(g, owner, k);
-#pragma unroll
-      for (int ii = 0; ii < L::kRows; ++ii) best[ii] = fmaxf(best[ii], g_column - costs[ii]);
-    });
-    const float row_best = tile.combine_row(best, Max{});
+    for (int ii = 0; ii < L::kRows; ++ii) sums[ii] = 0.0f;
+    const float row_best = best_of_row(g);
     bool isolated = a > 0.0f && row_best == -INFINITY;
     if (isolated && !holds_rows()) {
       isolated = false;
@@ -219,19 +241,7 @@ struct TileSinkhorn {
     f = a > 0.0f && !isolated ? row_damping * (f + length * log2f(__fdividef(a, row_sum))) : -INFINITY;
     u = a > 0.0f ? 1.0f : 0.0f;
 
-    tile.of_rows(f, f_row);
-#pragma unroll
-    for (int k = 0; k < L::kOwned; ++k) largest[k] = -INFINITY;
-    tile.for_kept_columns([&](uint32_t owner, int k, const float(&costs)[L::kRows]) {
-      float most = -INFINITY;
-#pragma unroll
-      for (int ii = 0; ii < L::kRows; ++ii) most = fmaxf(most, f_row[ii] - costs[ii]);
-#pragma unroll
-      for (int distance = kWarp / 2; distance >= L::kLaneColumns; distance /= 2)
-        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, distance));
-      if (owner == tile.lane_row) largest[k] = most;
-    });
-    bool feasible = !tile.combine_warps(largest, 0.0f, __any_sync(kAllLanes, isolated), Max{}).flag;
+    const bool feasible = best_of_columns(isolated, largest);
     bool partners = true;
 #pragma unroll
     for (int k = 0; k < L::kOwned; ++k) {
