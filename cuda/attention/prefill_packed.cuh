@@ -9,6 +9,11 @@ namespace ph::attention {
 constexpr uint32_t kRunsHeld = 64;                     // blocks whose places are looked up at a time
 constexpr int32_t kLeastZero = -512, kMostZero = 511;  // zero points that are added to codes in float16
 
+// Where a block's params and record are.
+struct TileSpans {
+  Span params, record;
+};
+
 template <int kDim, bool kMixed>
 struct PrefillShared {
   // Of a part of a packed block: its tokens', or kivi's.

@@ -63,7 +63,7 @@ struct PartCopies {
 
   // Where they come to lie in a slot: params from kHalfParams on if they are the values', then what precedes the groups,
   // then those of values.
-  static constexpr uint32_t kRecordSector = round_to_sectors(kParamsBytes + kSectorBytes - kUnitBytes);
+  static constexpr uint32_t kRecordSector = TileCopies::kRecordSector;
   __device__ __forceinline__ uint32_t params_position() const { return params.sector_offset(); }
   __device__ __forceinline__ uint32_t record_position() const {
     return kRecordSector + record.sector_offset();

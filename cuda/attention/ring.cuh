@@ -40,11 +40,6 @@ __device__ __forceinline__ Span make_span(const uint32_t* page_table, uint32_t b
           {page_table[begin / kv::kPageUnits], page_table[(end - 1) / kv::kPageUnits]}};
 }
 
-// Where a tile's params and record are.
-struct TileSpans {
-  Span params, record;
-};
-
 // A span's way into a slot, where it comes to lie as far from a sector's begin as in the pool. Not of 0 bytes.
 struct alignas(16) SpanCopy {
   const uint8_t* source;

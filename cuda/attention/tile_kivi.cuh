@@ -163,25 +163,6 @@ __device__ __forceinline__ void kivi_scores(uint32_t lane, const uint8_t* scales
   }
 }
 
-// Fixed-point weights of a column's tokens 8 * g + 0..7 (x + 128 in the low 16 bits) to its part of a B fragment.
-__device__ __forceinline__ void transpose_weights(uint32_t lane, const uint32_t (&fixed)[8],
-                                                  uint32_t (&weights)[4]) {
-  const uint32_t g = lane / 4, i = lane % 4;
-  // A C fragment has 8 tokens of column i, a B fragment 16 tokens of column g: four shuffles.
-  const uint32_t even_lane = 8 * i + g / 2, odd_lane = even_lane + 4;
-  const bool odd = g % 2 == 1;
-  const uint32_t first_lane = odd ? odd_lane : even_lane, second_lane = odd ? even_lane : odd_lane;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    uint32_t high, low;
-    split_fixed(fixed + 4 * half, high, low);
-    const uint32_t first = __shfl_sync(kEveryLane, odd ? low : high, first_lane);
-    const uint32_t second = __shfl_sync(kEveryLane, odd ? high : low, second_lane);
-    weights[half] = odd ? second : first;
-    weights[2 + half] = odd ? first : second;
-  }
-}
-
 // Adds the weighted values of the tile to state.out, and to `zeros` the zero points' share of every value group, of this
 // lane's tokens. `scales` and `groups` as in kivi_scores; `factors` are the columns'.
 template <int kDim, int kTiles, bool kBfloat>
@@ -214,7 +195,7 @@ __device__ __forceinline__ void kivi_values(uint32_t lane, const uint8_t* scales
       uint32_t fixed[8];
 #pragma unroll
       for (int t = 0; t < 8; ++t) fixed[t] = __float_as_uint(__fmaf_rn(products[t], to_fixed, kFixedMagic));
-      transpose_weights(lane, fixed, weights[n]);
+      weight_fragments(fixed, weights[n]);
       units[n] = factors[n] * most * (1.0f / kLargestFixed);
     }
     for_digits(bits, [&](uint32_t width, uint32_t position, float digit_unit) {
