@@ -2,7 +2,7 @@
  * Decode attention over packed caches on a GPU, by the GPU's own clock, beside a pure read of as many bytes and, where
  * python3 has PyTorch, its best attention over 16 bits: `deno run -A bench/gpu/attention.ts`. Prints a Markdown table,
  * and with `--svg FILE` draws a chart of it. `--only TEXT` measures the rows that contain the text, `--no-torch` leaves
- * PyTorch out. Needs 20 GB of GPU memory.
+ * PyTorch out. Needs 75 GB of GPU memory.
  *
  * @module
  */
@@ -30,8 +30,8 @@ import {
 
 const HEAD_DIM = 128;
 const RESIDUAL = 64;
-/** What the layers of a measurement hold together, so that each is cold again when its turn comes. */
-const ROTATED_BYTES = 400e6;
+/** Layers of a measurement, which follow each other as those of a model do: more than L2 holds. */
+const LAYERS = 32;
 const READ_BYTES = 2 ** 31;
 const TOKENS = 16_384;
 
@@ -167,20 +167,17 @@ function measureCase(
 ): number | undefined {
   if (!`${title} ${codec}`.includes(flags.only)) return undefined;
   announce(`${title}, ${codec}`);
-  const values = shape.lengths.reduce((sum, length) => sum + length, 0) * shape.kvHeads *
-    shape.headDim * 2;
-  // At 3 bits a value, roughly.
-  const layers = Math.max(2, Math.ceil(ROTATED_BYTES / (values * 3 / 8)));
   using workload = new CacheWorkload(device, shape, {
     tokens: tokens!,
     codec: parts,
-    layers,
+    layers: LAYERS,
     residual: RESIDUAL,
   });
   const bytes = workload.layerBytes;
-  // As a step of a model runs: captured once, and replayed.
+  // As a step of a model runs: captured once, and replayed behind another step.
   using graph = workload.capture();
-  const milliseconds = medianTime(device, () => workload.replay(graph)) / layers;
+  const replay = () => workload.replay(graph);
+  const milliseconds = medianTime(device, replay, { lead: replay }) / LAYERS;
   const readMilliseconds = measureRead(bytes);
   const share = readMilliseconds / milliseconds;
   const best = sixteenBit.get(title);
@@ -211,9 +208,10 @@ function measureRead(bytes: number): number {
   const length = Math.floor(bytes / 16) * 16;
   const places = Math.floor(READ_BYTES / length);
   if (places === 0) return length / bigRead / 1e9;
-  return medianTime(device, () => {
+  const read = () => {
     for (let i = 0; i < places; i++) readSource.view(i * length, length).read();
-  }) / places;
+  };
+  return medianTime(device, read, { lead: read }) / places;
 }
 
 /** Milliseconds of PyTorch's best bf16 attention, by case; none without PyTorch. */

@@ -363,11 +363,31 @@ struct Merge {
   static constexpr uint32_t kColumns = 4 * kTiles, kTeamThreads = 64;
   static constexpr uint32_t kTeams = kWarps * kWarpThreads / kTeamThreads;
   static constexpr uint32_t kItems = (kColumns * kDim / 4 + kTeamThreads - 1) / kTeamThreads;  // of a thread
-  static constexpr uint32_t kAhead = (kItems <= 2 ? 36 : 12) / kTeams;  // pieces of an item, loaded at once
-  static constexpr uint32_t kParts = 64;                                // pieces at a time
+  static constexpr uint32_t kAhead = kItems < 8 ? 12 / kItems : 1;  // pieces of an item, loaded at once
   float4 values[kTeams][kColumns * kDim / 4];
-  float sum[kColumns];
-  float weights[kColumns][kParts];
+  PartSum sums[kTeams][kColumns];
+};
+
+// A sum of parts that may each be relative to another reference.
+struct WeightedSum {
+  float4 value = {};
+  PartSum part = {-1e30f, 0.0f};
+
+  template <uint32_t kParts>
+  __device__ __forceinline__ void add(const float4 (&values)[kParts], const PartSum (&parts)[kParts]) {
+    float most = part.reference;
+#pragma unroll
+    for (uint32_t at = 0; at < kParts; ++at) most = fmaxf(most, parts[at].reference);
+    const float own = part_weight(part.reference, most);
+    value = {value.x * own, value.y * own, value.z * own, value.w * own};
+    part = {most, part.sum * own};
+#pragma unroll
+    for (uint32_t at = 0; at < kParts; ++at) {
+      const float weight = part_weight(parts[at].reference, most);
+      add_weighted(value, weight, values[at]);
+      part.sum = __fmaf_rn(weight, parts[at].sum, part.sum);
+    }
+  }
 };
 
 // Adds up the partial results of all pieces, in a fixed order; those of column c and piece p are at start + c + p * stride.
@@ -376,82 +396,51 @@ __device__ __forceinline__ void merge_pieces(const Partials& partials, uint64_t 
                                              uint32_t pieces, const Columns& columns, uint8_t* out,
                                              Merge<kDim, kTiles, kWarps>& shared) {
   using M = Merge<kDim, kTiles, kWarps>;
-  constexpr uint32_t kHeld = M::kParts / kWarpThreads;
-  const uint32_t warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   const uint32_t team = threadIdx.x / M::kTeamThreads, items = columns.count * kDim / 4;
   const auto item_of = [&](uint32_t k) { return threadIdx.x % M::kTeamThreads + k * M::kTeamThreads; };
-  const float4* source = reinterpret_cast<const float4*>(partials.out + start * kDim);
-  float4 values[M::kItems] = {};
-  for (uint32_t begin = 0; begin < pieces; begin += M::kParts) {
-    const uint32_t count = min(M::kParts, pieces - begin);
-    const uint32_t first = count * team / M::kTeams, last = count * (team + 1) / M::kTeams;
-    const auto load = [&](uint32_t piece, uint32_t item) {
-      return piece < last && item < items ? __ldcg(source + (begin + piece) * stride * (kDim / 4) + item)
-                                          : float4{};
-    };
-    // On their way before their weights are known.
-    float4 ahead[M::kItems][M::kAhead];
-#pragma unroll
-    for (uint32_t k = 0; k < M::kItems; ++k)
-#pragma unroll
-      for (uint32_t at = 0; at < M::kAhead; ++at) ahead[k][at] = load(first + at, item_of(k));
-    // A warp finds the weights of a column. What is relative to the highest reference needs a look at all of them; mostly
-    // they are the ones at hand.
-    for (uint32_t column = warp; column < columns.count; column += kWarps) {
-      const auto part_sum = [&](uint32_t piece) {
-        return piece < pieces
-                   ? __ldcg(reinterpret_cast<const float2*>(&partials.sums[start + column + piece * stride]))
-                   : make_float2(-1e30f, 0.0f);
-      };
-      float2 held[kHeld];
-      float most = -1e30f, sum = 0.0f;
-#pragma unroll
-      for (uint32_t k = 0; k < kHeld; ++k) held[k] = part_sum(begin + lane + k * kWarpThreads);
-#pragma unroll
-      for (uint32_t k = 0; k < kHeld; ++k) most = fmaxf(most, held[k].x);
-      if (pieces > M::kParts) {
-        for (uint32_t piece = lane; piece < pieces; piece += kWarpThreads)
-          most = fmaxf(most, part_sum(piece).x);
-      }
-      for (int distance = 1; distance < kWarpThreads; distance *= 2)
-        most = fmaxf(most, __shfl_xor_sync(kEveryLane, most, distance));
-#pragma unroll
-      for (uint32_t k = 0; k < kHeld; ++k) {
-        const float weight = part_weight(held[k].x, most);
-        shared.weights[column][lane + k * kWarpThreads] = weight;
-        sum = __fmaf_rn(weight, held[k].y, sum);
-      }
-      for (int distance = 1; distance < kWarpThreads; distance *= 2)
-        sum += __shfl_xor_sync(kEveryLane, sum, distance);
-      if (lane == 0) shared.sum[column] = begin == 0 ? sum : shared.sum[column] + sum;
-    }
-    __syncthreads();
+  const uint32_t last = pieces * (team + 1) / M::kTeams;
+  WeightedSum sums[M::kItems];
+#pragma unroll 1
+  for (uint32_t first = pieces * team / M::kTeams; first < last; first += M::kAhead) {
+    float4 values[M::kItems][M::kAhead];
+    PartSum parts[M::kItems][M::kAhead];
 #pragma unroll
     for (uint32_t k = 0; k < M::kItems; ++k) {
-      if (item_of(k) >= items) break;
-      const float* weights = shared.weights[4 * item_of(k) / kDim];
 #pragma unroll
       for (uint32_t at = 0; at < M::kAhead; ++at) {
-        if (first + at < last) add_weighted(values[k], weights[first + at], ahead[k][at]);
+        values[k][at] = {};
+        parts[k][at] = {-1e30f, 0.0f};
+        if (first + at >= last || item_of(k) >= items) continue;
+        const uint64_t part = start + 4 * item_of(k) / kDim + (first + at) * stride;
+        values[k][at] =
+            __ldcg(reinterpret_cast<const float4*>(partials.out + part * kDim) + item_of(k) % (kDim / 4));
+        const float2 sum = __ldcg(reinterpret_cast<const float2*>(partials.sums + part));
+        parts[k][at] = {sum.x, sum.y};
       }
-#pragma unroll 8
-      for (uint32_t piece = first + M::kAhead; piece < last; ++piece)
-        add_weighted(values[k], weights[piece], load(piece, item_of(k)));
     }
-    __syncthreads();
+#pragma unroll
+    for (uint32_t k = 0; k < M::kItems; ++k) sums[k].add(values[k], parts[k]);
   }
 #pragma unroll
   for (uint32_t k = 0; k < M::kItems; ++k) {
-    if (item_of(k) < items) shared.values[team][item_of(k)] = values[k];
+    const uint32_t item = item_of(k);
+    if (item >= items) break;
+    shared.values[team][item] = sums[k].value;
+    if (item % (kDim / 4) == 0) shared.sums[team][4 * item / kDim] = sums[k].part;
   }
   __syncthreads();
-  for (uint32_t at = threadIdx.x; at < items; at += kWarps * kWarpThreads) {
-    float4 value = shared.values[0][at];
+  for (uint32_t item = threadIdx.x; item < items; item += kWarps * kWarpThreads) {
+    const uint32_t column = 4 * item / kDim;
+    float4 values[M::kTeams];
+    PartSum parts[M::kTeams];
 #pragma unroll
-    for (uint32_t of_team = 1; of_team < M::kTeams; ++of_team)
-      add_weighted(value, 1.0f, shared.values[of_team][at]);
-    const uint32_t column = 4 * at / kDim, channel = 4 * at % kDim;
-    store_quotients<kBfloat>(out, columns.position(column, kDim) + channel, value, shared.sum[column]);
+    for (uint32_t of_team = 0; of_team < M::kTeams; ++of_team) {
+      values[of_team] = shared.values[of_team][item];
+      parts[of_team] = shared.sums[of_team][column];
+    }
+    WeightedSum all;
+    all.add(values, parts);
+    store_quotients<kBfloat>(out, columns.position(column, kDim) + 4 * item % kDim, all.value, all.part.sum);
   }
 }
 
@@ -659,11 +648,12 @@ struct DecodeWarp {
           const uint32_t key_bits = kWidth > 0 ? kWidth * kGroups : kv::width_sum(widths.x);
           float scores[kTiles][8], units[kTiles];
           uint32_t weights[kTiles][4];
-          tile_scores<kDim, kTiles, kBfloat, kWide, kWidth>(tile, layout, widths.x, queries, state, scores);
+          tile_scores<kDim, kTiles, kBfloat, kWide, kWidth, kWidth == 0>(tile, layout, widths.x, queries,
+                                                                         state, scores);
           hide(at, scores);
           tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, weights, units);
-          tile_values<kDim, kTiles, kWide, kWidth>(tile, layout, layout.groups + kv::kGroupBytes * key_bits,
-                                                   widths.y, state, weights, units);
+          tile_values<kDim, kTiles, kWide, kWidth, kWidth == 0>(
+              tile, layout, layout.groups + kv::kGroupBytes * key_bits, widths.y, state, weights, units);
         }
         __syncwarp();
         if (at + 1 != turn) fetch(at + stages, stage);
@@ -714,28 +704,26 @@ __global__ void __launch_bounds__(kThreads<kDim, kTiles, kFlavour>, 2)
   const Columns& columns = work.columns;
   const Partials& partials = parameters.partials;
   uint8_t* out = parameters.out + 2 * work.row;
+  constexpr int kOwnWarps = kWarps<kDim, kTiles, kFlavour>;
   // A thread takes four channels of a column at a time.
   for (uint32_t at = threadIdx.x; at < columns.count * kDim / 4; at += kThreads<kDim, kTiles, kFlavour>) {
     const uint32_t column = 4 * at / kDim, channel = 4 * at % kDim;
-    float most = result(0).sums[column].reference;
+    float4 values[kOwnWarps];
+    PartSum parts[kOwnWarps];
 #pragma unroll
-    for (int warp = 1; warp < kWarps<kDim, kTiles, kFlavour>; ++warp)
-      most = fmaxf(most, result(warp).sums[column].reference);
-    float4 value = {};
-    float sum = 0.0f;
-#pragma unroll
-    for (int warp = 0; warp < kWarps<kDim, kTiles, kFlavour>; ++warp) {
-      const float weight = part_weight(result(warp).sums[column].reference, most);
-      add_weighted(value, weight, *reinterpret_cast<const float4*>(&result(warp).out[column][channel]));
-      sum = __fmaf_rn(weight, result(warp).sums[column].sum, sum);
+    for (int warp = 0; warp < kOwnWarps; ++warp) {
+      values[warp] = *reinterpret_cast<const float4*>(&result(warp).out[column][channel]);
+      parts[warp] = result(warp).sums[column];
     }
+    WeightedSum all;
+    all.add(values, parts);
     if (piece.pieces == 1) {
-      store_quotients<kBfloat>(out, columns.position(column, kDim) + channel, value, sum);
+      store_quotients<kBfloat>(out, columns.position(column, kDim) + channel, all.value, all.part.sum);
     } else {
       const uint64_t part = (static_cast<uint64_t>(work.index) * cache.heads + work.head) * partials.columns +
                             columns.first + column;
-      *reinterpret_cast<float4*>(partials.out + part * kDim + channel) = value;
-      if (channel == 0) partials.sums[part] = {most, sum};
+      *reinterpret_cast<float4*>(partials.out + part * kDim + channel) = all.value;
+      if (channel == 0) partials.sums[part] = all.part;
     }
   }
   if (piece.pieces == 1) return;
@@ -752,7 +740,6 @@ __global__ void __launch_bounds__(kThreads<kDim, kTiles, kFlavour>, 2)
   const uint64_t start =
       (static_cast<uint64_t>(work.index - piece.place) * cache.heads + work.head) * partials.columns +
       columns.first;
-  constexpr int kOwnWarps = kWarps<kDim, kTiles, kFlavour>;
   merge_pieces<kDim, kTiles, kBfloat, kOwnWarps>(partials, start, stride, piece.pieces, columns, out,
                                                  *reinterpret_cast<Merge<kDim, kTiles, kOwnWarps>*>(dynamic));
   if (threadIdx.x == 0) *finished = 0;

@@ -40,6 +40,9 @@ constexpr uint32_t kFewUnits = 2;      // of a warp, on average
 constexpr uint32_t kHalfParams = 256;  // of one part's scales and zeros
 static_assert(kHalfParams % kUnitBytes == 0);
 
+// What kernels are for: parts of fixed width, of up to 4 bits, whose bases are all 0; others of up to 4 bits; of more.
+enum class Residuals { kFixed, kNarrow, kWide };
+
 struct ProductParameters {
   CacheView cache;
   TileLayout layout;
@@ -268,10 +271,11 @@ struct ScoreShared {
   uint64_t barriers[kProductWarps][kProductStages];
 };
 
-template <int kDim, int kTiles, bool kBfloat, bool kWide>
+template <int kDim, int kTiles, bool kBfloat, Residuals kResiduals>
 __global__ void __launch_bounds__(kProductThreads, ScoreShared<kDim, kTiles>::kResident)
     ScoreKernel(const __grid_constant__ ProductParameters parameters) {
   constexpr int kColumns = 4 * kTiles, kGroups = kDim / 32;
+  constexpr bool kWide = kResiduals == Residuals::kWide, kBases = kResiduals != Residuals::kFixed;
   // The first run's keys are on their way while packed blocks are worked on, if there are registers for them.
   constexpr bool kLoadsAhead = kDim <= 128;
   extern __shared__ __align__(128) uint8_t dynamic[];
@@ -304,8 +308,8 @@ __global__ void __launch_bounds__(kProductThreads, ScoreShared<kDim, kTiles>::kR
       [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t) {
         float scores[kTiles][8];
         with_width<kGroups, kWide>(widths, [&](auto width) {
-          tile_scores<kDim, kTiles, kBfloat, kWide, decltype(width)::value>(tile, parameters.layout, widths,
-                                                                            queries, state, scores);
+          tile_scores<kDim, kTiles, kBfloat, kWide, decltype(width)::value, kBases>(
+              tile, parameters.layout, widths, queries, state, scores);
         });
     // Through shared memory, so that lanes write tokens in a row.
 #pragma unroll
@@ -424,10 +428,11 @@ struct WeighShared {
   uint32_t is_last;
 };
 
-template <int kDim, int kTiles, bool kBfloat, bool kWide>
+template <int kDim, int kTiles, bool kBfloat, Residuals kResiduals>
 __global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
     WeighKernel(const __grid_constant__ ProductParameters parameters) {
   constexpr int kColumns = 4 * kTiles, kGroups = kDim / 32, kStride = kSumStride<kDim>;
+  constexpr bool kWide = kResiduals == Residuals::kWide, kBases = kResiduals != Residuals::kFixed;
   extern __shared__ __align__(128) uint8_t dynamic[];
   __shared__ WeighShared shared;
   const uint32_t warp = warp_index(), lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
@@ -484,8 +489,8 @@ __global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
           weight_fragments(fixed, fragments[n]);
         }
         with_width<kGroups, kWide>(widths, [&](auto width) {
-          tile_values<kDim, kTiles, kWide, decltype(width)::value>(tile, parameters.layout, groups, widths,
-                                                                   state, fragments, weight_units);
+          tile_values<kDim, kTiles, kWide, decltype(width)::value, kBases>(
+              tile, parameters.layout, groups, widths, state, fragments, weight_units);
         });
       });
 
@@ -594,16 +599,18 @@ uint32_t product_pieces(uint32_t units, uint32_t rows, uint32_t resident) {
   return std::max(least, std::min({times * resident / rows, units, kMostPieces}));
 }
 
-// Calls launch(head_dim, tiles, bfloat, wide) with the template arguments of a kernel.
+// Calls launch(head_dim, tiles, bfloat, residuals) with the template arguments of a kernel for a part.
 template <typename Launch>
-void with_options(const CacheView& cache, const kv::TileShape& shape, Launch launch) {
+void with_options(const CacheView& cache, const kv::TileShape& shape, uint32_t part, Launch launch) {
   const bool wide = std::max(kv::largest_width(shape.parts[0]), kv::largest_width(shape.parts[1])) > 4;
+  const bool fixed = !wide && shape.parts[part].width > 0;
   dispatch_dim(cache.head_dim, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
     dispatch_tiles<kDim>(cache, [&](auto tiles) {
       const auto with_type = [&](auto bfloat) {
-        if (wide) launch(dim, tiles, bfloat, std::true_type{});
-        else launch(dim, tiles, bfloat, std::false_type{});
+        if (wide) launch(dim, tiles, bfloat, std::integral_constant<Residuals, Residuals::kWide>{});
+        else if (fixed) launch(dim, tiles, bfloat, std::integral_constant<Residuals, Residuals::kFixed>{});
+        else launch(dim, tiles, bfloat, std::integral_constant<Residuals, Residuals::kNarrow>{});
       };
       if (cache.dtype == PH_BF16) with_type(std::true_type{});
       else with_type(std::false_type{});
@@ -660,10 +667,10 @@ void score(ph_device& device, const CacheView& cache, const kv::TileShape& shape
   parameters.queries = queries;
   parameters.out = out;
   parameters.scale = scale;
-  with_options(cache, shape, [&](auto dim, auto tiles, auto bfloat, auto wide) {
+  with_options(cache, shape, PH_KV_KEYS, [&](auto dim, auto tiles, auto bfloat, auto residuals) {
     constexpr int kDim = decltype(dim)::value, kTiles = decltype(tiles)::value;
     launch<ScoreShared<kDim, kTiles>>(
-        device, parameters, ScoreKernel<kDim, kTiles, decltype(bfloat)::value, decltype(wide)::value>,
+        device, parameters, ScoreKernel<kDim, kTiles, decltype(bfloat)::value, decltype(residuals)::value>,
         slot_bytes(shape, PH_KV_KEYS, 0), 4 * kTiles);
   });
 }
@@ -675,12 +682,12 @@ void weigh(ph_device& device, const CacheView& cache, const kv::TileShape& shape
   parameters.out = out;
   parameters.finished = reinterpret_cast<uint32_t*>(workspace);
   parameters.partials = reinterpret_cast<float*>(workspace + decode_counter_bytes(cache));
-  with_options(cache, shape, [&](auto dim, auto tiles, auto bfloat, auto wide) {
+  with_options(cache, shape, PH_KV_VALUES, [&](auto dim, auto tiles, auto bfloat, auto residuals) {
     constexpr int kDim = decltype(dim)::value, kColumns = 4 * decltype(tiles)::value;
     // A warp's sums fit its slots, even if there is one only.
     launch<WeighShared>(
         device, parameters,
-        WeighKernel<kDim, decltype(tiles)::value, decltype(bfloat)::value, decltype(wide)::value>,
+        WeighKernel<kDim, decltype(tiles)::value, decltype(bfloat)::value, decltype(residuals)::value>,
         slot_bytes(shape, PH_KV_VALUES, kColumns * kSumStride<kDim> * sizeof(float)), kColumns);
   });
 }

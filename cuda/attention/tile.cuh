@@ -373,40 +373,42 @@ __device__ __forceinline__ float output_shift(const WarpState<kDim, kTiles>& sta
 }
 
 // Scores of the tile before query_scale: scores[tile][t] is that of token 8 * g + t.
-// kWidth: see for_groups. kWide: residuals may have more than 4 bits.
-template <int kDim, int kTiles, bool kBfloat, bool kWide, int kWidth>
+// kWidth: see for_groups. kWide: residuals may have more than 4 bits. kBases: or all bases are 0, as those of fixed widths.
+template <int kDim, int kTiles, bool kBfloat, bool kWide, int kWidth, bool kBases = true>
 __device__ __forceinline__ void tile_scores(const Tile& tile, const TileLayout& layout, uint32_t widths,
                                             const Queries<kDim, kTiles>& queries,
                                             const WarpState<kDim, kTiles>& state,
                                             float (&scores)[kTiles][8]) {
   constexpr int kGroups = kDim / 32;
   const uint32_t g = tile.lane / 4, i = tile.lane % 4;
-  uint32_t bases[2 * kGroups];
-  load_bases<2 * kGroups>(tile.record + kv::kTileHeaderBytes,
-                          layout.template is_narrow<kDim, kWide>(PH_KV_KEYS), i, bases);
   const auto query_fragments = [&](int group, uint32_t(&b)[2 * kTiles]) {
     load_words<2 * kTiles>(reinterpret_cast<const uint8_t*>(queries.fragments[group][tile.lane]), b);
   };
-  // Every row of A is a row of bases: rows 0-7 those of even groups, rows 8-15 of odd ones; of each product only the
-  // half that belongs to its B counts.
-  int base_sums[kTiles][2][4];
+  float of_bases[kTiles] = {};
+  if constexpr (kBases) {
+    uint32_t bases[2 * kGroups];
+    load_bases<2 * kGroups>(tile.record + kv::kTileHeaderBytes,
+                            layout.template is_narrow<kDim, kWide>(PH_KV_KEYS), i, bases);
+    // Every row of A is a row of bases: rows 0-7 those of even groups, rows 8-15 of odd ones; of each product only the
+    // half that belongs to its B counts.
+    int base_sums[kTiles][2][4];
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    uint32_t b[2 * kTiles];
-    query_fragments(group, b);
-    const int even = group - group % 2, odd = even + 1 < kGroups ? even + 1 : even;
+    for (int group = 0; group < kGroups; ++group) {
+      uint32_t b[2 * kTiles];
+      query_fragments(group, b);
+      const int even = group - group % 2, odd = even + 1 < kGroups ? even + 1 : even;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const auto product = group < 2 ? multiply : multiply_add;
+        product(base_sums[n][group % 2], bases[2 * even], bases[2 * odd], bases[2 * even + 1],
+                bases[2 * odd + 1], b[2 * n], b[2 * n + 1]);
+      }
+    }
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const auto product = group < 2 ? multiply : multiply_add;
-      product(base_sums[n][group % 2], bases[2 * even], bases[2 * odd], bases[2 * even + 1],
-              bases[2 * odd + 1], b[2 * n], b[2 * n + 1]);
+      of_bases[n] = joined(base_sums[n][0][0] + (kGroups > 1 ? base_sums[n][1][2] : 0),
+                           base_sums[n][0][1] + (kGroups > 1 ? base_sums[n][1][3] : 0));
     }
-  }
-  float of_bases[kTiles];
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    of_bases[n] = joined(base_sums[n][0][0] + (kGroups > 1 ? base_sums[n][1][2] : 0),
-                         base_sums[n][0][1] + (kGroups > 1 ? base_sums[n][1][3] : 0));
   }
 
   float zeros[8];
@@ -414,7 +416,9 @@ __device__ __forceinline__ void tile_scores(const Tile& tile, const TileLayout& 
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int t = 0; t < 8; ++t) scores[n][t] = __fmaf_rn(zeros[t], state.query_sum[n], of_bases[n]);
+    for (int t = 0; t < 8; ++t)
+      scores[n][t] =
+          kBases ? __fmaf_rn(zeros[t], state.query_sum[n], of_bases[n]) : zeros[t] * state.query_sum[n];
   }
 
   const int digits = kWide && any_wide(widths) ? 2 : 1;
@@ -570,27 +574,29 @@ __device__ __forceinline__ void tile_weights(const Tile& tile, WarpState<kDim, k
   }
 }
 
-// Adds the weighted values of the tile to state.out. kWidth, kWide: as in tile_scores.
-template <int kDim, int kTiles, bool kWide, int kWidth>
+// Adds the weighted values of the tile to state.out. kWidth, kWide, kBases: as in tile_scores.
+template <int kDim, int kTiles, bool kWide, int kWidth, bool kBases = true>
 __device__ __forceinline__ void tile_values(const Tile& tile, const TileLayout& layout,
                                             uint32_t groups_position, uint32_t widths,
                                             WarpState<kDim, kTiles>& state,
                                             const uint32_t (&weights)[kTiles][4],
                                             const float (&units)[kTiles]) {
   constexpr int kGroups = kDim / 32;
-  float weight_sums[kTiles];
+  [[maybe_unused]] float weight_sums[kTiles];
+  [[maybe_unused]] uint32_t bases[kGroups];
+  if constexpr (kBases) {
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {  // an A of ones
-    int sums[4];
-    const uint32_t ones = 0x01010101u;
-    multiply(sums, ones, ones, ones, ones, weights[n][0], weights[n][1]);
-    multiply_add(sums, ones, ones, ones, ones, weights[n][2], weights[n][3]);
-    weight_sums[n] = joined(sums[0], sums[1]) * units[n];
-    if constexpr (kBaseBias<kDim, kWide> != 0.0f) state.weights[n] += weight_sums[n];
+    for (int n = 0; n < kTiles; ++n) {  // an A of ones
+      int sums[4];
+      const uint32_t ones = 0x01010101u;
+      multiply(sums, ones, ones, ones, ones, weights[n][0], weights[n][1]);
+      multiply_add(sums, ones, ones, ones, ones, weights[n][2], weights[n][3]);
+      weight_sums[n] = joined(sums[0], sums[1]) * units[n];
+      if constexpr (kBaseBias<kDim, kWide> != 0.0f) state.weights[n] += weight_sums[n];
+    }
+    load_bases<kGroups>(tile.record + layout.value_bases,
+                        layout.template is_narrow<kDim, kWide>(PH_KV_VALUES), tile.lane / 4, bases);
   }
-  uint32_t bases[kGroups];
-  load_bases<kGroups>(tile.record + layout.value_bases, layout.template is_narrow<kDim, kWide>(PH_KV_VALUES),
-                      tile.lane / 4, bases);
   const int digits = kWide && any_wide(widths) ? 2 : 1;
 #pragma unroll 1
   for (int digit = 0; digit < digits; ++digit) {
@@ -615,13 +621,16 @@ __device__ __forceinline__ void tile_values(const Tile& tile, const TileLayout& 
           }
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            const float base = base_value<kDim, kWide>(bases[group], layout.bias_bits, j);
+            [[maybe_unused]] float base;
+            if constexpr (kBases) base = base_value<kDim, kWide>(bases[group], layout.bias_bits, j);
             const int half = j / 2, row = j % 2;
 #pragma unroll
             for (int n = 0; n < kTiles; ++n) {
               const float unit = units[n] * (Nibbles<kWidth>::unit(j) * digit_unit);
               float& out = state.out[n][4 * group + j];
-              if (digit == 0) out = __fmaf_rn(base, weight_sums[n], out);
+              if constexpr (kBases) {
+                if (digit == 0) out = __fmaf_rn(base, weight_sums[n], out);
+              }
               out = __fmaf_rn(joined(sums[half][n][2 * row], sums[half][n][2 * row + 1]), unit, out);
             }
           }

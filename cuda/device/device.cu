@@ -246,11 +246,14 @@ namespace {
 
 constexpr uint32_t kReadThreads = 256;
 constexpr uint32_t kReadAhead = 8;  // 16-byte loads in flight a thread
+// Of a multiprocessor: those that it holds at a time. With more, others follow them at another place, and take turns with
+// what is left of the first: 3.9 instead of 4.5 TB/s on an H200, sometimes.
+constexpr uint32_t kReadBlocks = 4;
 
 __device__ uint32_t read_sink;
 
 // Every thread block reads runs of kReadThreads * kReadAhead units in turn.
-__global__ void __launch_bounds__(kReadThreads, 4)
+__global__ void __launch_bounds__(kReadThreads, kReadBlocks)
     ReadKernel(const uint4* source, uint64_t units, const uint8_t* rest, uint32_t rest_bytes) {
   constexpr uint64_t kRun = kReadThreads * kReadAhead;
   uint32_t seen = 0;
@@ -274,7 +277,8 @@ __global__ void __launch_bounds__(kReadThreads, 4)
 void read(ph_device& device, const uint8_t* source, uint64_t bytes) {
   if (bytes == 0) return;
   const uint64_t units = bytes / sizeof(uint4), runs = units / (kReadThreads * kReadAhead) + 1;
-  const uint32_t blocks = static_cast<uint32_t>(std::min<uint64_t>(runs, 8ull * device.processors));
+  const uint32_t blocks =
+      static_cast<uint32_t>(std::min<uint64_t>(runs, static_cast<uint64_t>(kReadBlocks) * device.processors));
   ReadKernel<<<blocks, kReadThreads, 0, device.stream>>>(reinterpret_cast<const uint4*>(source), units,
                                                          source + units * sizeof(uint4),
                                                          static_cast<uint32_t>(bytes % sizeof(uint4)));

@@ -178,9 +178,10 @@ uint64_t index_words(const CacheView& view) {
 }
 
 // Into how many pieces attention over so many runs and packed blocks is cut; each has its share of both. It depends on
-// the sequence alone. A sequence of more than kLongWork is likely one of few: it is cut into smaller pieces, that keep all
-// processors busy. Lengths a little above a power of two, of batches that fill the processors evenly, give no piece more.
-constexpr uint64_t kLongWork = 1152, kLongPieceWork = 62;
+// the sequence alone. A sequence of more than kLongWork is likely one of few, or longer than others of its batch: it is cut
+// into smaller pieces, that keep all processors busy to the end. Lengths a little above a power of two, of batches that fill
+// the processors evenly, give no piece more.
+constexpr uint64_t kLongWork = 576, kLongPieceWork = 63;
 
 uint64_t piece_count(uint64_t work) {
   if (work > kLongWork) return (work + kLongPieceWork / 2) / kLongPieceWork;
