@@ -487,14 +487,9 @@ struct DecodeWarp {
     for (uint32_t at = from + lane; at < to; at += kWarpThreads) {
       const uint32_t block = share.first_block + at;
       if constexpr (!kRaw && !kMixed) {
-        kv::RecordSpan span;
-        if constexpr (kWidth > 0) {  // of one size all: no need to ask the index
-          span.params = kv::kStreamStart + block * (kv::kParamsUnits + cache.heads * parameters.record_units);
-          span.begin = span.params + kv::kParamsUnits + work.head * parameters.record_units;
-          span.end = span.begin + parameters.record_units;
-        } else {
-          span = kv::record_span(cache, index, block, work.head);
-        }
+        const kv::RecordSpan span = kWidth > 0
+                                        ? kv::record_span(cache, block, work.head, parameters.record_units)
+                                        : kv::record_span(cache, index, block, work.head);
         shared.places.tiles[warp][at] = {
             make_copy(cache.pool, make_span(pages, span.params, span.params + kv::kParamsUnits)),
             make_copy(cache.pool, make_span(pages, span.begin, span.end))};

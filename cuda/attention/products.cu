@@ -49,6 +49,7 @@ struct ProductParameters {
   SequenceTokens tokens;
   uint32_t runs, pieces;
   uint32_t slot_bytes, stages;
+  uint32_t record_units;   // of every head record, or 0 where they differ
   uint32_t widths;         // the part's header word where its groups have the same width in every block, or 0
   const uint8_t* queries;  // score
   const float* weights;    // weigh
@@ -97,8 +98,10 @@ __device__ __forceinline__ PartCopies find_part(const ProductParameters& paramet
                                                 uint32_t head) {
   const CacheView& cache = parameters.cache;
   const SequenceTokens& tokens = parameters.tokens;
-  const kv::RecordSpan span = kv::record_span(cache, kv::index_of(cache, tokens.layer, tokens.sequence),
-                                              block, head, kv::kParamsUnits);
+  const kv::RecordSpan span =
+      parameters.record_units > 0
+          ? kv::record_span(cache, block, head, parameters.record_units)
+          : kv::record_span(cache, kv::index_of(cache, tokens.layer, tokens.sequence), block, head);
   const uint32_t* pages = kv::page_table_of(cache, tokens.layer, tokens.sequence);
   uint32_t widths = parameters.widths;
   if (widths == 0) {
@@ -626,7 +629,11 @@ ProductParameters parameters_of(const CacheView& cache, const kv::TileShape& sha
                        kv::bases_position(shape, kv::kParts),
                        {shape.parts[0].base_bits == 4, shape.parts[1].base_bits == 4}};
   parameters.tokens = tokens;
-  parameters.widths = shape.parts[part].width * (0x11111111u >> 4 * (8 - kv::tile_groups(shape)));
+  const uint32_t ones = 0x11111111u >> 4 * (8 - kv::tile_groups(shape)),
+                 widths[kv::kParts] = {shape.parts[0].width * ones, shape.parts[1].width * ones};
+  parameters.widths = widths[part];
+  if (widths[0] > 0 && widths[1] > 0)
+    parameters.record_units = kv::head_record_bytes(shape, widths[0], widths[1]) / kUnitBytes;
   parameters.runs = tokens.runs(cache);
   return parameters;
 }
@@ -641,13 +648,17 @@ void launch(ph_device& device, ProductParameters& parameters, Kernel kernel, uin
   const uint32_t group = cache.query_heads / cache.heads, column_groups = (group + columns - 1) / columns;
   const uint32_t units = std::max(parameters.runs, parameters.tokens.packed),
                  rows = cache.heads * column_groups;
-  uint32_t resident = static_cast<uint32_t>(device.processors) * residency.blocks;
-  // With so little to do that its way to the first bytes takes longest, the kernel leaves half of the GPU to the next one,
-  // which is on that way meanwhile.
-  const bool shares = Shared::kShares && residency.blocks == Shared::kResident &&
-                      uint64_t{units} * rows <= uint64_t{kFewUnits} * kProductWarps * resident;
-  if (shares) resident /= 2;
-  parameters.pieces = product_pieces(units, rows, resident);
+  const uint32_t resident = static_cast<uint32_t>(device.processors) * residency.blocks;
+  const uint64_t most_units = uint64_t{kProductWarps} * resident;  // of all warps, one each
+  if (Shared::kShares && residency.blocks == Shared::kResident &&
+      uint64_t{units} * rows <= kFewUnits * most_units) {
+    // With so little to do that its way to the first bytes takes longest, the kernel leaves about half of the GPU to the
+    // next one, which is on that way meanwhile: so much that all warps have as many blocks.
+    const uint32_t of_warp = std::max<uint32_t>(2 * uint64_t{units} * rows / most_units, 1);
+    parameters.pieces = (units + of_warp * kProductWarps - 1) / (of_warp * kProductWarps);
+  } else {
+    parameters.pieces = product_pieces(units, rows, resident);
+  }
   allow_shared(device, kernel, SharedMemory::kPrefer);
   const dim3 grid(parameters.pieces, cache.heads, column_groups);
   launch_overlapping(device, kernel, grid, kProductThreads, residency.bytes, parameters);

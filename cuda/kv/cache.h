@@ -79,6 +79,13 @@ PH_HOST_DEVICE RecordSpan record_span(const CacheView& cache, const uint32_t* in
   return {params, head == 0 ? params + params_units : index[block * cache.heads + head], end};
 }
 
+// The same where all blocks have params, and all head records `units`: there is no need to ask the index.
+PH_HOST_DEVICE RecordSpan record_span(const CacheView& cache, uint32_t block, uint32_t head, uint32_t units) {
+  const uint32_t params = kStreamStart + block * (kParamsUnits + cache.heads * units),
+                 begin = params + kParamsUnits + head * units;
+  return {params, begin, begin + units};
+}
+
 // A byte of a stream.
 PH_HOST_DEVICE uint8_t* stream_byte(const CacheView& cache, const uint32_t* pages, uint64_t offset) {
   return cache.pool + pages[offset / kPageBytes] * kPageBytes + offset % kPageBytes;
