@@ -68,8 +68,8 @@ if (small !== undefined) {
 function measure(device: Device, layer: Layer): LayerBits {
   const { kvHeads, headDim } = layer;
   const both = packedBlock(device, layer, CODEC);
-  // Beside a part of one bit, whose bytes are known: a base of 4 bits for a channel, and a bit for a value.
-  const plain = kvHeads * headDim * (4 + BLOCK) / 8;
+  // Beside a part of one bit, whose bytes are known: a bit for a value.
+  const plain = kvHeads * headDim * BLOCK / 8;
   const shared = PARAMS_BYTES + kvHeads * HEADER_BYTES;
   const keys = packedBlock(device, layer, { ...CODEC, values: fixed(1) }) - plain - shared / 2;
   const values = packedBlock(device, layer, { ...CODEC, keys: fixed(1) }) - plain - shared / 2;

@@ -282,7 +282,11 @@ function codeBytes(
 ): number {
   const channels = kvHeads * headDim;
   if (codec.quantizer === "kivi") return channels * BLOCK * codec.bits / 8;
-  const baseBits = codeLimit(codec) <= 15 && headDim % 64 === 0 ? 4 : 8;
+  const baseBits = codec.quantizer === "fixed"
+    ? 0
+    : codeLimit(codec) <= 15 && headDim % 64 === 0
+    ? 4
+    : 8;
   let bytes = channels * baseBits / 8;
   for (let first = 0; first < channels; first += GROUP) {
     let range = 0;

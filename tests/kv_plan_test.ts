@@ -418,8 +418,8 @@ for (const backend of backends()) {
       const sequence = reference.add();
       reference.append(sequence, layers.map((layer) => splitTokens(model, layer)));
       const { packedBytes } = reference.count([sequence]);
-      // Parameters, then per head a header, bases of 4 bits, and the plain part of 1 bit.
-      const least = 528 + 2 * (16 + 2 * 64 / 2 + 64 * 64 / 8);
+      // Parameters, then per head a header, bases of 4 bits, and the plain part of 1 bit, without any.
+      const least = 528 + 2 * (16 + 64 / 2 + 64 * 64 / 8);
       const payload = 8 * (packedBytes - found.tokens / 64 * least);
       assertAlmostEquals(found[part], payload / (found.tokens * 2 * 64), 1e-12);
     }
@@ -608,8 +608,8 @@ Deno.test("kv plan: 16-bit tokens take 16 bits, and times follow from the bytes"
     planKvCache({ ...options, bytesPerSecond: undefined, codec: FIXED }).time,
     undefined,
   );
-  // 3 bits of keys and 2 of values, their bases of 4 bits for 64 tokens, and what a block has once.
-  const extra = 8 * (528 + 8 * 16) / (2 * 64 * 8 * 128) + 4 / 64;
+  // 3 bits of keys and 2 of values, and what a block has once.
+  const extra = 8 * (528 + 8 * 16) / (2 * 64 * 8 * 128);
   assertAlmostEquals(fixed.packedBitsPerValue.keys, 3 + extra, 1e-9);
   assertAlmostEquals(fixed.packedBitsPerValue.values, 2 + extra, 1e-9);
 });

@@ -465,7 +465,7 @@ test("records that no encoder writes are refused by name", async (device, folder
   await refuse(forge(0, 2, padding), "corrupt", ...where(0, 2, 1), "padding");
   const base = head(0, (record, at) => record.setUint8(at + 16, 0xff));
   await refuse(forge(0, 2, base), "corrupt", ...where(0, 2, 0), "code is larger");
-  await refuse(forge(1, 2, base), "corrupt", ...where(1, 2, 0), "base is not zero");
+  await refuse(forge(1, 2, base), "corrupt", ...where(1, 2, 0), "code is larger");
   const codes = head(1, (record, at) => {
     for (let i = 0; i < 512; i++) record.setUint8(at + 80 + i, 0xff);
   });

@@ -118,8 +118,9 @@ __device__ __forceinline__ void unpack_group(const TileLayout& layout, const Til
     __half2 zeros[4];  // of tokens 8g + 0..7
     load_zero_pairs(tile.params + kv::zero_position(part, 8 * g), zeros);
     const uint32_t bases[2] = {
-        base_word(tile.record + kv::kTileHeaderBytes, layout.narrow_bases[0], kDim / 16, i, 2 * group),
-        base_word(tile.record + kv::kTileHeaderBytes, layout.narrow_bases[0], kDim / 16, i, 2 * group + 1)};
+        base_word(tile.record + kv::kTileHeaderBytes, layout.base_bits[PH_KV_KEYS], kDim / 16, i, 2 * group),
+        base_word(tile.record + kv::kTileHeaderBytes, layout.base_bits[PH_KV_KEYS], kDim / 16, i,
+                  2 * group + 1)};
 #pragma unroll
     for (int m = 0; m < 8; ++m) {
       const __half2 zero = m % 2 == 0 ? __low2half2(zeros[m / 2]) : __high2half2(zeros[m / 2]);
@@ -134,7 +135,7 @@ __device__ __forceinline__ void unpack_group(const TileLayout& layout, const Til
     load_zero_pairs(tile.params + kv::zero_position(part, 16 * i), zeros[0]);
     load_zero_pairs(tile.params + kv::zero_position(part, 16 * i + 8), zeros[1]);
     const uint32_t bases =
-        base_word(tile.record + layout.value_bases, layout.narrow_bases[1], kDim / 32, g, group);
+        base_word(tile.record + layout.value_bases, layout.base_bits[PH_KV_VALUES], kDim / 32, g, group);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const uint32_t base = __byte_perm(bases, 0, 0x1111 * j);

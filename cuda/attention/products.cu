@@ -40,7 +40,7 @@ constexpr uint32_t kFewUnits = 2;      // of a warp, on average
 constexpr uint32_t kHalfParams = 256;  // of one part's scales and zeros
 static_assert(kHalfParams % kUnitBytes == 0);
 
-// What kernels are for: parts of fixed width, of up to 4 bits, whose bases are all 0; others of up to 4 bits; of more.
+// What kernels are for: parts of fixed width, of up to 4 bits, which have no bases; others of up to 4 bits; of more.
 enum class Residuals { kFixed, kNarrow, kWide };
 
 struct ProductParameters {
@@ -627,7 +627,7 @@ ProductParameters parameters_of(const CacheView& cache, const kv::TileShape& sha
   parameters.cache = cache;
   parameters.layout = {kv::bases_position(shape, PH_KV_VALUES),
                        kv::bases_position(shape, kv::kParts),
-                       {shape.parts[0].base_bits == 4, shape.parts[1].base_bits == 4}};
+                       {shape.parts[0].base_bits, shape.parts[1].base_bits}};
   parameters.tokens = tokens;
   const uint32_t ones = 0x11111111u >> 4 * (8 - kv::tile_groups(shape)),
                  widths[kv::kParts] = {shape.parts[0].width * ones, shape.parts[1].width * ones};

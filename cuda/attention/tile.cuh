@@ -299,10 +299,15 @@ __device__ __forceinline__ void load_words(const uint8_t* source, uint32_t (&wor
   }
 }
 
-// Bases in words of four, row `row` of them (base_place in tile.h). Of 4 bits, two words share one.
+// Bases in words of four, row `row` of them (base_place in tile.h). Of 4 bits, two words share one. 0 if there are none.
 template <int kWords>
-__device__ __forceinline__ void load_bases(const uint8_t* bases, bool narrow, uint32_t row,
+__device__ __forceinline__ void load_bases(const uint8_t* bases, bool exist, bool narrow, uint32_t row,
                                            uint32_t (&words)[kWords]) {
+  if (!exist) {
+#pragma unroll
+    for (int x = 0; x < kWords; ++x) words[x] = 0;
+    return;
+  }
   if constexpr (kWords % 2 == 0) {
     if (narrow) {
       uint32_t pairs[kWords / 2];
@@ -316,10 +321,11 @@ __device__ __forceinline__ void load_bases(const uint8_t* bases, bool narrow, ui
 }
 
 // Word `at` of such a row of `row_words`.
-__device__ __forceinline__ uint32_t base_word(const uint8_t* bases, bool narrow, uint32_t row_words,
+__device__ __forceinline__ uint32_t base_word(const uint8_t* bases, uint32_t base_bits, uint32_t row_words,
                                               uint32_t row, uint32_t at) {
   const uint32_t place = row * row_words + at;
-  if (!narrow) return reinterpret_cast<const uint32_t*>(bases)[place];
+  if (base_bits == 0) return 0;
+  if (base_bits == 8) return reinterpret_cast<const uint32_t*>(bases)[place];
   return reinterpret_cast<const uint32_t*>(bases)[place / 2] >> 4 * (place % 2) & 0x0f0f0f0fu;
 }
 
@@ -332,15 +338,15 @@ struct Tile {
 
 // Positions within the records of a layer.
 struct TileLayout {
-  uint32_t value_bases, groups;   // bytes; the key bases follow the header
-  bool narrow_bases[kv::kParts];  // of 4 bits
+  uint32_t value_bases, groups;    // bytes; the key bases follow the header
+  uint32_t base_bits[kv::kParts];  // 4, 8, or 0 where there are none
   // 128.0f, which the compiler is not to know: it would load each selector of a permutation of bytes with it.
   uint32_t bias_bits = 0x43000000u;
 
-  // Where no residual has more than 4 bits, the head's channels decide (TilePart).
+  // Whether bases, if there are any, have 4 bits. Where no residual has more, the head's channels decide (TilePart).
   template <int kDim, bool kWide>
   __device__ __forceinline__ bool is_narrow(uint32_t part) const {
-    return kWide ? narrow_bases[part] : kDim % 64 == 0;
+    return kWide ? base_bits[part] == 4 : kDim % 64 == 0;
   }
 };
 
@@ -373,7 +379,7 @@ __device__ __forceinline__ float output_shift(const WarpState<kDim, kTiles>& sta
 }
 
 // Scores of the tile before query_scale: scores[tile][t] is that of token 8 * g + t.
-// kWidth: see for_groups. kWide: residuals may have more than 4 bits. kBases: or all bases are 0, as those of fixed widths.
+// kWidth: see for_groups. kWide: residuals may have more than 4 bits. kBases: there may be bases.
 template <int kDim, int kTiles, bool kBfloat, bool kWide, int kWidth, bool kBases = true>
 __device__ __forceinline__ void tile_scores(const Tile& tile, const TileLayout& layout, uint32_t widths,
                                             const Queries<kDim, kTiles>& queries,
@@ -387,7 +393,7 @@ __device__ __forceinline__ void tile_scores(const Tile& tile, const TileLayout& 
   float of_bases[kTiles] = {};
   if constexpr (kBases) {
     uint32_t bases[2 * kGroups];
-    load_bases<2 * kGroups>(tile.record + kv::kTileHeaderBytes,
+    load_bases<2 * kGroups>(tile.record + kv::kTileHeaderBytes, layout.base_bits[PH_KV_KEYS] > 0,
                             layout.template is_narrow<kDim, kWide>(PH_KV_KEYS), i, bases);
     // Every row of A is a row of bases: rows 0-7 those of even groups, rows 8-15 of odd ones; of each product only the
     // half that belongs to its B counts.
@@ -594,7 +600,7 @@ __device__ __forceinline__ void tile_values(const Tile& tile, const TileLayout& 
       weight_sums[n] = joined(sums[0], sums[1]) * units[n];
       if constexpr (kBaseBias<kDim, kWide> != 0.0f) state.weights[n] += weight_sums[n];
     }
-    load_bases<kGroups>(tile.record + layout.value_bases,
+    load_bases<kGroups>(tile.record + layout.value_bases, layout.base_bits[PH_KV_VALUES] > 0,
                         layout.template is_narrow<kDim, kWide>(PH_KV_VALUES), tile.lane / 4, bases);
   }
   const int digits = kWide && any_wide(widths) ? 2 : 1;

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kTileThreads)
   }
   for (uint32_t i = threadIdx.x; i < kParts * shape.head_dim; i += kTileThreads) {
     const uint32_t part = i / shape.head_dim, channel = i % shape.head_dim;
-    if (!is_per_token(shape.parts[part])) {
+    if (shape.parts[part].base_bits == 0) {
       shared.bases[part][channel] = 0;
       continue;
     }

@@ -106,8 +106,8 @@ TilePart make_part(const ph_kv_cache_config& config, uint32_t quantizer, uint32_
         "value is %u",
         part, quantizer);
   }
-  if (is_kivi(made)) return made;
-  made.base_bits = made.code_limit <= 15 && config.head_dim % 64 == 0 ? 4 : 8;
+  if (quantizer == PH_KV_CACHE_PACKKV)
+    made.base_bits = made.code_limit <= 15 && config.head_dim % 64 == 0 ? 4 : 8;
   return made;
 }
 

@@ -12,15 +12,15 @@
 //      0  u32 key widths     4 bits per group of 32 channels, the first group lowest; 0 for raw16
 //      4  u32 value widths
 //      8  u64 zero
-//     16  key bases          packkv, fixed: per channel the smallest code of the block, base_bits (4 or 8) each, see
+//     16  key bases          packkv: per channel the smallest code of the block, base_bits (4 or 8) each, see
 //                            base_place. kivi: scale[n] as in params, then zero[n]; n is group_scales: of keys, one per
-//                            channel; of values, [head_dim / 64 rounded up][64 tokens]. raw16: nothing
+//                            channel; of values, [head_dim / 64 rounded up][64 tokens]. fixed, raw16: nothing
 //         value bases
 //         key groups         kGroupBytes * width bytes each, in order; nothing for raw16
 //         value groups
 //         raw keys           raw16: kRawChannelBytes * head_dim, see raw_position
 //         raw values
-// code = base + residual, or kivi: code = residual; the residuals of a group of 32 channels x 64 tokens have the group's
+// code = base + residual, or fixed, kivi: code = residual; the residuals of a group of 32 channels x 64 tokens have the group's
 // width, 0 to 8 bits.
 //
 // A group's residuals are in the order of the A fragments of mma.m16n8k32 (PTX ISA, "Matrix Fragments for mma.m16n8k32"
@@ -67,7 +67,7 @@ constexpr uint32_t kLargestScalePosition = 512;
 // How a part of a layer is packed. Of raw16, all but the quantizer is 0.
 struct TilePart {
   uint32_t code_limit;  // largest code
-  uint32_t base_bits;   // packkv, fixed: 4 where code_limit <= 15 and head_dim % 64 == 0, else 8
+  uint32_t base_bits;   // packkv: 4 where code_limit <= 15 and head_dim % 64 == 0, else 8. 0: no bases
   uint32_t width;       // of every group; 0: each group's own
   float rel;            // scale = range * rel, or 0: scale = range / code_limit, rounded up
   uint32_t quantizer;   // ph_kv_cache_quantizer
@@ -173,7 +173,7 @@ PH_HOST_DEVICE uint32_t largest_record_bytes(const TileShape& shape) {
          raw_bytes(shape);
 }
 
-// Where a channel's base lies among those of its part. Bases form words of four, in the order in which the kernels' lanes
+// Where a channel's base lies among those of its part, which has some. Bases form words of four, in the order in which the kernels' lanes
 // read them: keys [i][channel / 16], i = channel / 4 % 4, byte channel % 4; values [g][channel / 32], g = channel % 8,
 // byte channel / 8 % 4. Of 4 bits, two words share one: the even in the low nibbles, the odd in the high ones.
 struct BasePlace {

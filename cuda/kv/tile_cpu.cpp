@@ -164,7 +164,7 @@ __attribute__((flatten)) uint32_t pack(const TileShape& shape, uint32_t part, ui
   }
   const uint32_t fixed = shape.parts[part].width;
   if (fixed > 0) memset(smallest, 0, head_dim);
-  const bool has_bases = !is_kivi(shape.parts[part]);
+  const bool has_bases = shape.parts[part].base_bits > 0;
   if (has_bases) memset(bases, 0, base_bytes(shape, part));
   for (uint32_t channel = 0; has_bases && channel < head_dim; ++channel) {
     const BasePlace place = base_place(shape, part, channel);
@@ -578,7 +578,7 @@ alignas(64) constexpr uint8_t kNoBases[kMostHeadDim] = {};
 
 __attribute__((flatten)) void unpack(const TileShape& shape, uint32_t part, uint32_t widths,
                                      const uint8_t* bases, const uint8_t* groups, uint8_t* quads) {
-  if (is_kivi(shape.parts[part])) bases = kNoBases;
+  if (shape.parts[part].base_bits == 0) bases = kNoBases;
   if (part == PH_KV_KEYS) unpack_part<KeyTarget>(shape, widths, bases, groups, quads);
   else unpack_part<ValueTarget>(shape, widths, bases, groups, quads);
 }

@@ -503,12 +503,7 @@ __device__ __forceinline__ void find_residuals(const TileShape& shape, const uin
       load_value_codes(value_codes, group, lane, residuals[round]);
       if (width == 0) subtract_value_bases(shape, group, lane, residuals[round], shared.bases[part]);
     }
-    if (width == 0) {
-      width = group_width(residuals[round]);
-    } else if (lane < kTileChannels / 4) {
-      // Of fixed width: no bases. Each group clears its share of their words, whichever those are.
-      shared.bases[part][kTileChannels / 4 * group + lane] = 0;
-    }
+    if (width == 0) width = group_width(residuals[round]);
     if (lane == 0) atomicOr(&shared.widths[part], width << 4 * group);
   }
 }

@@ -224,6 +224,7 @@ uint32_t read_base(const TileShape& shape, uint32_t part, const uint8_t* bases, 
   const uint32_t word = part == PH_KV_KEYS ? (channel / 4 % 4) * (D / 16) + channel / 16
                                            : (channel % 8) * (D / 32) + channel / 32;
   const uint32_t byte = part == PH_KV_KEYS ? channel % 4 : channel / 8 % 4;
+  if (shape.parts[part].base_bits == 0) return 0;
   if (shape.parts[part].base_bits == 8) return bases[4 * word + byte];
   return bases[4 * (word / 2) + byte] >> (word % 2 == 0 ? 0 : 4) & 15;
 }
@@ -605,7 +606,7 @@ TilePart part_of(uint32_t head_dim, const Setting& setting) {
   part.code_limit = setting.width > 0
                         ? (1u << setting.width) - 1
                         : std::min(255u, static_cast<uint32_t>(std::ceil(1.0f / setting.rel)) + 1);
-  if (setting.quantizer == PH_KV_CACHE_KIVI) return part;
+  if (setting.quantizer != PH_KV_CACHE_PACKKV) return part;
   part.base_bits = part.code_limit <= 15 && head_dim % 64 == 0 ? 4 : 8;
   return part;
 }
