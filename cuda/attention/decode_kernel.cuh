@@ -40,8 +40,8 @@ using kv::StepView;
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// What kernels are for: layers of packkv and fixed, with residuals of 2, 3 or 4 bits throughout, of up to 4 bits, or of
-// more; of raw16; of any mixture.
+// What kernels are for: layers of fixed with 2, 3 or 4 bits throughout, which have no bases; of packkv and fixed, with
+// residuals of up to 4 bits, or of more; of raw16; of any mixture.
 enum class Flavour { kFixed2, kFixed3, kFixed4, kNarrow, kWide, kRaw16, kMixed };
 
 // The width of every group, or 0.
