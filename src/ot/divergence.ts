@@ -147,39 +147,32 @@ export function sinkhornDivergence(
   const { tolerance = shape.dtype === "f64" ? 1e-9 : 1e-6 } = options;
   // Points go to themselves, of which plain iterations convince themselves slowly.
   const { relaxation = 1.5, iterations = 50_000 } = options;
-  const tensors = new Tensors(device, shape.dtype);
-  const solutions: TransportSolution[] = [];
-  try {
-    const { x, y, a, b } = bindProblem(problem, shape, tensors);
-    const { dimension, rows, columns } = shape;
-    const { cost } = problem;
-    const add = (sides: PointProblem, more: SinkhornOptions) => {
-      const solution = sinkhorn(device, sides, {
-        ...options,
-        ...{ tolerance, relaxation, iterations },
-        ...more,
-      });
-      solutions.push(solution);
-      return solution;
-    };
-    type Side = TransportArray;
-    const points = { dimension, cost };
-    const xy = add({ ...points, x: x as Side, y: y as Side, a, b, rows, columns }, {});
-    // The same epsilon, whatever its problems' costs are.
-    const epsilon = xy.reports.map((report) => report.epsilon);
-    const absolute = { epsilon, relativeEpsilon: false };
-    const xx = add(
-      { ...points, x: x as Side, y: x as Side, a, b: a, rows, columns: rows },
-      absolute,
-    );
-    const yy = add(
-      { ...points, x: y as Side, y: y as Side, a: b, b, rows: columns, columns },
-      absolute,
-    );
-    return createDivergence({ device, shape, tensors, solutions: [xy, xx, yy] });
-  } catch (error) {
-    for (const solution of solutions) solution[Symbol.dispose]();
-    tensors[Symbol.dispose]();
-    throw error;
-  }
+  using stack = new DisposableStack();
+  const tensors = stack.use(new Tensors(device, shape.dtype));
+  const { x, y, a, b } = bindProblem(problem, shape, tensors);
+  const { dimension, rows, columns } = shape;
+  const { cost } = problem;
+  const add = (sides: PointProblem, more: SinkhornOptions) =>
+    stack.use(sinkhorn(device, sides, {
+      ...options,
+      ...{ tolerance, relaxation, iterations },
+      ...more,
+    }));
+  type Side = TransportArray;
+  const points = { dimension, cost };
+  const xy = add({ ...points, x: x as Side, y: y as Side, a, b, rows, columns }, {});
+  // The same epsilon, whatever its problems' costs are.
+  const epsilon = xy.reports.map((report) => report.epsilon);
+  const absolute = { epsilon, relativeEpsilon: false };
+  const xx = add(
+    { ...points, x: x as Side, y: x as Side, a, b: a, rows, columns: rows },
+    absolute,
+  );
+  const yy = add(
+    { ...points, x: y as Side, y: y as Side, a: b, b, rows: columns, columns },
+    absolute,
+  );
+  const divergence = createDivergence({ device, shape, tensors, solutions: [xy, xx, yy] });
+  stack.move(); // What it held is the divergence's.
+  return divergence;
 }

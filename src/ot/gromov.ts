@@ -247,41 +247,34 @@ export function gromovTransport(
       refuse(`Cannot transport: alpha must be 1 where there is no cost, got ${value}`);
     }
   }
-  const tensors = new Tensors(device, shape.dtype);
-  try {
-    const native = nativeOptions({ cost: distanceX, rows, columns }, shape, {
-      tolerance,
-      iterations,
-    });
-    const squares = (sizes: readonly number[]) => sizes.reduce((sum, size) => sum + size ** 2, 0);
-    const read = (array: TransportArray | undefined, name: string, length: number) =>
-      tensors.place(array && tensors.read(array, name, length));
-    const inputs = {
-      x: read(distanceX, "distanceX", squares(shape.rows)),
-      y: read(distanceY, "distanceY", squares(shape.columns)),
-      cost: read(cost, "cost", shape.entries),
-      a: read(problem.a, "a", shape.rowCount),
-      b: read(problem.b, "b", shape.columnCount),
-    };
-    const batch = shape.createBatch(device, { streaming: false, backward: false });
-    try {
-      const reports = tensors.createReports(shape.problems, OT_GROMOV_REPORT.byteLength);
-      const plan = tensors.create(shape.entries);
-      batch.set(native);
-      batch.gromov(inputs, {
-        alphas: Float64Array.from(alphas),
-        plan: tensors.place(plan),
-        reports: tensors.place(reports),
-      });
-      const solution = createSolution({ device, shape, tensors, batch, plan, reports });
-      if (check) void solution.reports;
-      return solution;
-    } catch (error) {
-      batch.close();
-      throw error;
-    }
-  } catch (error) {
-    tensors[Symbol.dispose]();
-    throw error;
-  }
+  using stack = new DisposableStack();
+  const tensors = stack.use(new Tensors(device, shape.dtype));
+  const native = nativeOptions({ cost: distanceX, rows, columns }, shape, {
+    tolerance,
+    iterations,
+  });
+  const squares = (sizes: readonly number[]) => sizes.reduce((sum, size) => sum + size ** 2, 0);
+  const read = (array: TransportArray | undefined, name: string, length: number) =>
+    tensors.place(array && tensors.read(array, name, length));
+  const inputs = {
+    x: read(distanceX, "distanceX", squares(shape.rows)),
+    y: read(distanceY, "distanceY", squares(shape.columns)),
+    cost: read(cost, "cost", shape.entries),
+    a: read(problem.a, "a", shape.rowCount),
+    b: read(problem.b, "b", shape.columnCount),
+  };
+  const batch = shape.createBatch(device, { streaming: false, backward: false });
+  stack.defer(() => batch.close());
+  const reports = tensors.createReports(shape.problems, OT_GROMOV_REPORT.byteLength);
+  const plan = tensors.create(shape.entries);
+  batch.set(native);
+  batch.gromov(inputs, {
+    alphas: Float64Array.from(alphas),
+    plan: tensors.place(plan),
+    reports: tensors.place(reports),
+  });
+  const solution = createSolution({ device, shape, tensors, batch, plan, reports });
+  if (check) void solution.reports;
+  stack.move(); // What it held is the solution's.
+  return solution;
 }

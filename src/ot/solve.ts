@@ -41,57 +41,48 @@ export function solve(
   },
 ): TransportSolution {
   const shape = new BatchShape(problem);
-  const tensors = new Tensors(device, shape.dtype);
-  try {
-    const { streaming = false, check = true, start } = options;
-    const native = nativeOptions(problem, shape, options);
-    const bound = bindProblem(problem, shape, tensors);
-    const warmG = start && tensors.read(
-      "reports" in start ? start.g : start,
-      "start",
-      shape.columnCount,
-    );
-    const batch = shape.createBatch(device, { streaming, backward: true });
-    try {
-      const reports = tensors.createReports(shape.problems);
-      const f = tensors.create(shape.rowCount);
-      const g = tensors.create(shape.columnCount);
-      const plan = streaming ? undefined : tensors.create(shape.entries);
-      batch.set(native);
-      batch.bind(placesOf(bound, tensors));
-      run(batch, {
-        warmG: tensors.place(warmG),
-        f: tensors.place(f),
-        g: tensors.place(g),
-        plan: tensors.place(plan),
-        reports: tensors.place(reports),
-      }, shape);
-      const solution = createSolution({
-        ...{
-          device,
-          shape,
-          tensors,
-          batch,
-          bound,
-          f,
-          g,
-          plan,
-          reports,
-          warmG,
-          regularised,
-          partial,
-        },
-      });
-      if (check) void solution.reports;
-      return solution;
-    } catch (error) {
-      batch.close();
-      throw error;
-    }
-  } catch (error) {
-    tensors[Symbol.dispose]();
-    throw error;
-  }
+  using stack = new DisposableStack();
+  const tensors = stack.use(new Tensors(device, shape.dtype));
+  const { streaming = false, check = true, start } = options;
+  const native = nativeOptions(problem, shape, options);
+  const bound = bindProblem(problem, shape, tensors);
+  const warmG = start && tensors.read(
+    "reports" in start ? start.g : start,
+    "start",
+    shape.columnCount,
+  );
+  const batch = shape.createBatch(device, { streaming, backward: true });
+  stack.defer(() => batch.close());
+  const reports = tensors.createReports(shape.problems);
+  const f = tensors.create(shape.rowCount);
+  const g = tensors.create(shape.columnCount);
+  const plan = streaming ? undefined : tensors.create(shape.entries);
+  batch.set(native);
+  batch.bind(placesOf(bound, tensors));
+  run(batch, {
+    warmG: tensors.place(warmG),
+    f: tensors.place(f),
+    g: tensors.place(g),
+    plan: tensors.place(plan),
+    reports: tensors.place(reports),
+  }, shape);
+  const solution = createSolution({
+    device,
+    shape,
+    tensors,
+    batch,
+    bound,
+    f,
+    g,
+    plan,
+    reports,
+    warmG,
+    regularised,
+    partial,
+  });
+  if (check) void solution.reports;
+  stack.move(); // What it held is the solution's.
+  return solution;
 }
 
 /** The options as the native library takes them, checked. */
