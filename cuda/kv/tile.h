@@ -20,8 +20,8 @@
 //         value groups
 //         raw keys           raw16: kRawChannelBytes * head_dim, see raw_position
 //         raw values
-// code = base + residual, or fixed, kivi: code = residual; the residuals of a group of 32 channels x 64 tokens have the group's
-// width, 0 to 8 bits.
+// code = base + residual, or fixed, kivi: code = residual; the residuals of a group of 32 channels x 64 tokens have the
+// group's width, 0 to 8 bits.
 //
 // A group's residuals are in the order of the A fragments of mma.m16n8k32 (PTX ISA, "Matrix Fragments for mma.m16n8k32"
 // for .u8): a lane holds 64 of them, as sixteen registers of four bytes. Register (s, j), s and j in 0..3, byte b of lane
@@ -173,9 +173,10 @@ PH_HOST_DEVICE uint32_t largest_record_bytes(const TileShape& shape) {
          raw_bytes(shape);
 }
 
-// Where a channel's base lies among those of its part, which has some. Bases form words of four, in the order in which the kernels' lanes
-// read them: keys [i][channel / 16], i = channel / 4 % 4, byte channel % 4; values [g][channel / 32], g = channel % 8,
-// byte channel / 8 % 4. Of 4 bits, two words share one: the even in the low nibbles, the odd in the high ones.
+// Where a channel's base lies among those of its part, which has some. Bases form words of four, in the order in which the
+// kernels' lanes read them: keys [i][channel / 16], i = channel / 4 % 4, byte channel % 4; values [g][channel / 32],
+// g = channel % 8, byte channel / 8 % 4. Of 4 bits, two words share one: the even in the low nibbles, the odd in the high
+// ones.
 struct BasePlace {
   uint32_t byte, shift;
 };
