@@ -281,12 +281,10 @@ function codeBytes(
   codes: readonly Uint8Array[],
 ): number {
   const channels = kvHeads * headDim;
-  if (codec.quantizer === "kivi") return channels * BLOCK * codec.bits / 8;
-  const baseBits = codec.quantizer === "fixed"
-    ? 0
-    : codeLimit(codec) <= 15 && headDim % 64 === 0
-    ? 4
-    : 8;
+  if (codec.quantizer === "kivi" || codec.quantizer === "fixed") {
+    return channels * BLOCK * codec.bits / 8;
+  }
+  const baseBits = codeLimit(codec) <= 15 && headDim % 64 === 0 ? 4 : 8;
   let bytes = channels * baseBits / 8;
   for (let first = 0; first < channels; first += GROUP) {
     let range = 0;
@@ -298,8 +296,7 @@ function codeBytes(
       }
       range = Math.max(range, most - least);
     }
-    const width = codec.quantizer === "fixed" ? codec.bits : 32 - Math.clz32(range);
-    bytes += width * BLOCK * GROUP / 8;
+    bytes += (32 - Math.clz32(range)) * BLOCK * GROUP / 8;
   }
   return bytes;
 }

@@ -39,9 +39,7 @@ void decode(ph_device& device, const CacheView& cache, const kv::TileShape& shap
   parameters.cache = cache;
   parameters.shape = shape;
   parameters.step = step;
-  parameters.layout = {kv::bases_position(shape, PH_KV_VALUES),
-                       kv::bases_position(shape, kv::kParts),
-                       {shape.parts[0].base_bits, shape.parts[1].base_bits}};
+  parameters.layout = tile_layout(shape);
   parameters.partials = {reinterpret_cast<uint32_t*>(workspace + places.finished),
                          reinterpret_cast<PartSum*>(workspace + places.sums),
                          reinterpret_cast<float*>(workspace + places.out), columns};

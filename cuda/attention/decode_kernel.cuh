@@ -32,7 +32,6 @@ namespace ph::attention {
 using kv::CacheView;
 using kv::kBlockTokens;
 using kv::kMostQueries;
-using kv::kParamsBytes;
 using kv::kUnitBytes;
 using kv::StepPiece;
 using kv::StepSequence;
@@ -363,7 +362,7 @@ struct Merge {
   static constexpr uint32_t kColumns = 4 * kTiles, kTeamThreads = 64;
   static constexpr uint32_t kTeams = kWarps * kWarpThreads / kTeamThreads;
   static constexpr uint32_t kItems = (kColumns * kDim / 4 + kTeamThreads - 1) / kTeamThreads;  // of a thread
-  static constexpr uint32_t kAhead = kItems < 8 ? 12 / kItems : 1;  // pieces of an item, loaded at once
+  static constexpr uint32_t kAhead = 12 / kItems;  // pieces of an item, loaded at once
   float4 values[kTeams][kColumns * kDim / 4];
   PartSum sums[kTeams][kColumns];
 };
@@ -774,8 +773,7 @@ void launch_kernel(const ph_device& device, DecodeParameters parameters, uint32_
                 static_cast<uint32_t>(sizeof(WarpResult<kDim, kTiles>))});
   static_assert(sizeof(Merge<kDim, kTiles, kOwnWarps>) <= kOwnWarps * sizeof(WarpResult<kDim, kTiles>));
   parameters.slot_bytes = round_to_sectors(slot_bytes);
-  constexpr uint32_t kWidths = width_of(kFlavour) * kWidthsOfOne<kDim / 32>;
-  parameters.record_units = kv::head_record_bytes(shape, kWidths, kWidths) / kUnitBytes;
+  parameters.record_units = record_bytes / kUnitBytes;
   // As many tiles ahead as fit the shared memory of a thread block.
   const uint32_t warps_bytes = kOwnWarps * parameters.slot_bytes,
                  limit = static_cast<uint32_t>(device.shared_bytes) - kOwnBytes;

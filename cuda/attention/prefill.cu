@@ -396,9 +396,7 @@ void prefill(ph_device& device, const CacheView& cache, const kv::TileShape& sha
   parameters.cache = cache;
   parameters.shape = shape;
   parameters.step = step;
-  parameters.layout = {kv::bases_position(shape, PH_KV_VALUES),
-                       kv::bases_position(shape, kv::kParts),
-                       {shape.parts[0].base_bits, shape.parts[1].base_bits}};
+  parameters.layout = tile_layout(shape);
   for (uint32_t part = 0; part < kv::kParts; ++part) parameters.parts[part] = tensors.parts[part];
   parameters.queries = queries;
   parameters.out = out;

@@ -27,7 +27,6 @@ namespace {
 
 using kv::CacheView;
 using kv::kBlockTokens;
-using kv::kParamsBytes;
 using kv::kUnitBytes;
 
 constexpr int kProductWarps = 4;
@@ -625,15 +624,11 @@ ProductParameters parameters_of(const CacheView& cache, const kv::TileShape& sha
                                 const SequenceTokens& tokens, uint32_t part) {
   ProductParameters parameters{};
   parameters.cache = cache;
-  parameters.layout = {kv::bases_position(shape, PH_KV_VALUES),
-                       kv::bases_position(shape, kv::kParts),
-                       {shape.parts[0].base_bits, shape.parts[1].base_bits}};
+  parameters.layout = tile_layout(shape);
   parameters.tokens = tokens;
-  const uint32_t ones = 0x11111111u >> 4 * (8 - kv::tile_groups(shape)),
-                 widths[kv::kParts] = {shape.parts[0].width * ones, shape.parts[1].width * ones};
-  parameters.widths = widths[part];
-  if (widths[0] > 0 && widths[1] > 0)
-    parameters.record_units = kv::head_record_bytes(shape, widths[0], widths[1]) / kUnitBytes;
+  parameters.widths = shape.parts[part].width * (0x11111111u >> 4 * (8 - kv::tile_groups(shape)));
+  if (shape.parts[PH_KV_KEYS].width > 0 && shape.parts[PH_KV_VALUES].width > 0)
+    parameters.record_units = kv::largest_record_bytes(shape) / kUnitBytes;
   parameters.runs = tokens.runs(cache);
   return parameters;
 }

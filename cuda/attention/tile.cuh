@@ -350,6 +350,12 @@ struct TileLayout {
   }
 };
 
+inline TileLayout tile_layout(const kv::TileShape& shape) {
+  return {kv::bases_position(shape, PH_KV_VALUES),
+          kv::bases_position(shape, kv::kParts),
+          {shape.parts[PH_KV_KEYS].base_bits, shape.parts[PH_KV_VALUES].base_bits}};
+}
+
 // The queries of a thread block's columns in 16-bit fixed point, in shared memory.
 template <int kDim, int kTiles>
 struct Queries {
