@@ -513,6 +513,9 @@ __global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
     weigh_run<kDim, kTiles, kStride, kBfloat>(parameters, values, run, weights, columns.count, sums);
   __syncthreads();
 
+  const auto add = [](float4& sum, const float4& x) {
+    sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+  };
   // The warps' sums, in order, four channels at a time.
   const auto add_warps = [&](float* target) {
     for (uint32_t at = threadIdx.x; at < columns.count * kDim / 4; at += kProductThreads) {
@@ -520,8 +523,7 @@ __global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
       for (int of_warp = 0; of_warp < kProductWarps; ++of_warp) {
-        const float4 x = *reinterpret_cast<const float4*>(sums_of(of_warp) + column * kStride + channel);
-        sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+        add(sum, *reinterpret_cast<const float4*>(sums_of(of_warp) + column * kStride + channel));
       }
       reinterpret_cast<float4*>(target)[at] = sum;
     }
@@ -540,12 +542,21 @@ __global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
   if (!shared.is_last) return;
   const uint32_t first = parameters.pieces * warp / kProductWarps,
                  last = parameters.pieces * (warp + 1) / kProductWarps;
+  constexpr uint32_t kAhead = 16;  // pieces, loaded at once
   for (uint32_t at = lane; at < columns.count * kDim / 4; at += kWarpThreads) {
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 16
-    for (uint32_t piece = first; piece < last; ++piece) {
-      const float4 x = __ldcg(reinterpret_cast<const float4*>(partials + piece * piece_values) + at);
-      sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+#pragma unroll 1
+    for (uint32_t piece = first; piece < last; piece += kAhead) {
+      float4 values[kAhead];
+#pragma unroll
+      for (uint32_t ahead = 0; ahead < kAhead; ++ahead) {
+        values[ahead] =
+            piece + ahead < last
+                ? __ldcg(reinterpret_cast<const float4*>(partials + (piece + ahead) * piece_values) + at)
+                : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      }
+#pragma unroll
+      for (uint32_t ahead = 0; ahead < kAhead; ++ahead) add(sum, values[ahead]);
     }
     *reinterpret_cast<float4*>(sums + 4 * at / kDim * kStride + 4 * at % kDim) = sum;
   }
