@@ -65,6 +65,8 @@ export interface CacheFilling {
   readonly stepTokens?: number;
   /** For how many more tokens each sequence has room. Default: 0. */
   readonly room?: number;
+  /** Whether all sequences, which have one length, are forks of one, and share its packed records. Default: false. */
+  readonly forked?: boolean;
 }
 
 /** A filled cache whose layers are all alike, in a decode step of one token per sequence. */
@@ -83,7 +85,8 @@ export class CacheWorkload implements Disposable {
   constructor(
     device: Device,
     shape: CacheCase,
-    { tokens, codec, layers, residual, stepTokens = STEP_TOKENS, room = 0 }: CacheFilling,
+    { tokens, codec, layers, residual, stepTokens = STEP_TOKENS, room = 0, forked = false }:
+      CacheFilling,
   ) {
     const { kvHeads, headDim, lengths } = shape;
     const queryHeads = kvHeads * shape.group;
@@ -105,16 +108,22 @@ export class CacheWorkload implements Disposable {
       codec,
     });
     this.cache = stack.use(KvCache.create(device, config));
-    this.sequences = lengths.map(() => this.cache.add());
     // Each sequence in turn, but for its last token.
-    this.sequences.forEach((sequence, i) => {
-      let left = lengths[i]! - 1;
-      while (left > 0) {
+    const fill = (length: number): KvSequence => {
+      const sequence = this.cache.add();
+      for (let left = length - 1; left > 0;) {
         const count = Math.min(left, mostTokens);
         this.append(this.cache.begin([{ sequence, tokens: count }]));
         left -= count;
       }
-    });
+      return sequence;
+    };
+    if (forked) {
+      const first = fill(lengths[0]!);
+      this.sequences = lengths.map((_, i) => i === 0 ? first : this.cache.fork(first));
+    } else {
+      this.sequences = lengths.map(fill);
+    }
     this.#step = this.begin();
     this.append(this.#step);
     this.#queries = stack.use(device.createBuffer("bf16", lengths.length * queryHeads * headDim));
@@ -164,9 +173,11 @@ export class CacheWorkload implements Disposable {
     }
   }
 
-  /** Captures {@linkcode attend}, to enqueue it as one graph by {@linkcode replay}; on a GPU only. */
-  capture(): KvStepGraph {
-    return this.#step.capture(() => this.attend());
+  /** Captures {@linkcode attend}, so many times, to enqueue it as one graph by {@linkcode replay}; on a GPU only. */
+  capture(times = 1): KvStepGraph {
+    return this.#step.capture(() => {
+      for (let i = 0; i < times; i++) this.attend();
+    });
   }
 
   /** Enqueues captured attention. */

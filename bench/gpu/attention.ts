@@ -2,7 +2,8 @@
  * Decode attention over packed caches on a GPU, by the GPU's own clock, beside a pure read of as many bytes and, where
  * python3 has PyTorch, its best attention over 16 bits: `deno run -A bench/gpu/attention.ts`. Prints a Markdown table,
  * and with `--svg FILE` draws a chart of it. `--only TEXT` measures the rows that contain the text, `--no-torch` leaves
- * PyTorch out. Needs 75 GB of GPU memory.
+ * PyTorch out. With `--forks`, the sequences of a batch are forks of one and there is one layer: what fits L2 stays there,
+ * and what instructions take shows. Needs 75 GB of GPU memory.
  *
  * @module
  */
@@ -87,6 +88,7 @@ const { values: flags } = parseArgs({
   options: {
     torch: { type: "boolean", default: true },
     only: { type: "string", default: "" },
+    forks: { type: "boolean", default: false },
     svg: { type: "string" },
   },
   allowNegative: true,
@@ -128,7 +130,7 @@ const total = RAGGED.reduce((sum, length) => sum + length, 0);
 const ragged = { ...uniform(RAGGED.length, 8, 4, 0), lengths: RAGGED };
 const even = uniform(RAGGED.length, 8, 4, Math.round(total / RAGGED.length));
 tokens = await tokensFor(ragged, tokens);
-for (const codec of ["fixed 3", "packkv 0.1/0.2"]) {
+for (const codec of flags.forks ? [] : ["fixed 3", "packkv 0.1/0.2"]) {
   const parts = CODECS[codec]!;
   const share = measureCase("uniform, as many tokens", even, codec, parts);
   const wanted = share === undefined ? undefined : share / WANTED_RAGGED;
@@ -170,12 +172,13 @@ function measureCase(
   using workload = new CacheWorkload(device, shape, {
     tokens: tokens!,
     codec: parts,
-    layers: LAYERS,
+    layers: flags.forks ? 1 : LAYERS,
     residual: RESIDUAL,
+    forked: flags.forks,
   });
   const bytes = workload.layerBytes;
   // As a step of a model runs: captured once, and replayed behind another step.
-  using graph = workload.capture();
+  using graph = workload.capture(LAYERS / workload.layers);
   const replay = () => workload.replay(graph);
   const milliseconds = medianTime(device, replay, { lead: replay }) / LAYERS;
   const readMilliseconds = measureRead(bytes);
