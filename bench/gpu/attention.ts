@@ -126,16 +126,8 @@ for (const shape of CASES) {
     measureCase(label(shape), shape, codec, parts, wantedShare(shape, codec));
   }
 }
-const total = RAGGED.reduce((sum, length) => sum + length, 0);
-const ragged = { ...uniform(RAGGED.length, 8, 4, 0), lengths: RAGGED };
-const even = uniform(RAGGED.length, 8, 4, Math.round(total / RAGGED.length));
-tokens = await tokensFor(ragged, tokens);
-for (const codec of flags.forks ? [] : ["fixed 3", "packkv 0.1/0.2"]) {
-  const parts = CODECS[codec]!;
-  const share = measureCase("uniform, as many tokens", even, codec, parts);
-  const wanted = share === undefined ? undefined : share / WANTED_RAGGED;
-  measureCase(`ragged ${RAGGED.length}×8×4, 100 to 60,000`, ragged, codec, parts, wanted);
-}
+// Forks have one length.
+if (!flags.forks) await measureRagged();
 tokens?.[Symbol.dispose]();
 if (chart) {
   await (await import("./attention_chart.ts")).writeAttentionChart(chart, bars, device.info.name);
@@ -204,6 +196,20 @@ function measureCase(
     wanted: { share: wanted, speedup: WANTED_SPEEDUPS[codec] },
   });
   return share;
+}
+
+/** Measures the ragged batch beside the uniform one. */
+async function measureRagged(): Promise<void> {
+  const total = RAGGED.reduce((sum, length) => sum + length, 0);
+  const ragged = { ...uniform(RAGGED.length, 8, 4, 0), lengths: RAGGED };
+  const even = uniform(RAGGED.length, 8, 4, Math.round(total / RAGGED.length));
+  tokens = await tokensFor(ragged, tokens);
+  for (const codec of ["fixed 3", "packkv 0.1/0.2"]) {
+    const parts = CODECS[codec]!;
+    const share = measureCase("uniform, as many tokens", even, codec, parts);
+    const wanted = share === undefined ? undefined : share / WANTED_RAGGED;
+    measureCase(`ragged ${RAGGED.length}×8×4, 100 to 60,000`, ragged, codec, parts, wanted);
+  }
 }
 
 /** Milliseconds that a pure read of as many bytes takes, cold as the cache is. */

@@ -126,7 +126,7 @@ struct PartSum {
   float reference, sum;
 };
 
-// The sum of parts with their weights, for merging.
+// What a part counts in a sum that is relative to `most`.
 __device__ __forceinline__ float part_weight(float reference, float most) {
   return exponential(reference - most);
 }

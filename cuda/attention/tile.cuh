@@ -428,9 +428,7 @@ __device__ __forceinline__ void tile_scores(const Tile& tile, const TileLayout& 
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int t = 0; t < 8; ++t)
-      scores[n][t] =
-          kBases ? __fmaf_rn(zeros[t], state.query_sum[n], of_bases[n]) : zeros[t] * state.query_sum[n];
+    for (int t = 0; t < 8; ++t) scores[n][t] = __fmaf_rn(zeros[t], state.query_sum[n], of_bases[n]);
   }
 
   const int digits = kWide && any_wide(widths) ? 2 : 1;

@@ -90,6 +90,7 @@ TilePart make_part(const ph_kv_cache_config& config, uint32_t quantizer, uint32_
     }
     // Two roundings and the scale's own may make one code more than the range has steps.
     made.code_limit = std::min(255u, static_cast<uint32_t>(std::ceil(1.0f / rel)) + 1);
+    made.base_bits = made.code_limit <= 15 && config.head_dim % 64 == 0 ? 4 : 8;
     made.rel = rel;
   } else if (quantizer == PH_KV_CACHE_FIXED || quantizer == PH_KV_CACHE_KIVI) {
     if (bits < 1 || bits > 8) {
@@ -106,8 +107,6 @@ TilePart make_part(const ph_kv_cache_config& config, uint32_t quantizer, uint32_
         "value is %u",
         part, quantizer);
   }
-  if (quantizer == PH_KV_CACHE_PACKKV)
-    made.base_bits = made.code_limit <= 15 && config.head_dim % 64 == 0 ? 4 : 8;
   return made;
 }
 

@@ -147,12 +147,10 @@ void pack_group(const TileShape& shape, uint32_t part, const uint8_t* residuals,
   }
 }
 
-// Flattened, as are the other functions that take some from shared headers: what is not inlined would be one function
-// for all instruction sets.
-__attribute__((flatten)) uint32_t pack(const TileShape& shape, uint32_t part, uint8_t* codes, uint8_t* bases,
-                                       uint8_t* groups) {
+// Takes the bases of a part away from its codes, writes them, and gives the largest residual of each channel.
+void subtract_bases(const TileShape& shape, uint32_t part, uint8_t* codes, uint8_t* bases, uint8_t* largest) {
   const uint32_t head_dim = shape.head_dim;
-  uint8_t smallest[kMostHeadDim], largest[kMostHeadDim];
+  uint8_t smallest[kMostHeadDim];
   memcpy(smallest, codes, head_dim);
   memcpy(largest, codes, head_dim);
   for (uint32_t token = 1; token < kBlockTokens; ++token) {
@@ -162,18 +160,26 @@ __attribute__((flatten)) uint32_t pack(const TileShape& shape, uint32_t part, ui
       largest[channel] = row[channel] > largest[channel] ? row[channel] : largest[channel];
     }
   }
-  const uint32_t fixed = shape.parts[part].width;
-  if (fixed > 0) memset(smallest, 0, head_dim);
-  const bool has_bases = shape.parts[part].base_bits > 0;
-  if (has_bases) memset(bases, 0, base_bytes(shape, part));
-  for (uint32_t channel = 0; has_bases && channel < head_dim; ++channel) {
+  memset(bases, 0, base_bytes(shape, part));
+  for (uint32_t channel = 0; channel < head_dim; ++channel) {
     const BasePlace place = base_place(shape, part, channel);
     bases[place.byte] = static_cast<uint8_t>(bases[place.byte] | smallest[channel] << place.shift);
+    largest[channel] -= smallest[channel];
   }
   for (uint32_t token = 0; token < kBlockTokens; ++token) {
     uint8_t* row = codes + token * head_dim;
     for (uint32_t channel = 0; channel < head_dim; ++channel) row[channel] -= smallest[channel];
   }
+}
+
+// Flattened, as are the other functions that take some from shared headers: what is not inlined would be one function
+// for all instruction sets.
+__attribute__((flatten)) uint32_t pack(const TileShape& shape, uint32_t part, uint8_t* codes, uint8_t* bases,
+                                       uint8_t* groups) {
+  const uint32_t head_dim = shape.head_dim;
+  const uint32_t fixed = shape.parts[part].width;
+  uint8_t largest[kMostHeadDim];  // residuals, unless all groups have one width
+  if (fixed == 0) subtract_bases(shape, part, codes, bases, largest);
   alignas(64) uint8_t quads[kMostTileCodes];
   const uint8_t* residuals = codes;
   if (part == PH_KV_VALUES) {
@@ -189,12 +195,13 @@ __attribute__((flatten)) uint32_t pack(const TileShape& shape, uint32_t part, ui
 
   uint32_t widths = 0;
   for (uint32_t group = 0; group < tile_groups(shape); ++group) {
-    uint32_t residual = 0;
-    for (uint32_t channel = kTileChannels * group; channel < kTileChannels * (group + 1); ++channel) {
-      const uint32_t range = largest[channel] - smallest[channel];
-      residual = range > residual ? range : residual;
+    uint32_t width = fixed;
+    if (fixed == 0) {
+      uint8_t residual = 0;
+      for (uint32_t channel = kTileChannels * group; channel < kTileChannels * (group + 1); ++channel)
+        residual = largest[channel] > residual ? largest[channel] : residual;
+      width = bit_width(residual);
     }
-    const uint32_t width = fixed > 0 ? fixed : bit_width(residual);
     widths |= width << 4 * group;
     with_width(width, [&](auto constant) {
       constexpr uint32_t kWidth = constant.value, kLow = kWidth > 4 ? 4 : kWidth;
