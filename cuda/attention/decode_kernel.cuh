@@ -288,13 +288,14 @@ __device__ __forceinline__ void attend_raw(const uint8_t* pool, const RawValues*
 }
 
 // A packed block of any mixture. `raw` says where the part in 16 bits is, if there is one; all else is in the tile. `zeros`
-// are of kivi's value groups. Calls hide(scores).
+// are of kivi's value groups. Calls hide(scores) if it `hides` some.
 template <int kDim, int kTiles, bool kBfloat, typename Hide>
 __device__ __forceinline__ void attend_mixed(const Tile& tile, const kv::TileShape& shape,
                                              const TileLayout& layout, uint2 widths,
                                              const BothQueries<kDim, kTiles>& queries, const uint8_t* pool,
                                              const RawValues& raw, WarpState<kDim, kTiles>& state,
-                                             float (&zeros)[kTiles][kValueGroups<kDim>], Hide hide) {
+                                             float (&zeros)[kTiles][kValueGroups<kDim>], bool hides,
+                                             Hide hide) {
   const kv::TilePart &keys = shape.parts[PH_KV_KEYS], &values = shape.parts[PH_KV_VALUES];
   const uint32_t value_groups = layout.groups + kv::kGroupBytes * kv::width_sum(widths.x);
   const auto load = [&](int f) {
@@ -315,13 +316,13 @@ __device__ __forceinline__ void attend_mixed(const Tile& tile, const kv::TileSha
   } else {
     tile_scores<kDim, kTiles, kBfloat, true, 0>(tile, layout, widths.x, queries, state, scores);
   }
-  hide(scores);
   if (kv::is_per_token(values)) {
     uint32_t weights[kTiles][4];
-    tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, weights, factors);
+    tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, hides, hide, weights, factors);
     tile_values<kDim, kTiles, true, 0>(tile, layout, value_groups, widths.y, state, weights, factors);
     return;
   }
+  if (hides) hide(scores);
   if (kv::is_raw16(values)) begin_raw();
   softmax_step(state, scores, factors, [&](int n, float factor) {
 #pragma unroll
@@ -448,6 +449,7 @@ template <int kDim, int kTiles, Flavour kFlavour>
 struct DecodeShared {
   QueriesOf<kDim, kTiles, kFlavour> queries;
   PlacesOf<kDim, kTiles, kFlavour> places;
+  float4 factors[kFlavour == Flavour::kRaw16 ? 1 : kWarps<kDim, kTiles, kFlavour>][kWarpThreads];  // see Tile
   uint64_t barriers[kWarps<kDim, kTiles, kFlavour>][kStages];
   uint64_t queries_ready;
   uint32_t is_last;
@@ -473,7 +475,7 @@ struct DecodeWarp {
         work(work_),
         shared(shared_),
         warp(warp_index()),
-        lane(threadIdx.x % kWarpThreads),
+        lane(lane_index()),
         share(warp_share<kWarps<kDim, kTiles, kFlavour>>(work.piece, warp)),
         ring{dynamic + warp * parameters.stages * parameters.slot_bytes, parameters.slot_bytes,
              parameters.stages, shared.barriers[warp]} {}
@@ -510,10 +512,12 @@ struct DecodeWarp {
   __device__ __forceinline__ void fetch(uint32_t at, uint32_t stage) const {
     if constexpr (!kRaw) {
       if (at >= share.blocks) return ring.skip();
-      const TileCopies copies = shared.places.tiles[warp][at];
-      ring.copy(parameters.cache.pool, stage, {copies.record, copies.params},
-                {copies.record_position(), copies.params_position()});
+      fetch(shared.places.tiles[warp][at], stage);
     }
+  }
+  __device__ __forceinline__ void fetch(const TileCopies& copies, uint32_t stage) const {
+    ring.copy(parameters.cache.pool, stage, {copies.record, copies.params},
+              {copies.record_position(), copies.params_position()});
   }
 
   // `scratch`: a slot of the ring into which no copy is on its way. For `rescale` see move_references.
@@ -598,18 +602,24 @@ struct DecodeWarp {
     uint32_t hidden_blocks = hidden > first_token ? (hidden - first_token - 1) / kBlockTokens + 1 : 0;
     asm volatile("" : "+r"(hidden_blocks));  // lest the compiler computes it for every block
     const auto hide = [&](uint32_t at, float(&scores)[kTiles][8]) {
-      if (at < hidden_blocks) hide_tokens(work.window, work.columns, first_token + at * kBlockTokens, scores);
+      hide_tokens(work.window, work.columns, first_token + at * kBlockTokens, scores);
     };
     if constexpr (kRaw) {
       if (share.runs > 0) attend_runs(ring.slots, state, [](int, float) {});
       attend_raw<kDim, kTiles, kBfloat>(cache.pool, shared.places.raw[warp], blocks, queries.plain, state,
-                                        hide);
+                                        [&](uint32_t at, float(&scores)[kTiles][8]) {
+                                          if (at < hidden_blocks) hide(at, scores);
+                                        });
     } else {
       [[maybe_unused]] float group_zeros[kTiles][kValueGroups<kDim>] = {};
-      uint32_t stage = 0, phase = 0;
+      uint32_t stage = 0, phase = 0, ready = 0;
+      // The first tile that is not next, as it is the runs' turn or the end; tiles to be fetched until then.
+      uint32_t stop = min(turn, blocks), fetched = turn < blocks ? min(turn + stages - 1, blocks) : blocks;
 #pragma unroll 1
       for (uint32_t at = 0;; ++at) {
-        if (at == turn) {
+        if (at == stop) {
+          if (at != turn) break;
+          stop = fetched = blocks;
           const uint32_t free = (stage == 0 ? stages : stage) - 1;
           attend_runs(ring.slots + free * ring.slot_bytes, state, [&](int n, float factor) {
             if constexpr (kMixed) {
@@ -618,15 +628,16 @@ struct DecodeWarp {
             }
           });
           fetch(at + stages - 1, free);
+          if (at == blocks) break;
         }
-        if (at == blocks) break;
-        ring.wait(stage, phase);
+        ring.wait(stage, phase, ready);
         const uint8_t* slot = ring.slots + stage * ring.slot_bytes;
         // Opaque, lest the compiler keeps every address that follows from it in a register of its own.
         uint32_t own_lane = lane;
         asm volatile("" : "+r"(own_lane));
         const TileCopies& copies = shared.places.tiles[warp][at];
-        const Tile tile = {slot + copies.params_position(), slot + copies.record_position(), own_lane};
+        const Tile tile = {slot + copies.params_position(), slot + copies.record_position(), own_lane,
+                           shared.factors[warp]};
         uint2 widths = {};
         if constexpr (kWidth == 0) {
           widths = *reinterpret_cast<const uint2*>(tile.record);
@@ -634,24 +645,37 @@ struct DecodeWarp {
           widths.x = __reduce_or_sync(kEveryLane, widths.x);
           widths.y = __reduce_or_sync(kEveryLane, widths.y);
         }
+        const bool hides = at < hidden_blocks;
+        const auto hide_some = [&](float(&scores)[kTiles][8]) { hide(at, scores); };
+        // What takes a while to be known is asked for before it is needed.
+        const bool refills = at + stages < fetched;
+        const uint32_t next_stage = stage + 1 == stages ? 0 : stage + 1,
+                       next_phase = next_stage == 0 ? phase ^ 1 : phase;
+        TileCopies refill;
+        const auto look_ahead = [&] {
+          refill = shared.places.tiles[warp][refills ? at + stages : at];
+          ready = ring.is_ready(next_stage, next_phase);
+        };
         if constexpr (kMixed) {
           attend_mixed<kDim, kTiles, kBfloat>(tile, parameters.shape, layout, widths, queries, cache.pool,
-                                              shared.places.raw[warp][at], state, group_zeros,
-                                              [&](float(&scores)[kTiles][8]) { hide(at, scores); });
+                                              shared.places.raw[warp][at], state, group_zeros, hides,
+                                              hide_some);
         } else {
           const uint32_t key_bits = kWidth > 0 ? kWidth * kGroups : kv::width_sum(widths.x);
           float scores[kTiles][8], units[kTiles];
           uint32_t weights[kTiles][4];
           tile_scores<kDim, kTiles, kBfloat, kWide, kWidth, kWidth == 0>(tile, layout, widths.x, queries,
                                                                          state, scores);
-          hide(at, scores);
-          tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, weights, units);
+          tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, hides, hide_some, weights, units);
+          look_ahead();
           tile_values<kDim, kTiles, kWide, kWidth, kWidth == 0>(
               tile, layout, layout.groups + kv::kGroupBytes * key_bits, widths.y, state, weights, units);
         }
         __syncwarp();
-        if (at + 1 != turn) fetch(at + stages, stage);
-        if (++stage == stages) stage = 0, phase ^= 1;
+        if (kMixed) look_ahead();
+        if (refills) fetch(refill, stage);
+        else ring.skip();
+        stage = next_stage, phase = next_phase;
       }
       if constexpr (kMixed) add_group_zeros(group_zeros, state);
     }

@@ -142,8 +142,8 @@ __device__ __forceinline__ void fetch_part(const Ring& ring, const ProductParame
 // has ended; then it calls prepare(). The next kernel may do the same meanwhile.
 template <uint32_t kPart, typename Prepare, typename Use>
 __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, const WarpUnits& units,
-                                          const Ring& ring, PartCopies (&copies)[kWarpUnits], Prepare prepare,
-                                          Use use) {
+                                          const Ring& ring, PartCopies (&copies)[kWarpUnits], float4* factors,
+                                          Prepare prepare, Use use) {
   const uint32_t lane = threadIdx.x % kWarpThreads, settled_blocks = parameters.tokens.settled,
                  settled = settled_blocks > units.first_block ? settled_blocks - units.first_block : 0;
   const auto find = [&](bool wanted) {
@@ -173,7 +173,7 @@ __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, c
     uint32_t own_lane = lane;
     asm volatile("" : "+r"(own_lane));
     const PartCopies& places = copies[at];
-    const Tile tile = {slot + places.params_position(), slot + places.record_position(), own_lane};
+    const Tile tile = {slot + places.params_position(), slot + places.record_position(), own_lane, factors};
     const uint32_t groups = kPart == PH_KV_KEYS
                                 ? parameters.layout.groups
                                 : places.groups_position(parameters.layout.groups) - places.record_position();
@@ -270,6 +270,7 @@ struct ScoreShared {
   Queries<kDim, kTiles> queries;
   alignas(16) float found[kProductWarps][4 * kTiles][kBlockTokens + 4];  // fewer conflicts of banks
   PartCopies copies[kProductWarps][kWarpUnits];
+  float4 factors[kProductWarps][kWarpThreads];  // see Tile
   uint64_t barriers[kProductWarps][kProductStages];
 };
 
@@ -295,7 +296,7 @@ __global__ void __launch_bounds__(kProductThreads, ScoreShared<kDim, kTiles>::kR
   const RecentRows<kDim> recent(parameters, PH_KV_KEYS);
   RunKeys<kDim> run_keys;
   for_tiles<PH_KV_KEYS>(
-      parameters, units, ring, shared.copies[warp],
+      parameters, units, ring, shared.copies[warp], shared.factors[warp],
       [&] {
         if (const uint32_t n = threadIdx.x / kWarpThreads; n < kTiles)
           quantize_queries<kDim, kTiles, kBfloat>(LaneQuery<kDim>(columns, n), n, parameters.scale, queries);
@@ -426,6 +427,7 @@ struct WeighShared {
   static constexpr uint32_t kResident = 3;
   static constexpr bool kShares = false;
   PartCopies copies[kProductWarps][kWarpUnits];
+  float4 factors[kProductWarps][kWarpThreads];  // see Tile
   uint64_t barriers[kProductWarps][kProductStages];
   uint32_t is_last;
 };
@@ -460,13 +462,13 @@ __global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
     for (int o = 0; o < kDim / 8; ++o) state.out[n][o] = 0.0f;
   }
   for_tiles<PH_KV_VALUES>(
-      parameters, units, ring, shared.copies[warp], [&] { load_weights(0, next); },
+      parameters, units, ring, shared.copies[warp], shared.factors[warp], [&] { load_weights(0, next); },
       [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t groups) {
         const TileWeights<kTiles> own = next;
         load_weights(at + 1, next);
-        float scales[8], zeros[8];
-        load_scales<kBfloat>(tile.params + kv::scale_position(PH_KV_VALUES, 8 * g), scales);
-        load_zeros(tile.params + kv::zero_position(PH_KV_VALUES, 8 * g), zeros);
+        share_factors<kBfloat>(tile, PH_KV_VALUES, {1.0f, 1.0f});
+        float scales[8], shifts[8];
+        load_factors(tile, scales, shifts);
         uint32_t fragments[kTiles][4];
         float weight_units[kTiles];
 #pragma unroll
@@ -476,7 +478,7 @@ __global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
           for (int t = 0; t < 8; ++t) {
             products[t] = own.x[n][t] * scales[t];
             largest = fmaxf(largest, fabsf(products[t]));
-            state.zeros[n] = __fmaf_rn(products[t], zeros[t], state.zeros[n]);
+            state.zeros[n] = __fmaf_rn(own.x[n][t], shifts[t], state.zeros[n]);
           }
           for (int distance = 4; distance < kWarpThreads; distance *= 2)
             largest = fmaxf(largest, __shfl_xor_sync(kEveryLane, largest, distance));

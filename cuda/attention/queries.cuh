@@ -68,7 +68,7 @@ __device__ __forceinline__ void quantize_queries(const LaneQuery<kDim>& query, u
   sum += __shfl_xor_sync(kEveryLane, sum, 2);
   if (lane % 8 == 0) {
     const uint32_t column = 4 * tile + g / 2;
-    queries.sum[column] = sum * kZeroUnit;
+    queries.sum[column] = sum;
     // Positive, for the scores that a window makes minus infinity.
     queries.scale[column] = fmaxf(largest * (1.0f / kLargestFixed) * scale, 0x1p-126f);
   }

@@ -33,12 +33,6 @@ __device__ __forceinline__ void multiply_halves(float (&d)[4], const uint32_t (&
   }
 }
 
-template <bool kBfloat>
-__device__ __forceinline__ float2 to_floats(uint32_t pair) {
-  if constexpr (kBfloat) return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-}
-
 // Two floats as 16-bit ones, the first in the low half.
 template <bool kBfloat>
 __device__ __forceinline__ uint32_t to_halves(float low, float high) {

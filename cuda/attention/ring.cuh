@@ -205,13 +205,27 @@ struct Ring {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void wait(uint32_t stage, uint32_t phase) const {
+  // Whether a tile is there, which `wait` then need not ask: the answer takes its time.
+  __device__ __forceinline__ uint32_t is_ready(uint32_t stage, uint32_t phase) const {
+    uint32_t ready = 0;
 #if __CUDA_ARCH__ >= 900
     asm volatile(
-        "{\n .reg .pred done;\n"
+        "{\n .reg .pred done;\n mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        " selp.u32 %0, 1, 0, done;\n}"
+        : "=r"(ready)
+        : "r"(shared_address(barriers + stage)), "r"(phase)
+        : "memory");
+#endif
+    return ready;
+  }
+
+  __device__ __forceinline__ void wait(uint32_t stage, uint32_t phase, uint32_t ready = 0) const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n .reg .pred done;\n setp.ne.u32 done, %2, 0;\n @done bra.uni ready_%=;\n"
         "again_%=:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         " @done bra.uni ready_%=;\n bra.uni again_%=;\nready_%=:\n}" ::"r"(shared_address(barriers + stage)),
-        "r"(phase)
+        "r"(phase), "r"(ready)
         : "memory");
 #else
     if (stages == kStages) asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");

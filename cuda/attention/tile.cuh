@@ -46,6 +46,13 @@ __device__ __forceinline__ uint32_t warp_index() {
   return __shfl_sync(kEveryLane, threadIdx.x / kWarpThreads, 0);
 }
 
+// The lane, of which the compiler does not know that it could compute it anew, as it would, at 30 cycles, for every tile.
+__device__ __forceinline__ uint32_t lane_index() {
+  uint32_t lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -234,37 +241,22 @@ __device__ __forceinline__ void with_width(uint32_t widths, Use use) {
   use(std::integral_constant<int, 0>{});
 }
 
-// Eight 16-bit scales, as floats.
+// Two 16-bit floats, the first from the low half.
 template <bool kBfloat>
-__device__ __forceinline__ void load_scales(const uint8_t* source, float (&scales)[8]) {
-  const uint4 words = *reinterpret_cast<const uint4*>(source);
-  const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (kBfloat) {
-      scales[2 * i] = __uint_as_float(pairs[i] << 16);
-      scales[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
-    } else {
-      const float2 two = __half22float2(*reinterpret_cast<const __half2*>(&pairs[i]));
-      scales[2 * i] = two.x;
-      scales[2 * i + 1] = two.y;
-    }
-  }
+__device__ __forceinline__ float2 to_floats(uint32_t pair) {
+  if constexpr (kBfloat) return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
 constexpr float kInteger = 8388608.0f;          // 2^23: the low bits of its words count units
 constexpr uint32_t kIntegerWord = 0x4b000000u;  // as a word
 
-// Eight 16-bit zero points, as floats in units of kZeroUnit: conversions of 32-bit integers are faster than those of 16.
+// Two 16-bit zero points, the first from the low half, as floats in units of kZeroUnit: conversions of 32-bit integers are
+// faster than those of 16.
 constexpr float kZeroUnit = 0x1p-16f;
-__device__ __forceinline__ void load_zeros(const uint8_t* source, float (&zeros)[8]) {
-  const uint4 words = *reinterpret_cast<const uint4*>(source);
-  const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    zeros[2 * i] = static_cast<float>(static_cast<int>(pairs[i] << 16));
-    zeros[2 * i + 1] = static_cast<float>(static_cast<int>(pairs[i] & 0xffff0000u));
-  }
+__device__ __forceinline__ float2 zero_points(uint32_t pair) {
+  return make_float2(static_cast<float>(static_cast<int>(pair << 16)),
+                     static_cast<float>(static_cast<int>(pair & 0xffff0000u)));
 }
 
 // Bases of 4 bits become floats with this added, by a permutation of bytes alone. What it adds to the outputs is known
@@ -334,6 +326,7 @@ struct Tile {
   const uint8_t* params;
   const uint8_t* record;
   uint32_t lane;
+  float4* factors;  // for share_factors: [32] in shared memory, the warp's alone
 };
 
 // Positions within the records of a layer.
@@ -360,9 +353,34 @@ inline TileLayout tile_layout(const kv::TileShape& shape) {
 template <int kDim, int kTiles>
 struct Queries {
   alignas(16) uint32_t fragments[kDim / 32][kWarpThreads][2 * kTiles];  // B of each group, lane and tile
-  float sum[4 * kTiles];                                                // of a column, times kZeroUnit
+  float sum[4 * kTiles];                                                // of a column
   float scale[4 * kTiles];  // of its fixed-point scores, softmax scale and log2(e) included
 };
+
+// Shares a part's scales and zero points with the warp: every lane converts those of two tokens, where each would convert
+// those of eight. Of a token, scale times that of `factors`, and scale times zero point.
+template <bool kBfloat>
+__device__ __forceinline__ void share_factors(const Tile& tile, uint32_t part, float2 factors) {
+  const uint32_t token = 2 * tile.lane;
+  const uint32_t scales = *reinterpret_cast<const uint32_t*>(tile.params + kv::scale_position(part, token)),
+                 zeros = *reinterpret_cast<const uint32_t*>(tile.params + kv::zero_position(part, token));
+  const float2 scale = to_floats<kBfloat>(scales);
+  const float2 zero = zero_points(zeros);
+  tile.factors[tile.lane] = make_float4(scale.x * factors.x, scale.x * (zero.x * kZeroUnit),
+                                        scale.y * factors.y, scale.y * (zero.y * kZeroUnit));
+}
+
+// What share_factors made of tokens 8 * g + t.
+__device__ __forceinline__ void load_factors(const Tile& tile, float (&scales)[8], float (&shifts)[8]) {
+  __syncwarp();
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair) {
+    const float4 two = tile.factors[tile.lane / 4 * 4 + pair];
+    scales[2 * pair] = two.x, shifts[2 * pair] = two.y;
+    scales[2 * pair + 1] = two.z, shifts[2 * pair + 1] = two.w;
+  }
+  __syncwarp();
+}
 
 // What a warp knows of its columns: lane (g, i) holds those of column 4 * tile + i.
 template <int kDim, int kTiles>
@@ -371,7 +389,7 @@ struct WarpState {
   float out[kTiles][kDim / 8];  // channel 8 * o + g, without `zeros`
   float reference[kTiles];      // exponents are relative to it
   float weights[kTiles];        // sum of the weights that kBaseBias is multiplied with
-  // Of this lane's tokens: probabilities, and weights times zero points in units of kZeroUnit.
+  // Of this lane's tokens: probabilities, and weights times zero points.
   float sum[kTiles], zeros[kTiles];
 };
 
@@ -381,7 +399,7 @@ __device__ __forceinline__ float output_shift(const WarpState<kDim, kTiles>& sta
   float zeros = state.zeros[n];
   for (int distance = 4; distance < kWarpThreads; distance *= 2)
     zeros += __shfl_xor_sync(kEveryLane, zeros, distance);
-  return __fmaf_rn(-kBaseBias<kDim, kWide>, state.weights[n], zeros * kZeroUnit);
+  return __fmaf_rn(-kBaseBias<kDim, kWide>, state.weights[n], zeros);
 }
 
 // Scores of the tile before query_scale: scores[tile][t] is that of token 8 * g + t.
@@ -392,7 +410,10 @@ __device__ __forceinline__ void tile_scores(const Tile& tile, const TileLayout& 
                                             const WarpState<kDim, kTiles>& state,
                                             float (&scores)[kTiles][8]) {
   constexpr int kGroups = kDim / 32;
-  const uint32_t g = tile.lane / 4, i = tile.lane % 4;
+  const uint32_t i = tile.lane % 4;
+  // Token 8 * g + t is in row t % 4 of the lane's: those of even lanes are rows 0 and 1.
+  using Residuals = Nibbles<kWidth>;
+  const float lane_unit = tile.lane % 2 == 0 ? 1.0f : Residuals::unit(2);
   const auto query_fragments = [&](int group, uint32_t(&b)[2 * kTiles]) {
     load_words<2 * kTiles>(reinterpret_cast<const uint8_t*>(queries.fragments[group][tile.lane]), b);
   };
@@ -423,52 +444,54 @@ __device__ __forceinline__ void tile_scores(const Tile& tile, const TileLayout& 
     }
   }
 
-  float zeros[8];
-  load_zeros(tile.params + kv::zero_position(PH_KV_KEYS, 8 * g), zeros);
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int t = 0; t < 8; ++t) scores[n][t] = __fmaf_rn(zeros[t], state.query_sum[n], of_bases[n]);
+    for (int t = 0; t < 8; ++t) scores[n][t] = of_bases[n] / Residuals::unit(t % 4);
   }
 
   const int digits = kWide && any_wide(widths) ? 2 : 1;
 #pragma unroll 1
   for (int digit = 0; digit < digits; ++digit) {
     int sums[kTiles][4][4];
-    for_groups<kGroups, kWidth, kWide>(tile.record + layout.groups, tile.lane, widths, digit,
-                                       [&](int group, const Nibbles<kWidth>& nibbles) {
-                                         uint32_t b[2 * kTiles];
-                                         query_fragments(group, b);
+    for_groups<kGroups, kWidth, kWide>(
+        tile.record + layout.groups, tile.lane, widths, digit,
+        [&](int group, const Nibbles<kWidth>& nibbles) {
+          uint32_t b[2 * kTiles];
+          query_fragments(group, b);
+          // Behind the first loads of residuals.
+          if (group == 1 && digit == 0)
+            share_factors<kBfloat>(tile, PH_KV_KEYS, {lane_unit, lane_unit * Residuals::unit(1)});
 #pragma unroll
-                                         for (int m = 0; m < 4; ++m) {
-                                           const int s = 2 * (m / 2), j = 2 * (m % 2);
-                                           const uint32_t a0 = nibbles.fragment(s, j),
-                                                          a1 = nibbles.fragment(s, j + 1),
-                                                          a2 = nibbles.fragment(s + 1, j),
-                                                          a3 = nibbles.fragment(s + 1, j + 1);
+          for (int m = 0; m < 4; ++m) {
+            const int s = 2 * (m / 2), j = 2 * (m % 2);
+            const uint32_t a0 = nibbles.fragment(s, j), a1 = nibbles.fragment(s, j + 1),
+                           a2 = nibbles.fragment(s + 1, j), a3 = nibbles.fragment(s + 1, j + 1);
 #pragma unroll
-                                           for (int n = 0; n < kTiles; ++n) {
-                                             const auto product = group == 0 ? multiply : multiply_add;
-                                             product(sums[n][m], a0, a1, a2, a3, b[2 * n], b[2 * n + 1]);
-                                           }
-                                         }
-                                       });
+            for (int n = 0; n < kTiles; ++n) {
+              const auto product = group == 0 ? multiply : multiply_add;
+              product(sums[n][m], a0, a1, a2, a3, b[2 * n], b[2 * n + 1]);
+            }
+          }
+        });
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int t = 0; t < 8; ++t) {
         const int m = t / 2, row = t % 2;
-        const float unit = Nibbles<kWidth>::unit(2 * (m % 2) + row) * (digit == 0 ? 1.0f : 16.0f);
         const float sum = joined(sums[n][m][2 * row], sums[n][m][2 * row + 1]);
-        scores[n][t] = __fmaf_rn(sum, unit, scores[n][t]);
+        scores[n][t] = kWide    ? __fmaf_rn(sum, digit == 0 ? 1.0f : 16.0f, scores[n][t])
+                       : kBases ? scores[n][t] + sum
+                                : sum;
       }
   }
-  float scales[8];
-  load_scales<kBfloat>(tile.params + kv::scale_position(PH_KV_KEYS, 8 * g), scales);
+  float scales[8], shifts[8];
+  load_factors(tile, scales, shifts);
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int t = 0; t < 8; ++t) scores[n][t] *= scales[t];
+    for (int t = 0; t < 8; ++t)
+      scores[n][t] = __fmaf_rn(scores[n][t], scales[t], shifts[t] * state.query_sum[n]);
   }
 }
 
@@ -512,16 +535,22 @@ __device__ __forceinline__ float highest_score(const float (&scores)[kScores]) {
   return most;
 }
 
-// The online softmax's step before its exponentials: `highest` are the highest scores of what comes, in bits. Where one
-// exceeds the running reference by too much, the references move, and rescale(n, factor) is called for what else is
-// relative to column n's.
-template <int kDim, int kTiles, typename Rescale>
-__device__ __forceinline__ void move_references(WarpState<kDim, kTiles>& state,
-                                                const float (&highest)[kTiles], Rescale rescale) {
+// Whether one of the highest scores of what comes, in bits, exceeds its running reference by too much.
+template <int kDim, int kTiles>
+__device__ __forceinline__ bool exceeds_references(const WarpState<kDim, kTiles>& state,
+                                                   const float (&highest)[kTiles]) {
   bool exceeds = false;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) exceeds |= highest[n] > state.reference[n] + kLazyRescale;
-  if (__any_sync(kEveryLane, exceeds)) {  // the first tile, then practically never
+  return exceeds;
+}
+
+// The online softmax's step before its exponentials: where `highest` exceeds the references, they move, and
+// rescale(n, factor) is called for what else is relative to column n's.
+template <int kDim, int kTiles, typename Rescale>
+__device__ __forceinline__ void move_references(WarpState<kDim, kTiles>& state,
+                                                const float (&highest)[kTiles], Rescale rescale) {
+  if (__any_sync(kEveryLane, exceeds_references(state, highest))) {  // the first tile, then practically never
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const float next = fmaxf(state.reference[n], highest[n]),
@@ -547,23 +576,28 @@ __device__ __forceinline__ void tile_highest(const WarpState<kDim, kTiles>& stat
 }
 
 // Scores to weights of the values: B fragments in 16-bit fixed point, and the unit of a column's weights.
-template <int kDim, int kTiles, bool kBfloat>
+template <int kDim, int kTiles, bool kBfloat, typename Hide>
 __device__ __forceinline__ void tile_weights(const Tile& tile, WarpState<kDim, kTiles>& state,
-                                             const float (&scores)[kTiles][8], uint32_t (&weights)[kTiles][4],
-                                             float (&units)[kTiles]) {
-  const uint32_t g = tile.lane / 4;
-  float scales[8], zeros[8];
-  load_scales<kBfloat>(tile.params + kv::scale_position(PH_KV_VALUES, 8 * g), scales);
-  load_zeros(tile.params + kv::zero_position(PH_KV_VALUES, 8 * g), zeros);
+                                             float (&scores)[kTiles][8], bool hides, Hide hide,
+                                             uint32_t (&weights)[kTiles][4], float (&units)[kTiles]) {
   // Away from where its reciprocal, times the largest fixed-point number, overflows.
   const float largest_scale =
       fmaxf(*reinterpret_cast<const float*>(tile.params + kv::kLargestScalePosition), 0x1p-111f);
   const float to_fixed = kLargestFixed * reciprocal(largest_scale);
+  share_factors<kBfloat>(tile, PH_KV_VALUES, {to_fixed, to_fixed});
 
   float highest[kTiles];
   tile_highest(state, scores, highest);
-  move_references(state, highest, [](int, float) {});
+  if (__any_sync(kEveryLane, hides || exceeds_references(state, highest))) {
+    if (hides) {
+      hide(scores);
+      tile_highest(state, scores, highest);
+    }
+    move_references(state, highest, [](int, float) {});
+  }
 
+  float scales[8], shifts[8];
+  load_factors(tile, scales, shifts);
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
     const float tile_factor = exponential(highest[n] - state.reference[n]);
@@ -572,10 +606,9 @@ __device__ __forceinline__ void tile_weights(const Tile& tile, WarpState<kDim, k
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
       const float probability = exponential(__fmaf_rn(scores[n][t], state.query_scale[n], -highest[n]));
-      const float weight = probability * scales[t];
       sum = t == 0 ? probability : sum + probability;
-      zero_sum = t == 0 ? weight * zeros[t] : __fmaf_rn(weight, zeros[t], zero_sum);
-      fixed[t] = __float_as_uint(__fmaf_rn(weight, to_fixed, kFixedMagic));
+      zero_sum = t == 0 ? probability * shifts[t] : __fmaf_rn(probability, shifts[t], zero_sum);
+      fixed[t] = __float_as_uint(__fmaf_rn(probability, scales[t], kFixedMagic));
     }
     state.sum[n] = __fmaf_rn(sum, tile_factor, state.sum[n]);
     state.zeros[n] = __fmaf_rn(zero_sum, tile_factor, state.zeros[n]);

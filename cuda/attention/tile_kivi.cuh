@@ -12,6 +12,29 @@
 
 namespace ph::attention {
 
+// Eight 16-bit scales, as floats.
+template <bool kBfloat>
+__device__ __forceinline__ void load_scales(const uint8_t* source, float (&scales)[8]) {
+  const uint4 words = *reinterpret_cast<const uint4*>(source);
+  const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 two = to_floats<kBfloat>(pairs[i]);
+    scales[2 * i] = two.x, scales[2 * i + 1] = two.y;
+  }
+}
+
+// Eight 16-bit zero points, as floats in units of kZeroUnit.
+__device__ __forceinline__ void load_zeros(const uint8_t* source, float (&zeros)[8]) {
+  const uint4 words = *reinterpret_cast<const uint4*>(source);
+  const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 two = zero_points(pairs[i]);
+    zeros[2 * i] = two.x, zeros[2 * i + 1] = two.y;
+  }
+}
+
 // Fixed-point numbers are relative to a largest one; where that is smaller than this, they are 0 and not missed.
 constexpr float kLeastLargest = 0x1p-100f;
 
