@@ -191,7 +191,8 @@ __device__ __forceinline__ void for_some_groups(const uint8_t* groups, uint32_t 
 
 // Calls use(group, nibbles) for the groups of a part, which follow each other from `groups` on; of groups wider than 4
 // bits, for one digit of each. kWidth: the width of every group, or 0 where they differ. Where no group is wide, two at a
-// time, that mostly have the same width: for each there is code without branches.
+// time, that mostly have the same width: for each there is code without branches that loads and unpacks them, and what they
+// are used for is there once, as instructions have to be fetched too.
 template <int kGroups, int kWidth, bool kWide, typename Use>
 __device__ __forceinline__ void for_groups(const uint8_t* groups, uint32_t lane, uint32_t widths, int digit,
                                            Use use) {
@@ -199,25 +200,28 @@ __device__ __forceinline__ void for_groups(const uint8_t* groups, uint32_t lane,
 #pragma unroll
     for (int first = 0; first < kGroups; first += 2) {
       const uint32_t both = widths >> 4 * first & 0xff;
-      const auto with_same = [&](auto width) {
+      Nibbles<0> nibbles[2];
+      const auto load_same = [&](auto width) {
         constexpr int kSame = decltype(width)::value;
-        Nibbles<0> nibbles[2];
 #pragma unroll
         for (int at = 0; at < 2; ++at)
           load_words_of<kSame>(groups + at * kSame * kv::kGroupBytes, lane, nibbles[at].words);
 #pragma unroll
-        for (int at = 0; at < 2; ++at) {
-          unpack_group(kSame, nibbles[at]);
-          use(first + at, nibbles[at]);
-        }
+        for (int at = 0; at < 2; ++at) unpack_group(kSame, nibbles[at]);
       };
-      if (both == 0x33) with_same(std::integral_constant<int, 3>{});
-      else if (both == 0x44) with_same(std::integral_constant<int, 4>{});
-      else if (both == 0x22) with_same(std::integral_constant<int, 2>{});
-      else
-        for_some_groups<0, false>(groups, lane, both, 0, std::integral_constant<int, 2>{},
-                                  [&](int at, const Nibbles<0>& nibbles) { use(first + at, nibbles); });
-      groups += kv::kGroupBytes * ((both & 15) + (both >> 4));
+      const uint32_t widths_of[2] = {both & 15, both >> 4};
+      if (both == 0x33) load_same(std::integral_constant<int, 3>{});
+      else if (both == 0x44) load_same(std::integral_constant<int, 4>{});
+      else if (both == 0x22) load_same(std::integral_constant<int, 2>{});
+      else {
+        load_words_of(groups, lane, widths_of[0], nibbles[0].words);
+        load_words_of(groups + kv::kGroupBytes * widths_of[0], lane, widths_of[1], nibbles[1].words);
+#pragma unroll
+        for (int at = 0; at < 2; ++at) unpack_group(widths_of[at], nibbles[at]);
+      }
+#pragma unroll
+      for (int at = 0; at < 2; ++at) use(first + at, nibbles[at]);
+      groups += kv::kGroupBytes * (widths_of[0] + widths_of[1]);
     }
   } else {
     for_some_groups<kWidth, kWide>(groups, lane, widths, digit, std::integral_constant<int, kGroups>{}, use);
