@@ -615,67 +615,68 @@ struct DecodeWarp {
       uint32_t stage = 0, phase = 0, ready = 0;
       // The first tile that is not next, as it is the runs' turn or the end; tiles to be fetched until then.
       uint32_t stop = min(turn, blocks), fetched = turn < blocks ? min(turn + stages - 1, blocks) : blocks;
+      uint32_t at = 0;
+      for (;;) {
 #pragma unroll 1
-      for (uint32_t at = 0;; ++at) {
-        if (at == stop) {
-          if (at != turn) break;
-          stop = fetched = blocks;
-          const uint32_t free = (stage == 0 ? stages : stage) - 1;
-          attend_runs(ring.slots + free * ring.slot_bytes, state, [&](int n, float factor) {
-            if constexpr (kMixed) {
+        for (; at != stop; ++at) {
+          ring.wait(stage, phase, ready);
+          const uint8_t* slot = ring.slots + stage * ring.slot_bytes;
+          // Opaque, lest the compiler keeps every address that follows from it in a register of its own.
+          uint32_t own_lane = lane;
+          asm volatile("" : "+r"(own_lane));
+          const TileCopies& copies = shared.places.tiles[warp][at];
+          const Tile tile = {slot + copies.params_position(), slot + copies.record_position(), own_lane,
+                             shared.factors[warp]};
+          uint2 widths = {};
+          if constexpr (kWidth == 0) {
+            widths = *reinterpret_cast<const uint2*>(tile.record);
+            // The same in every lane: a reduction tells the compiler, which then branches on scalars.
+            widths.x = __reduce_or_sync(kEveryLane, widths.x);
+            widths.y = __reduce_or_sync(kEveryLane, widths.y);
+          }
+          const bool hides = at < hidden_blocks;
+          const auto hide_some = [&](float(&scores)[kTiles][8]) { hide(at, scores); };
+          // What takes a while to be known is asked for before it is needed.
+          const bool refills = at + stages < fetched;
+          const uint32_t next_stage = stage + 1 == stages ? 0 : stage + 1,
+                         next_phase = next_stage == 0 ? phase ^ 1 : phase;
+          TileCopies refill;
+          const auto look_ahead = [&] {
+            refill = shared.places.tiles[warp][refills ? at + stages : at];
+            ready = ring.is_ready(next_stage, next_phase);
+          };
+          if constexpr (kMixed) {
+            attend_mixed<kDim, kTiles, kBfloat>(tile, parameters.shape, layout, widths, queries, cache.pool,
+                                                shared.places.raw[warp][at], state, group_zeros, hides,
+                                                hide_some);
+          } else {
+            const uint32_t key_bits = kWidth > 0 ? kWidth * kGroups : kv::width_sum(widths.x);
+            float scores[kTiles][8], units[kTiles];
+            uint32_t weights[kTiles][4];
+            tile_scores<kDim, kTiles, kBfloat, kWide, kWidth, kWidth == 0>(tile, layout, widths.x, queries,
+                                                                           state, scores);
+            tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, hides, hide_some, weights, units);
+            look_ahead();
+            tile_values<kDim, kTiles, kWide, kWidth, kWidth == 0>(
+                tile, layout, layout.groups + kv::kGroupBytes * key_bits, widths.y, state, weights, units);
+          }
+          __syncwarp();
+          if (kMixed) look_ahead();
+          if (refills) fetch(refill, stage);
+          else ring.skip();
+          stage = next_stage, phase = next_phase;
+        }
+        if (at != turn) break;
+        stop = fetched = blocks;
+        const uint32_t free = (stage == 0 ? stages : stage) - 1;
+        attend_runs(ring.slots + free * ring.slot_bytes, state, [&](int n, float factor) {
+          if constexpr (kMixed) {
 #pragma unroll
-              for (int group = 0; group < kValueGroups<kDim>; ++group) group_zeros[n][group] *= factor;
-            }
-          });
-          fetch(at + stages - 1, free);
-          if (at == blocks) break;
-        }
-        ring.wait(stage, phase, ready);
-        const uint8_t* slot = ring.slots + stage * ring.slot_bytes;
-        // Opaque, lest the compiler keeps every address that follows from it in a register of its own.
-        uint32_t own_lane = lane;
-        asm volatile("" : "+r"(own_lane));
-        const TileCopies& copies = shared.places.tiles[warp][at];
-        const Tile tile = {slot + copies.params_position(), slot + copies.record_position(), own_lane,
-                           shared.factors[warp]};
-        uint2 widths = {};
-        if constexpr (kWidth == 0) {
-          widths = *reinterpret_cast<const uint2*>(tile.record);
-          // The same in every lane: a reduction tells the compiler, which then branches on scalars.
-          widths.x = __reduce_or_sync(kEveryLane, widths.x);
-          widths.y = __reduce_or_sync(kEveryLane, widths.y);
-        }
-        const bool hides = at < hidden_blocks;
-        const auto hide_some = [&](float(&scores)[kTiles][8]) { hide(at, scores); };
-        // What takes a while to be known is asked for before it is needed.
-        const bool refills = at + stages < fetched;
-        const uint32_t next_stage = stage + 1 == stages ? 0 : stage + 1,
-                       next_phase = next_stage == 0 ? phase ^ 1 : phase;
-        TileCopies refill;
-        const auto look_ahead = [&] {
-          refill = shared.places.tiles[warp][refills ? at + stages : at];
-          ready = ring.is_ready(next_stage, next_phase);
-        };
-        if constexpr (kMixed) {
-          attend_mixed<kDim, kTiles, kBfloat>(tile, parameters.shape, layout, widths, queries, cache.pool,
-                                              shared.places.raw[warp][at], state, group_zeros, hides,
-                                              hide_some);
-        } else {
-          const uint32_t key_bits = kWidth > 0 ? kWidth * kGroups : kv::width_sum(widths.x);
-          float scores[kTiles][8], units[kTiles];
-          uint32_t weights[kTiles][4];
-          tile_scores<kDim, kTiles, kBfloat, kWide, kWidth, kWidth == 0>(tile, layout, widths.x, queries,
-                                                                         state, scores);
-          tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, hides, hide_some, weights, units);
-          look_ahead();
-          tile_values<kDim, kTiles, kWide, kWidth, kWidth == 0>(
-              tile, layout, layout.groups + kv::kGroupBytes * key_bits, widths.y, state, weights, units);
-        }
-        __syncwarp();
-        if (kMixed) look_ahead();
-        if (refills) fetch(refill, stage);
-        else ring.skip();
-        stage = next_stage, phase = next_phase;
+            for (int group = 0; group < kValueGroups<kDim>; ++group) group_zeros[n][group] *= factor;
+          }
+        });
+        fetch(at + stages - 1, free);
+        if (at == blocks) break;
       }
       if constexpr (kMixed) add_group_zeros(group_zeros, state);
     }
