@@ -649,6 +649,7 @@ struct DecodeWarp {
             attend_mixed<kDim, kTiles, kBfloat>(tile, parameters.shape, layout, widths, queries, cache.pool,
                                                 shared.places.raw[warp][at], state, group_zeros, hides,
                                                 hide_some);
+            look_ahead();
           } else {
             const uint32_t key_bits = kWidth > 0 ? kWidth * kGroups : kv::width_sum(widths.x);
             float scores[kTiles][8], units[kTiles];
@@ -661,7 +662,6 @@ struct DecodeWarp {
                 tile, layout, layout.groups + kv::kGroupBytes * key_bits, widths.y, state, weights, units);
           }
           __syncwarp();
-          if (kMixed) look_ahead();
           if (refills) fetch(refill, stage);
           else ring.skip();
           stage = next_stage, phase = next_phase;

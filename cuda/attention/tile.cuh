@@ -165,30 +165,6 @@ __device__ __forceinline__ bool any_wide(uint32_t widths) {
   return (widths + 0x33333333u & 0x88888888u) != 0;
 }
 
-// Calls use(group, nibbles) for so many groups of a part; see for_groups.
-template <int kWidth, bool kWide, int kGroups, typename Use>
-__device__ __forceinline__ void for_some_groups(const uint8_t* groups, uint32_t lane, uint32_t widths,
-                                                int digit, std::integral_constant<int, kGroups>, Use use) {
-  const auto full_width = [&](int group) { return kWidth > 0 ? kWidth : widths >> 4 * group & 15; };
-  const auto width_of = [&](int group) {
-    return kWide ? digit_width(full_width(group), digit) : full_width(group);
-  };
-  const auto load = [&](int group, Nibbles<kWidth>& nibbles) {
-    if constexpr (kWidth > 0) load_words_of<kWidth>(groups, lane, nibbles.words);
-    else load_words_of(groups, lane, width_of(group), nibbles.words);
-  };
-  if constexpr (kWide) groups += digit * 4 * kv::kGroupBytes;
-  Nibbles<kWidth> nibbles[2];
-  load(0, nibbles[0]);
-#pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    groups += kv::kGroupBytes * full_width(group);
-    if (group + 1 < kGroups) load(group + 1, nibbles[(group + 1) % 2]);
-    unpack_group(width_of(group), nibbles[group % 2]);
-    use(group, nibbles[group % 2]);
-  }
-}
-
 // Calls use(group, nibbles) for the groups of a part, which follow each other from `groups` on; of groups wider than 4
 // bits, for one digit of each. kWidth: the width of every group, or 0 where they differ. Where no group is wide, two at a
 // time, that mostly have the same width: for each there is code without branches that loads and unpacks them, and what they
@@ -224,7 +200,24 @@ __device__ __forceinline__ void for_groups(const uint8_t* groups, uint32_t lane,
       groups += kv::kGroupBytes * (widths_of[0] + widths_of[1]);
     }
   } else {
-    for_some_groups<kWidth, kWide>(groups, lane, widths, digit, std::integral_constant<int, kGroups>{}, use);
+    const auto full_width = [&](int group) { return kWidth > 0 ? kWidth : widths >> 4 * group & 15; };
+    const auto width_of = [&](int group) {
+      return kWide ? digit_width(full_width(group), digit) : full_width(group);
+    };
+    const auto load = [&](int group, Nibbles<kWidth>& nibbles) {
+      if constexpr (kWidth > 0) load_words_of<kWidth>(groups, lane, nibbles.words);
+      else load_words_of(groups, lane, width_of(group), nibbles.words);
+    };
+    if constexpr (kWide) groups += digit * 4 * kv::kGroupBytes;
+    Nibbles<kWidth> nibbles[2];
+    load(0, nibbles[0]);
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      groups += kv::kGroupBytes * full_width(group);
+      if (group + 1 < kGroups) load(group + 1, nibbles[(group + 1) % 2]);
+      unpack_group(width_of(group), nibbles[group % 2]);
+      use(group, nibbles[group % 2]);
+    }
   }
 }
 
@@ -484,9 +477,7 @@ __device__ __forceinline__ void tile_scores(const Tile& tile, const TileLayout& 
       for (int t = 0; t < 8; ++t) {
         const int m = t / 2, row = t % 2;
         const float sum = joined(sums[n][m][2 * row], sums[n][m][2 * row + 1]);
-        scores[n][t] = kWide    ? __fmaf_rn(sum, digit == 0 ? 1.0f : 16.0f, scores[n][t])
-                       : kBases ? scores[n][t] + sum
-                                : sum;
+        scores[n][t] = kBases ? __fmaf_rn(sum, digit == 0 ? 1.0f : 16.0f, scores[n][t]) : sum;
       }
   }
   float scales[8], shifts[8];
