@@ -135,8 +135,9 @@ struct StepView {
   uint32_t most_pieces;   // of a sequence
 };
 
-constexpr uint32_t kRunTokens = 16;       // of a run; it takes about as long as a packed block
+constexpr uint32_t kRunTokens = 16;       // of a run
 constexpr uint32_t kMostPieceWork = 144;  // of a piece of attention: runs and packed blocks
+constexpr uint32_t kRunBlocks = 3;        // packed blocks that take attention as long as a run
 constexpr uint32_t kMostQueries = 8;      // tokens of a sequence in one attention call
 
 }  // namespace ph::kv

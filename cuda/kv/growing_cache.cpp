@@ -176,7 +176,7 @@ uint64_t index_words(const CacheView& view) {
   return static_cast<uint64_t>(view.most_blocks) * view.heads + 1;
 }
 
-// Into how many pieces attention over so many runs and packed blocks is cut; each has its share of both. It depends on
+// Into how many pieces attention over so many runs and packed blocks is cut; all take as long. It depends on
 // the sequence alone. A sequence of more than kLongWork is likely one of few, or longer than others of its batch: it is cut
 // into smaller pieces, that keep all processors busy to the end. Lengths a little above a power of two, of batches that fill
 // the processors evenly, give no piece more.
@@ -668,15 +668,19 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
                    [&](uint32_t a, uint32_t b) { return piece_work(a) > piece_work(b); });
   for (const uint32_t i : order) {
     const uint64_t runs = runs_of(entries[i]), blocks = entries[i].packed;
-    const uint64_t cuts = piece_count(runs + blocks);
+    const uint64_t cuts = piece_count(runs + blocks), work = blocks + kRunBlocks * runs;
+    uint64_t run = 0, block = 0;
     for (uint64_t place = 0; place < cuts; ++place) {
-      const auto begin = [&](uint64_t units, uint64_t of) {
-        return static_cast<uint32_t>(units * of / cuts);
-      };
-      const uint32_t run = begin(runs, place), block = begin(blocks, place);
-      pieces.push_back({entries[i], i, run, begin(runs, place + 1) - run, block,
-                        begin(blocks, place + 1) - block, static_cast<uint32_t>(place),
-                        static_cast<uint32_t>(cuts)});
+      // Runs are dealt evenly; blocks make a piece's share as long as the others', as far as it has room for them.
+      const uint64_t run_end = runs * (place + 1) / cuts, work_end = work * (place + 1) / cuts,
+                     even = work_end - std::min(work_end, kRunBlocks * run_end),
+                     room_behind = (cuts - place - 1) * kMostPieceWork,
+                     least = std::max(block, blocks - std::min(blocks, room_behind)),
+                     block_end = std::min(std::max(even, least), block + kMostPieceWork);
+      pieces.push_back({entries[i], i, static_cast<uint32_t>(run), static_cast<uint32_t>(run_end - run),
+                        static_cast<uint32_t>(block), static_cast<uint32_t>(block_end - block),
+                        static_cast<uint32_t>(place), static_cast<uint32_t>(cuts)});
+      run = run_end, block = block_end;
     }
     most_pieces = std::max(most_pieces, static_cast<uint32_t>(cuts));
   }
