@@ -391,6 +391,59 @@ test("attention is that of double precision", (device) => {
   }
 });
 
+test("attention over blocks of one width, and over few blocks and many tokens in 16 bits", (device) => {
+  const groups = [8, 4, 16, 1];
+  const shapes = [
+    ...[2, 3, 4].flatMap((bits) =>
+      [128, 64, 96].map((headDim) => ({ bits, headDim, residual: 8 }))
+    ),
+    { bits: 2, headDim: 128, residual: 2416 },
+    { bits: 4, headDim: 64, residual: 3000 },
+  ];
+  for (const [example, { bits, headDim, residual }] of shapes.entries()) {
+    const queryHeads = groups[example % groups.length]!;
+    // One block, fewer than warps, and some for every warp.
+    const lengths = [90, 330, 2600].map((length) => residual + length);
+    using cache = KvCache.create(
+      device,
+      optionsOf({
+        headDim,
+        queryHeads,
+        dtype: example % 2 === 0 ? "bf16" : "f16",
+        sequences: lengths.length,
+        tokens: Math.max(...lengths) + 1,
+        stepTokens: Math.max(...lengths),
+        poolBytes: 2 ** 25,
+        residual,
+        codec: { keys: fixed(bits), values: fixed(bits) },
+      }),
+    );
+    const { config } = cache;
+    const data: Data = { kind: "gaussian", random: randomOf(example) };
+    const model = new ReferenceCache(config);
+    const parts = lengths.map((length) => {
+      const [sequence, expected] = [cache.add(), model.add()];
+      const tokens = tokensOf(config, data, length);
+      appendAll(cache, [{ sequence, tokens }]);
+      model.append(expected, tokens);
+      return { sequence, expected, tokens: tokensOf(config, data, 1) };
+    });
+    const step = appendAll(cache, parts);
+    for (const { expected, tokens } of parts) model.append(expected, tokens);
+    const size = queryHeads * headDim;
+    const queries = bitsOf(config, data, { tokens: step.tokens, heads: queryHeads });
+    const out = attendLayer(cache, step, 0, queries);
+    parts.forEach(({ expected }, i) => {
+      const slice = (bits: Bits) => bits.slice(i * size, (i + 1) * size);
+      assertAttends(config, expected.layers[0]!.tokens, {
+        queries: slice(queries),
+        out: slice(out),
+        scale: 1 / Math.sqrt(headDim),
+      });
+    });
+  }
+});
+
 test("attention over many pieces, with a scale of one's own", (device) => {
   using cache = KvCache.create(
     device,

@@ -676,7 +676,7 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
                      even = work_end - std::min(work_end, kRunBlocks * run_end),
                      room_behind = (cuts - place - 1) * kMostPieceWork,
                      least = std::max(block, blocks - std::min(blocks, room_behind)),
-                     block_end = std::min(std::max(even, least), block + kMostPieceWork);
+                     block_end = std::min({std::max(even, least), block + kMostPieceWork, blocks});
       pieces.push_back({entries[i], i, static_cast<uint32_t>(run), static_cast<uint32_t>(run_end - run),
                         static_cast<uint32_t>(block), static_cast<uint32_t>(block_end - block),
                         static_cast<uint32_t>(place), static_cast<uint32_t>(cuts)});
