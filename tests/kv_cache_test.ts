@@ -59,6 +59,42 @@ function assertAttends(
   assertClose(config, out, expected, `attention over ${tokens.length} tokens`);
 }
 
+/** A step of `last` tokens for sequences of so many, that are added: its attention is that of double precision. */
+function assertAttendsAfter(
+  cache: KvCache,
+  data: Data,
+  { lengths, last, scales }: {
+    lengths: readonly number[];
+    last: number;
+    scales: readonly number[];
+  },
+): void {
+  const { config } = cache;
+  const model = new ReferenceCache(config);
+  const parts = lengths.map((length) => {
+    const [sequence, expected] = [cache.add(), model.add()];
+    const tokens = tokensOf(config, data, length);
+    appendAll(cache, [{ sequence, tokens }]);
+    model.append(expected, tokens);
+    return { sequence, expected, tokens: tokensOf(config, data, last) };
+  });
+  const step = appendAll(cache, parts);
+  for (const { expected, tokens } of parts) model.append(expected, tokens);
+  const size = last * config.queryHeads * config.headDim;
+  const queries = bitsOf(config, data, { tokens: step.tokens, heads: config.queryHeads });
+  for (const scale of scales) {
+    const out = attendLayer(cache, step, 0, queries, { scale });
+    parts.forEach(({ expected }, i) => {
+      const slice = (bits: Bits) => bits.slice(i * size, (i + 1) * size);
+      assertAttends(config, expected.layers[0]!.tokens, {
+        queries: slice(queries),
+        out: slice(out),
+        scale,
+      });
+    });
+  }
+}
+
 // ---- against the model -----------------------------------------------------------------------------
 
 const kinds = Object.keys(DATA_KINDS) as DataKind[];
@@ -418,28 +454,10 @@ test("attention over blocks of one width, and over few blocks and many tokens in
         codec: { keys: fixed(bits), values: fixed(bits) },
       }),
     );
-    const { config } = cache;
-    const data: Data = { kind: "gaussian", random: randomOf(example) };
-    const model = new ReferenceCache(config);
-    const parts = lengths.map((length) => {
-      const [sequence, expected] = [cache.add(), model.add()];
-      const tokens = tokensOf(config, data, length);
-      appendAll(cache, [{ sequence, tokens }]);
-      model.append(expected, tokens);
-      return { sequence, expected, tokens: tokensOf(config, data, 1) };
-    });
-    const step = appendAll(cache, parts);
-    for (const { expected, tokens } of parts) model.append(expected, tokens);
-    const size = queryHeads * headDim;
-    const queries = bitsOf(config, data, { tokens: step.tokens, heads: queryHeads });
-    const out = attendLayer(cache, step, 0, queries);
-    parts.forEach(({ expected }, i) => {
-      const slice = (bits: Bits) => bits.slice(i * size, (i + 1) * size);
-      assertAttends(config, expected.layers[0]!.tokens, {
-        queries: slice(queries),
-        out: slice(out),
-        scale: 1 / Math.sqrt(headDim),
-      });
+    assertAttendsAfter(cache, { kind: "gaussian", random: randomOf(example) }, {
+      lengths,
+      last: 1,
+      scales: [1 / Math.sqrt(headDim)],
     });
   }
 });
@@ -449,32 +467,11 @@ test("attention over many pieces, with a scale of one's own", (device) => {
     device,
     optionsOf({ queryHeads: 4, tokens: 9000, stepTokens: 9000, sequences: 3 }),
   );
-  const { config } = cache;
-  const data: Data = { kind: "gaussian", random: randomOf(5) };
-  const model = new ReferenceCache(config);
-  const parts = [8700, 2300, 150].map((length) => {
-    const expected = model.add();
-    const sequence = cache.add();
-    const tokens = tokensOf(config, data, length);
-    appendAll(cache, [{ sequence, tokens }]);
-    model.append(expected, tokens);
-    return { sequence, expected, tokens: tokensOf(config, data, 2) };
+  assertAttendsAfter(cache, { kind: "gaussian", random: randomOf(5) }, {
+    lengths: [8700, 2300, 150],
+    last: 2,
+    scales: [0.125, 0.01, 1],
   });
-  const step = appendAll(cache, parts);
-  for (const { expected, tokens } of parts) model.append(expected, tokens);
-  const size = 2 * config.queryHeads * config.headDim;
-  const queries = bitsOf(config, data, { tokens: step.tokens, heads: config.queryHeads });
-  for (const scale of [0.125, 0.01, 1]) {
-    const out = attendLayer(cache, step, 0, queries, { scale });
-    parts.forEach(({ expected }, i) => {
-      const slice = (bits: Bits) => bits.slice(i * size, (i + 1) * size);
-      assertAttends(config, expected.layers[0]!.tokens, {
-        queries: slice(queries),
-        out: slice(out),
-        scale,
-      });
-    });
-  }
 });
 
 test("a sequence's attention is the same, bit for bit, whatever else is in the batch", (device) => {
