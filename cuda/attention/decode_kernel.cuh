@@ -32,7 +32,6 @@ namespace ph::attention {
 using kv::CacheView;
 using kv::kBlockTokens;
 using kv::kMostQueries;
-using kv::kRunBlocks;
 using kv::kUnitBytes;
 using kv::StepPiece;
 using kv::StepSequence;
@@ -55,6 +54,12 @@ template <int kDim, int kTiles, Flavour kFlavour>
 constexpr int kWarps = kDim* kTiles <= 128 && kFlavour == Flavour::kFixed2 ? 8
                        : kDim* kTiles <= 192                               ? 6
                                                                            : 4;
+// Packed blocks that a warp takes at a time. Two are one step of the softmax, and their values one sum: an eighth less time
+// for instructions, twice the shared memory and 40 registers. That is for what instructions limit most, records of 2 bits that
+// eight columns share.
+template <int kDim, int kTiles, Flavour kFlavour>
+constexpr int kBatch =
+    kTiles == 2 && kFlavour == Flavour::kFixed2&& kWarps<kDim, kTiles, kFlavour> == 4 ? 2 : 1;
 template <int kDim, int kTiles, Flavour kFlavour>
 constexpr int kThreads = kWarps<kDim, kTiles, kFlavour>* kWarpThreads;
 template <int kWarps>  // packed blocks of a warp, at most
@@ -197,22 +202,17 @@ struct Share {
   uint32_t first_run, runs, first_block, blocks;
 };
 
-// Runs are dealt to the warps evenly; packed blocks make a warp's share as long as the others', as far as it has room for
-// them.
-template <int kWarps>
+// Runs are dealt to the warps evenly, packed blocks by what they leave.
+template <int kWarps, int kBatch>
 __device__ __forceinline__ Share warp_share(const StepPiece& piece, uint32_t warp) {
-  constexpr uint32_t kRoom = kWarpBlocks<kWarps>;
   const auto runs_before = [&](uint32_t w) { return (piece.runs * w + kWarps - 1) / kWarps; };
-  const uint32_t work = piece.blocks + kRunBlocks * piece.runs;
   uint32_t begin = 0, end = 0;  // blocks before the warp, and with it
 #pragma unroll
-  for (uint32_t w = 1; w <= kWarps; ++w) {
-    if (w > warp + 1) break;
+  for (uint32_t w = 0; w < kWarps; ++w) {
+    if (w > warp) break;
     begin = end;
-    const uint32_t before = work * w / kWarps, of_runs = kRunBlocks * runs_before(w),
-                   even = before > of_runs ? before - of_runs : 0, room_behind = (kWarps - w) * kRoom,
-                   least = piece.blocks > room_behind ? max(begin, piece.blocks - room_behind) : begin;
-    end = min(max(even, least), min(begin + kRoom, piece.blocks));
+    end = kv::share_end<uint32_t>(piece.blocks, piece.runs, begin, runs_before(w + 1), w, kWarps,
+                                  kWarpBlocks<kWarps>, kBatch);
   }
   return {piece.first_run + runs_before(warp), runs_before(warp + 1) - runs_before(warp),
           piece.first_block + begin, end - begin};
@@ -295,12 +295,13 @@ __device__ __forceinline__ void attend_raw(const uint8_t* pool, const RawValues*
 // A packed block of any mixture. `raw` says where the part in 16 bits is, if there is one; all else is in the tile. `zeros`
 // are of kivi's value groups. Calls hide(scores) if it `hides` some.
 template <int kDim, int kTiles, bool kBfloat, typename Hide>
-__device__ __forceinline__ void attend_mixed(const Tile& tile, const kv::TileShape& shape,
+__device__ __forceinline__ void attend_mixed(const Tile (&tiles)[1], const kv::TileShape& shape,
                                              const TileLayout& layout, uint2 widths,
                                              const BothQueries<kDim, kTiles>& queries, const uint8_t* pool,
                                              const RawValues& raw, WarpState<kDim, kTiles>& state,
                                              float (&zeros)[kTiles][kValueGroups<kDim>], bool hides,
                                              Hide hide) {
+  const Tile& tile = tiles[0];
   const kv::TilePart &keys = shape.parts[PH_KV_KEYS], &values = shape.parts[PH_KV_VALUES];
   const uint32_t value_groups = layout.groups + kv::kGroupBytes * kv::width_sum(widths.x);
   const auto load = [&](int f) {
@@ -311,35 +312,35 @@ __device__ __forceinline__ void attend_mixed(const Tile& tile, const kv::TileSha
 #pragma unroll
     for (int f = 0; f < 8; ++f) held[f] = raw.load(pool, f);
   };
-  float scores[kTiles][8], factors[kTiles];
+  float scores[1][kTiles][8], factors[kTiles];
   if (kv::is_raw16(keys)) {
     begin_raw();
-    raw_scores<kDim, kTiles, kBfloat>(held, queries.plain, scores, load);
+    raw_scores<kDim, kTiles, kBfloat>(held, queries.plain, scores[0], load);
   } else if (kv::is_kivi(keys)) {
     kivi_scores<kDim, kTiles, kBfloat>(tile.lane, tile.record + kv::kTileHeaderBytes,
-                                       tile.record + layout.groups, keys.width, queries.plain, scores);
+                                       tile.record + layout.groups, keys.width, queries.plain, scores[0]);
   } else {
-    tile_scores<kDim, kTiles, kBfloat, true, 0>(tile, layout, widths.x, queries, state, scores);
+    tile_scores<kDim, kTiles, kBfloat, true, 0>(tile, layout, widths.x, queries, state, scores[0]);
   }
   if (kv::is_per_token(values)) {
-    uint32_t weights[kTiles][4];
-    tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, hides, hide, weights, factors);
-    tile_values<kDim, kTiles, true, 0>(tile, layout, value_groups, widths.y, state, weights, factors);
+    uint32_t weights[1][kTiles][4];
+    tile_weights<kDim, kTiles, kBfloat>(tiles, state, scores, hides, hide, weights, factors);
+    tile_values<kDim, kTiles, true, 0>(tiles, layout, value_groups, widths.y, state, weights, factors);
     return;
   }
   if (hides) hide(scores);
   if (kv::is_raw16(values)) begin_raw();
-  softmax_step(state, scores, factors, [&](int n, float factor) {
+  softmax_step(state, scores[0], factors, [&](int n, float factor) {
 #pragma unroll
     for (int group = 0; group < kValueGroups<kDim>; ++group) zeros[n][group] *= factor;
   });
   if (kv::is_raw16(values)) {
     uint32_t weights[kTiles][8];
-    raw_weights<kTiles, kBfloat>(scores, weights);
+    raw_weights<kTiles, kBfloat>(scores[0], weights);
     raw_values<kDim, kTiles, kBfloat>(held, state, weights, factors, load);
   } else {
     kivi_values<kDim, kTiles, kBfloat>(tile.lane, tile.record + layout.value_bases,
-                                       tile.record + value_groups, values.width, scores, factors, state,
+                                       tile.record + value_groups, values.width, scores[0], factors, state,
                                        zeros);
   }
 }
@@ -454,8 +455,9 @@ template <int kDim, int kTiles, Flavour kFlavour>
 struct DecodeShared {
   QueriesOf<kDim, kTiles, kFlavour> queries;
   PlacesOf<kDim, kTiles, kFlavour> places;
-  float4 factors[kFlavour == Flavour::kRaw16 ? 1 : kWarps<kDim, kTiles, kFlavour>][kWarpThreads];  // see Tile
-  uint64_t barriers[kWarps<kDim, kTiles, kFlavour>][kStages];
+  float4 factors[kFlavour == Flavour::kRaw16 ? 1 : kWarps<kDim, kTiles, kFlavour>]
+                [kBatch<kDim, kTiles, kFlavour>][kWarpThreads];  // see Tile
+  uint64_t barriers[kWarps<kDim, kTiles, kFlavour>][kStages * kBatch<kDim, kTiles, kFlavour>];
   uint64_t queries_ready;
   uint32_t is_last;
 };
@@ -464,8 +466,9 @@ struct DecodeShared {
 template <int kDim, int kTiles, bool kBfloat, Flavour kFlavour>
 struct DecodeWarp {
   static constexpr int kGroups = kDim / 32, kWidth = width_of(kFlavour);
-  // Tiles that are on their way before the queries: of 2 bits, one, as more would hold the queries up.
-  static constexpr uint32_t kEarly = kFlavour == Flavour::kFixed2 ? 1 : kStages;
+  static constexpr uint32_t kOwnBatch = kBatch<kDim, kTiles, kFlavour>;
+  // Tiles that are on their way before the queries: of 2 bits, one batch, as more would hold the queries up.
+  static constexpr uint32_t kEarly = kFlavour == Flavour::kFixed2 ? kOwnBatch : kStages;
   static constexpr bool kWide = kFlavour == Flavour::kWide, kRaw = kFlavour == Flavour::kRaw16,
                         kMixed = kFlavour == Flavour::kMixed;
 
@@ -483,9 +486,12 @@ struct DecodeWarp {
         shared(shared_),
         warp(warp_index()),
         lane(lane_index()),
-        share(warp_share<kWarps<kDim, kTiles, kFlavour>>(work.piece, warp)),
+        share(warp_share<kWarps<kDim, kTiles, kFlavour>, kBatch<kDim, kTiles, kFlavour>>(work.piece, warp)),
         ring{dynamic + warp * parameters.stages * parameters.slot_bytes, parameters.slot_bytes,
              parameters.stages, shared.barriers[warp]} {}
+
+  // Batches of packed blocks that the warp takes at a time; of the last, some may be missing.
+  __device__ __forceinline__ uint32_t batches() const { return (share.blocks + kOwnBatch - 1) / kOwnBatch; }
 
   // Looks up where the warp's packed blocks `from` to `to` are.
   __device__ __forceinline__ void find_blocks(uint32_t from, uint32_t to) const {
@@ -562,12 +568,13 @@ struct DecodeWarp {
     ring.reuse();
   }
 
-  // Before which of its packed blocks a warp works on its runs, if it has any. They are loaded as they are needed: warps that
-  // did so at the same time, before their first block or after their last, would leave the memory idle meanwhile.
+  // Before which of its packed blocks, the first of a batch, a warp works on its runs, if it has any. They are loaded as they
+  // are needed: warps that did so at the same time, before their first block or after their last, would leave the memory idle
+  // meanwhile.
   __device__ __forceinline__ uint32_t turn_of_runs() const {
     if (share.runs == 0) return UINT32_MAX;
     constexpr uint32_t kParts = kWarps<kDim, kTiles, kFlavour> + 1;
-    return min(max(share.blocks * (warp + 1) / kParts, 1), share.blocks);
+    return kOwnBatch * min(max(batches() * (warp + 1) / kParts, 1), batches());
   }
 
   // Works on the warp's share and leaves its result where its ring was.
@@ -608,8 +615,8 @@ struct DecodeWarp {
     const uint32_t hidden = work.window.begin(kMostQueries - 1);
     uint32_t hidden_blocks = hidden > first_token ? (hidden - first_token - 1) / kBlockTokens + 1 : 0;
     asm volatile("" : "+r"(hidden_blocks));  // lest the compiler computes it for every block
-    const auto hide = [&](uint32_t at, float(&scores)[kTiles][8]) {
-      hide_tokens(work.window, work.columns, first_token + at * kBlockTokens, scores);
+    const auto hide = [&](uint32_t block, float(&scores)[kTiles][8]) {
+      hide_tokens(work.window, work.columns, first_token + block * kBlockTokens, scores);
     };
     if constexpr (kRaw) {
       if (share.runs > 0) attend_runs(ring.slots, state, [](int, float) {});
@@ -621,60 +628,89 @@ struct DecodeWarp {
       [[maybe_unused]] float group_zeros[kTiles][kValueGroups<kDim>] = {};
       uint32_t stage = 0, phase = 0, ready = 0;
       // The first tile that is not next, as it is the runs' turn or the end; tiles to be fetched until then.
-      uint32_t stop = min(turn, blocks), fetched = turn < blocks ? min(turn + stages - 1, blocks) : blocks;
+      uint32_t stop = min(turn, kOwnBatch * batches()),
+               fetched = turn < blocks ? min(turn + stages - 1, blocks) : blocks;
       uint32_t at = 0;
       for (;;) {
 #pragma unroll 1
-        for (; at != stop; ++at) {
+        for (; at != stop; at += kOwnBatch) {
+          // Of a batch's tiles, the last may be missing.
+          const bool whole = kOwnBatch == 1 || at + 1 < blocks;
           ring.wait(stage, phase, ready);
-          const uint8_t* slot = ring.slots + stage * ring.slot_bytes;
+          if (kOwnBatch == 2 && whole) ring.wait(stage + 1, phase);
           // Opaque, lest the compiler keeps every address that follows from it in a register of its own.
           uint32_t own_lane = lane;
           asm volatile("" : "+r"(own_lane));
-          const TileCopies& copies = shared.places.tiles[warp][at];
-          const Tile tile = {slot + copies.params_position(), slot + copies.record_position(), own_lane,
-                             shared.factors[warp]};
+          Tile tiles[kOwnBatch];
+#pragma unroll
+          for (uint32_t which = 0; which < kOwnBatch; ++which) {
+            // In place of one that is missing the first again, all of it hidden.
+            const uint32_t there = whole ? which : 0;
+            const uint8_t* slot = ring.slots + (stage + there) * ring.slot_bytes;
+            const TileCopies& copies = shared.places.tiles[warp][at + there];
+            tiles[which] = {slot + copies.params_position(), slot + copies.record_position(), own_lane,
+                            shared.factors[warp][which]};
+          }
           uint2 widths = {};
           if constexpr (kWidth == 0) {
-            widths = *reinterpret_cast<const uint2*>(tile.record);
+            widths = *reinterpret_cast<const uint2*>(tiles[0].record);
             // The same in every lane: a reduction tells the compiler, which then branches on scalars.
             widths.x = __reduce_or_sync(kEveryLane, widths.x);
             widths.y = __reduce_or_sync(kEveryLane, widths.y);
           }
-          const bool hides = at < hidden_blocks;
-          const auto hide_some = [&](float(&scores)[kTiles][8]) { hide(at, scores); };
+          const bool hides = at < hidden_blocks || !whole;
+          const auto hide_some = [&](float(&scores)[kOwnBatch][kTiles][8]) {
+#pragma unroll
+            for (uint32_t which = 0; which < kOwnBatch; ++which) {
+              if (at + which < hidden_blocks) hide(at + which, scores[which]);
+              if (which == 0 || whole) continue;
+#pragma unroll
+              for (float(&column)[8] : scores[which])
+#pragma unroll
+                for (float& score : column) score = -INFINITY;
+            }
+          };
           // What takes a while to be known is asked for before it is needed.
-          const bool refills = at + stages < fetched;
-          const uint32_t next_stage = stage + 1 == stages ? 0 : stage + 1,
+          bool refills[kOwnBatch];
+#pragma unroll
+          for (uint32_t which = 0; which < kOwnBatch; ++which) refills[which] = at + which + stages < fetched;
+          const uint32_t next_stage = stage + kOwnBatch == stages ? 0 : stage + kOwnBatch,
                          next_phase = next_stage == 0 ? phase ^ 1 : phase;
-          TileCopies refill;
+          TileCopies following[kOwnBatch];
           const auto look_ahead = [&] {
-            refill = shared.places.tiles[warp][refills ? at + stages : at];
+#pragma unroll
+            for (uint32_t which = 0; which < kOwnBatch; ++which)
+              following[which] = shared.places.tiles[warp][refills[which] ? at + which + stages : at];
             ready = ring.is_ready(next_stage, next_phase);
           };
           if constexpr (kMixed) {
-            attend_mixed<kDim, kTiles, kBfloat>(tile, parameters.shape, layout, widths, queries, cache.pool,
+            attend_mixed<kDim, kTiles, kBfloat>(tiles, parameters.shape, layout, widths, queries, cache.pool,
                                                 shared.places.raw[warp][at], state, group_zeros, hides,
                                                 hide_some);
             look_ahead();
           } else {
             const uint32_t key_bits = kWidth > 0 ? kWidth * kGroups : kv::width_sum(widths.x);
-            float scores[kTiles][8], units[kTiles];
-            uint32_t weights[kTiles][4];
-            tile_scores<kDim, kTiles, kBfloat, kWide, kWidth, kWidth == 0>(tile, layout, widths.x, queries,
-                                                                           state, scores);
-            tile_weights<kDim, kTiles, kBfloat>(tile, state, scores, hides, hide_some, weights, units);
+            float scores[kOwnBatch][kTiles][8], units[kTiles];
+            uint32_t weights[kOwnBatch][kTiles][4];
+#pragma unroll
+            for (uint32_t which = 0; which < kOwnBatch; ++which)
+              tile_scores<kDim, kTiles, kBfloat, kWide, kWidth, kWidth == 0>(tiles[which], layout, widths.x,
+                                                                             queries, state, scores[which]);
+            tile_weights<kDim, kTiles, kBfloat>(tiles, state, scores, hides, hide_some, weights, units);
             look_ahead();
             tile_values<kDim, kTiles, kWide, kWidth, kWidth == 0>(
-                tile, layout, layout.groups + kv::kGroupBytes * key_bits, widths.y, state, weights, units);
+                tiles, layout, layout.groups + kv::kGroupBytes * key_bits, widths.y, state, weights, units);
           }
           __syncwarp();
-          if (refills) fetch(refill, stage);
-          else ring.skip();
+#pragma unroll
+          for (uint32_t which = 0; which < kOwnBatch; ++which) {
+            if (refills[which]) fetch(following[which], stage + which);
+            else ring.skip();
+          }
           stage = next_stage, phase = next_phase;
         }
         if (at != turn) break;
-        stop = fetched = blocks;
+        stop = kOwnBatch * batches(), fetched = blocks;
         const uint32_t free = (stage == 0 ? stages : stage) - 1;
         attend_runs(ring.slots + free * ring.slot_bytes, state, [&](int n, float factor) {
           if constexpr (kMixed) {
@@ -683,7 +719,7 @@ struct DecodeWarp {
           }
         });
         fetch(at + stages - 1, free);
-        if (at == blocks) break;
+        if (at == stop) break;
       }
       if constexpr (kMixed) add_group_zeros(group_zeros, state);
     }
@@ -809,7 +845,9 @@ void launch_kernel(const ph_device& device, DecodeParameters parameters, uint32_
   // As many tiles ahead as fit the shared memory of a thread block.
   const uint32_t warps_bytes = kOwnWarps * parameters.slot_bytes,
                  limit = static_cast<uint32_t>(device.shared_bytes) - kOwnBytes;
-  parameters.stages = is_raw16(shape) ? 1 : std::min(kStages, limit / warps_bytes);
+  constexpr uint32_t kOwnBatch = kBatch<kDim, kTiles, kFlavour>;
+  parameters.stages =
+      is_raw16(shape) ? 1 : std::min(kStages * kOwnBatch, limit / warps_bytes / kOwnBatch * kOwnBatch);
   if (parameters.stages == 0) {
     throw Error(PH_ERROR_UNSUPPORTED,
                 "Cannot attend to packed records of up to %u bytes on this GPU: that takes %u bytes of "

@@ -469,7 +469,7 @@ __global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
         share_factors<kBfloat>(tile, PH_KV_VALUES, {1.0f, 1.0f});
         float scales[8], shifts[8];
         load_factors(tile, scales, shifts);
-        uint32_t fragments[kTiles][4];
+        uint32_t fragments[1][kTiles][4];
         float weight_units[kTiles];
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
@@ -490,11 +490,11 @@ __global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
           for (int t = 0; t < 8; ++t)
             fixed[t] = __float_as_uint(__fmaf_rn(products[t], to_fixed, kFixedMagic));
           weight_units[n] = largest * (1.0f / kLargestFixed);
-          weight_fragments(fixed, fragments[n]);
+          weight_fragments(fixed, fragments[0][n]);
         }
         with_width<kGroups, kWide>(widths, [&](auto width) {
           tile_values<kDim, kTiles, kWide, decltype(width)::value, kBases>(
-              tile, parameters.layout, groups, widths, state, fragments, weight_units);
+              {tile}, parameters.layout, groups, widths, state, fragments, weight_units);
         });
       });
 

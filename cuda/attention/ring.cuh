@@ -7,7 +7,7 @@
 
 namespace ph::attention {
 
-constexpr uint32_t kStages = 2;  // tiles ahead, unless shared memory is short
+constexpr uint32_t kStages = 2;  // tiles ahead, or batches of tiles, unless shared memory is short
 
 // Bulk copies are fastest where source and target are as far from the begin of a sector.
 constexpr uint32_t kSectorBytes = 32;
@@ -229,6 +229,8 @@ struct Ring {
         : "memory");
 #else
     if (stages == kStages) asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
+    // Where a warp takes two tiles at a time: for both.
+    else if (stages == 2 * kStages) asm volatile("cp.async.wait_group %0;" ::"n"(2 * kStages - 2) : "memory");
     else kv::copy_wait();
     __syncwarp();
 #endif

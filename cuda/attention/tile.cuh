@@ -165,57 +165,64 @@ __device__ __forceinline__ bool any_wide(uint32_t widths) {
   return (widths + 0x33333333u & 0x88888888u) != 0;
 }
 
-// Calls use(group, nibbles) for the groups of a part, which follow each other from `groups` on; of groups wider than 4
-// bits, for one digit of each. kWidth: the width of every group, or 0 where they differ. Where no group is wide, two at a
-// time, that mostly have the same width: for each there is code without branches that loads and unpacks them, and what they
-// are used for is there once, as instructions have to be fetched too.
-template <int kGroups, int kWidth, bool kWide, typename Use>
-__device__ __forceinline__ void for_groups(const uint8_t* groups, uint32_t lane, uint32_t widths, int digit,
-                                           Use use) {
+// Calls use(group, nibbles) for the groups of a part of kBatch tiles, which follow each other from groups[tile] on, and
+// moves these to their end; of groups
+// wider than 4 bits, for one digit of each. kWidth: the width of every group; or 0 where they differ, of one tile then.
+// Where no group is wide, two at a time, that mostly have the same width: for each there is code without branches that
+// loads and unpacks them, and what they are used for is there once, as instructions have to be fetched too.
+template <int kGroups, int kWidth, bool kWide, int kBatch, typename Use>
+__device__ __forceinline__ void for_groups(const uint8_t* (&groups)[kBatch], uint32_t lane, uint32_t widths,
+                                           int digit, Use use) {
+  static_assert(kBatch == 1 || kWidth > 0);
   if constexpr (kWidth == 0 && !kWide && kGroups % 2 == 0) {
 #pragma unroll
     for (int first = 0; first < kGroups; first += 2) {
       const uint32_t both = widths >> 4 * first & 0xff;
-      Nibbles<0> nibbles[2];
+      Nibbles<0> nibbles[2][1];
       const auto load_same = [&](auto width) {
         constexpr int kSame = decltype(width)::value;
 #pragma unroll
         for (int at = 0; at < 2; ++at)
-          load_words_of<kSame>(groups + at * kSame * kv::kGroupBytes, lane, nibbles[at].words);
+          load_words_of<kSame>(groups[0] + at * kSame * kv::kGroupBytes, lane, nibbles[at][0].words);
 #pragma unroll
-        for (int at = 0; at < 2; ++at) unpack_group(kSame, nibbles[at]);
+        for (int at = 0; at < 2; ++at) unpack_group(kSame, nibbles[at][0]);
       };
       const uint32_t widths_of[2] = {both & 15, both >> 4};
       if (both == 0x33) load_same(std::integral_constant<int, 3>{});
       else if (both == 0x44) load_same(std::integral_constant<int, 4>{});
       else if (both == 0x22) load_same(std::integral_constant<int, 2>{});
       else {
-        load_words_of(groups, lane, widths_of[0], nibbles[0].words);
-        load_words_of(groups + kv::kGroupBytes * widths_of[0], lane, widths_of[1], nibbles[1].words);
+        load_words_of(groups[0], lane, widths_of[0], nibbles[0][0].words);
+        load_words_of(groups[0] + kv::kGroupBytes * widths_of[0], lane, widths_of[1], nibbles[1][0].words);
 #pragma unroll
-        for (int at = 0; at < 2; ++at) unpack_group(widths_of[at], nibbles[at]);
+        for (int at = 0; at < 2; ++at) unpack_group(widths_of[at], nibbles[at][0]);
       }
 #pragma unroll
       for (int at = 0; at < 2; ++at) use(first + at, nibbles[at]);
-      groups += kv::kGroupBytes * (widths_of[0] + widths_of[1]);
+      groups[0] += kv::kGroupBytes * (widths_of[0] + widths_of[1]);
     }
   } else {
     const auto full_width = [&](int group) { return kWidth > 0 ? kWidth : widths >> 4 * group & 15; };
     const auto width_of = [&](int group) {
       return kWide ? digit_width(full_width(group), digit) : full_width(group);
     };
-    const auto load = [&](int group, Nibbles<kWidth>& nibbles) {
-      if constexpr (kWidth > 0) load_words_of<kWidth>(groups, lane, nibbles.words);
-      else load_words_of(groups, lane, width_of(group), nibbles.words);
+    Nibbles<kWidth> nibbles[2][kBatch];
+    const auto load = [&](int group) {
+#pragma unroll
+      for (int tile = 0; tile < kBatch; ++tile) {
+        uint32_t(&words)[8] = nibbles[group % 2][tile].words;
+        if constexpr (kWidth > 0) load_words_of<kWidth>(groups[tile], lane, words);
+        else load_words_of(groups[tile], lane, width_of(group), words);
+        groups[tile] += kv::kGroupBytes * full_width(group);
+      }
     };
-    if constexpr (kWide) groups += digit * 4 * kv::kGroupBytes;
-    Nibbles<kWidth> nibbles[2];
-    load(0, nibbles[0]);
+    if constexpr (kWide) groups[0] += digit * 4 * kv::kGroupBytes;
+    load(0);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      groups += kv::kGroupBytes * full_width(group);
-      if (group + 1 < kGroups) load(group + 1, nibbles[(group + 1) % 2]);
-      unpack_group(width_of(group), nibbles[group % 2]);
+      if (group + 1 < kGroups) load(group + 1);
+#pragma unroll
+      for (int tile = 0; tile < kBatch; ++tile) unpack_group(width_of(group), nibbles[group % 2][tile]);
       use(group, nibbles[group % 2]);
     }
   }
@@ -451,9 +458,9 @@ __device__ __forceinline__ void tile_scores(const Tile& tile, const TileLayout& 
 #pragma unroll 1
   for (int digit = 0; digit < digits; ++digit) {
     int sums[kTiles][4][4];
+    const uint8_t* groups[] = {tile.record + layout.groups};
     for_groups<kGroups, kWidth, kWide>(
-        tile.record + layout.groups, tile.lane, widths, digit,
-        [&](int group, const Nibbles<kWidth>& nibbles) {
+        groups, tile.lane, widths, digit, [&](int group, const Nibbles<kWidth>(&nibbles)[1]) {
           uint32_t b[2 * kTiles];
           query_fragments(group, b);
           // Behind the first loads of residuals.
@@ -462,8 +469,8 @@ __device__ __forceinline__ void tile_scores(const Tile& tile, const TileLayout& 
 #pragma unroll
           for (int m = 0; m < 4; ++m) {
             const int s = 2 * (m / 2), j = 2 * (m % 2);
-            const uint32_t a0 = nibbles.fragment(s, j), a1 = nibbles.fragment(s, j + 1),
-                           a2 = nibbles.fragment(s + 1, j), a3 = nibbles.fragment(s + 1, j + 1);
+            const uint32_t a0 = nibbles[0].fragment(s, j), a1 = nibbles[0].fragment(s, j + 1),
+                           a2 = nibbles[0].fragment(s + 1, j), a3 = nibbles[0].fragment(s + 1, j + 1);
 #pragma unroll
             for (int n = 0; n < kTiles; ++n) {
               const auto product = group == 0 ? multiply : multiply_add;
@@ -561,25 +568,40 @@ __device__ __forceinline__ void move_references(WarpState<kDim, kTiles>& state,
   }
 }
 
-// The highest scores of a tile, times query_scale in bits; not minus infinity where a window hides all of it.
+// Column n's highest score, in bits; not minus infinity where a window hides all.
 template <int kDim, int kTiles>
-__device__ __forceinline__ void tile_highest(const WarpState<kDim, kTiles>& state,
-                                             const float (&scores)[kTiles][8], float (&highest)[kTiles]) {
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n)
-    highest[n] = fmaxf(highest_score(scores[n]) * state.query_scale[n], -1e30f);
+__device__ __forceinline__ float bounded_highest(const WarpState<kDim, kTiles>& state, int n, float highest) {
+  return fmaxf(highest * state.query_scale[n], -1e30f);
 }
 
-// Scores to weights of the values: B fragments in 16-bit fixed point, and the unit of a column's weights.
-template <int kDim, int kTiles, bool kBfloat, typename Hide>
-__device__ __forceinline__ void tile_weights(const Tile& tile, WarpState<kDim, kTiles>& state,
-                                             float (&scores)[kTiles][8], bool hides, Hide hide,
-                                             uint32_t (&weights)[kTiles][4], float (&units)[kTiles]) {
+// The highest scores of kBatch tiles.
+template <int kDim, int kTiles, int kBatch>
+__device__ __forceinline__ void tile_highest(const WarpState<kDim, kTiles>& state,
+                                             const float (&scores)[kBatch][kTiles][8],
+                                             float (&highest)[kTiles]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    float column[8 * kBatch];
+#pragma unroll
+    for (int t = 0; t < 8 * kBatch; ++t) column[t] = scores[t / 8][n][t % 8];
+    highest[n] = bounded_highest(state, n, highest_score(column));
+  }
+}
+
+// Scores of kBatch tiles to weights of their values: B fragments in 16-bit fixed point, and the unit of a column's weights.
+template <int kDim, int kTiles, bool kBfloat, int kBatch, typename Hide>
+__device__ __forceinline__ void tile_weights(const Tile (&tiles)[kBatch], WarpState<kDim, kTiles>& state,
+                                             float (&scores)[kBatch][kTiles][8], bool hides, Hide hide,
+                                             uint32_t (&weights)[kBatch][kTiles][4], float (&units)[kTiles]) {
   // Away from where its reciprocal, times the largest fixed-point number, overflows.
-  const float largest_scale =
-      fmaxf(*reinterpret_cast<const float*>(tile.params + kv::kLargestScalePosition), 0x1p-111f);
+  float largest_scale = 0x1p-111f;
+#pragma unroll
+  for (const Tile& tile : tiles)
+    largest_scale =
+        fmaxf(*reinterpret_cast<const float*>(tile.params + kv::kLargestScalePosition), largest_scale);
   const float to_fixed = kLargestFixed * reciprocal(largest_scale);
-  share_factors<kBfloat>(tile, PH_KV_VALUES, {to_fixed, to_fixed});
+#pragma unroll
+  for (const Tile& tile : tiles) share_factors<kBfloat>(tile, PH_KV_VALUES, {to_fixed, to_fixed});
 
   float highest[kTiles];
   tile_highest(state, scores, highest);
@@ -591,34 +613,45 @@ __device__ __forceinline__ void tile_weights(const Tile& tile, WarpState<kDim, k
     move_references(state, highest, [](int, float) {});
   }
 
-  float scales[8], shifts[8];
-  load_factors(tile, scales, shifts);
+  float sums[kTiles], zero_sums[kTiles];
+#pragma unroll
+  for (int which = 0; which < kBatch; ++which) {
+    float scales[8], shifts[8];
+    load_factors(tiles[which], scales, shifts);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      uint32_t fixed[8];
+#pragma unroll
+      for (int t = 0; t < 8; ++t) {
+        const float probability =
+            exponential(__fmaf_rn(scores[which][n][t], state.query_scale[n], -highest[n]));
+        const bool is_first = which == 0 && t == 0;
+        sums[n] = is_first ? probability : sums[n] + probability;
+        zero_sums[n] = is_first ? probability * shifts[t] : __fmaf_rn(probability, shifts[t], zero_sums[n]);
+        fixed[t] = __float_as_uint(__fmaf_rn(probability, scales[t], kFixedMagic));
+      }
+      weight_fragments(fixed, weights[which][n]);
+    }
+  }
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    const float tile_factor = exponential(highest[n] - state.reference[n]);
-    float sum = 0.0f, zero_sum = 0.0f;
-    uint32_t fixed[8];
-#pragma unroll
-    for (int t = 0; t < 8; ++t) {
-      const float probability = exponential(__fmaf_rn(scores[n][t], state.query_scale[n], -highest[n]));
-      sum = t == 0 ? probability : sum + probability;
-      zero_sum = t == 0 ? probability * shifts[t] : __fmaf_rn(probability, shifts[t], zero_sum);
-      fixed[t] = __float_as_uint(__fmaf_rn(probability, scales[t], kFixedMagic));
-    }
-    state.sum[n] = __fmaf_rn(sum, tile_factor, state.sum[n]);
-    state.zeros[n] = __fmaf_rn(zero_sum, tile_factor, state.zeros[n]);
-    units[n] = tile_factor * largest_scale * (1.0f / kLargestFixed);
-    weight_fragments(fixed, weights[n]);
+    const float factor = exponential(highest[n] - state.reference[n]);
+    state.sum[n] = __fmaf_rn(sums[n], factor, state.sum[n]);
+    state.zeros[n] = __fmaf_rn(zero_sums[n], factor, state.zeros[n]);
+    units[n] = factor * largest_scale * (1.0f / kLargestFixed);
   }
 }
 
-// Adds the weighted values of the tile to state.out. kWidth, kWide, kBases: as in tile_scores.
-template <int kDim, int kTiles, bool kWide, int kWidth, bool kBases = true>
-__device__ __forceinline__ void tile_values(const Tile& tile, const TileLayout& layout,
+// Adds the weighted values of kBatch tiles to state.out. kWidth, kWide, kBases: as in tile_scores; more than one tile have
+// a width and no bases.
+template <int kDim, int kTiles, bool kWide, int kWidth, bool kBases = true, int kBatch>
+__device__ __forceinline__ void tile_values(const Tile (&tiles)[kBatch], const TileLayout& layout,
                                             uint32_t groups_position, uint32_t widths,
                                             WarpState<kDim, kTiles>& state,
-                                            const uint32_t (&weights)[kTiles][4],
+                                            const uint32_t (&weights)[kBatch][kTiles][4],
                                             const float (&units)[kTiles]) {
+  static_assert(kBatch == 1 || !kBases);
+  const Tile& tile = tiles[0];
   constexpr int kGroups = kDim / 32;
   [[maybe_unused]] float weight_sums[kTiles];
   [[maybe_unused]] uint32_t bases[kGroups];
@@ -627,8 +660,8 @@ __device__ __forceinline__ void tile_values(const Tile& tile, const TileLayout& 
     for (int n = 0; n < kTiles; ++n) {  // an A of ones
       int sums[4];
       const uint32_t ones = 0x01010101u;
-      multiply(sums, ones, ones, ones, ones, weights[n][0], weights[n][1]);
-      multiply_add(sums, ones, ones, ones, ones, weights[n][2], weights[n][3]);
+      multiply(sums, ones, ones, ones, ones, weights[0][n][0], weights[0][n][1]);
+      multiply_add(sums, ones, ones, ones, ones, weights[0][n][2], weights[0][n][3]);
       weight_sums[n] = joined(sums[0], sums[1]) * units[n];
       if constexpr (kBaseBias<kDim, kWide> != 0.0f) state.weights[n] += weight_sums[n];
     }
@@ -639,21 +672,25 @@ __device__ __forceinline__ void tile_values(const Tile& tile, const TileLayout& 
 #pragma unroll 1
   for (int digit = 0; digit < digits; ++digit) {
     const float digit_unit = digit == 0 ? 1.0f : 16.0f;
+    const uint8_t* groups[kBatch];
+#pragma unroll
+    for (int which = 0; which < kBatch; ++which) groups[which] = tiles[which].record + groups_position;
     for_groups<kGroups, kWidth, kWide>(
-        tile.record + groups_position, tile.lane, widths, digit,
-        [&](int group, const Nibbles<kWidth>& nibbles) {
+        groups, tile.lane, widths, digit, [&](int group, const Nibbles<kWidth>(&nibbles)[kBatch]) {
           int sums[2][kTiles][4];
 #pragma unroll
-          for (int step = 0; step < 2; ++step) {
+          for (int step = 0; step < 2 * kBatch; ++step) {
+            const int which = step / 2, s = 2 * (step % 2);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const int s = 2 * step, j = 2 * half;
-              const uint32_t a0 = nibbles.fragment(s, j), a1 = nibbles.fragment(s, j + 1),
-                             a2 = nibbles.fragment(s + 1, j), a3 = nibbles.fragment(s + 1, j + 1);
+              const int j = 2 * half;
+              const uint32_t a0 = nibbles[which].fragment(s, j), a1 = nibbles[which].fragment(s, j + 1),
+                             a2 = nibbles[which].fragment(s + 1, j),
+                             a3 = nibbles[which].fragment(s + 1, j + 1);
 #pragma unroll
               for (int n = 0; n < kTiles; ++n) {
                 const auto product = step == 0 ? multiply : multiply_add;
-                product(sums[half][n], a0, a1, a2, a3, weights[n][2 * step], weights[n][2 * step + 1]);
+                product(sums[half][n], a0, a1, a2, a3, weights[which][n][s], weights[which][n][s + 1]);
               }
             }
           }

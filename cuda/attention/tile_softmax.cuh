@@ -27,7 +27,8 @@ template <int kDim, int kTiles, typename Rescale>
 __device__ __forceinline__ void softmax_step(WarpState<kDim, kTiles>& state, float (&scores)[kTiles][8],
                                              float (&factors)[kTiles], Rescale rescale) {
   float highest[kTiles];
-  tile_highest(state, scores, highest);
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) highest[n] = bounded_highest(state, n, highest_score(scores[n]));
   move_references(state, highest, rescale);
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {

@@ -140,4 +140,19 @@ constexpr uint32_t kMostPieceWork = 144;  // of a piece of attention: runs and p
 constexpr uint32_t kRunBlocks = 3;        // packed blocks that take attention as long as a run
 constexpr uint32_t kMostQueries = 8;      // tokens of a sequence in one attention call
 
+// Where share `at` of `shares` ends, in packed blocks: its runs and blocks together take as long as the other shares', as far
+// as it has room. It begins with block `begin`; `runs_to_end` of the `runs` belong to it and those before it. Shares are
+// whole batches where room allows.
+template <typename Count>
+PH_HOST_DEVICE Count share_end(Count blocks, Count runs, Count begin, Count runs_to_end, Count at,
+                               Count shares, Count room, Count batch = 1) {
+  const Count work = (blocks + batch - 1) / batch * batch + kRunBlocks * runs;
+  const Count to_end = work * (at + 1) / shares, of_runs = kRunBlocks * runs_to_end;
+  const Count even = to_end > of_runs ? (to_end - of_runs + batch / 2) / batch * batch : 0;
+  const Count room_behind = (shares - at - 1) * room;
+  const Count least = blocks > room_behind ? blocks - room_behind : 0;
+  const Count wanted = even > least ? even : least, most = begin + room < blocks ? begin + room : blocks;
+  return wanted < begin ? begin : wanted < most ? wanted : most;
+}
+
 }  // namespace ph::kv

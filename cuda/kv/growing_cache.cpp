@@ -668,15 +668,12 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
                    [&](uint32_t a, uint32_t b) { return piece_work(a) > piece_work(b); });
   for (const uint32_t i : order) {
     const uint64_t runs = runs_of(entries[i]), blocks = entries[i].packed;
-    const uint64_t cuts = piece_count(runs + blocks), work = blocks + kRunBlocks * runs;
+    const uint64_t cuts = piece_count(runs + blocks);
     uint64_t run = 0, block = 0;
     for (uint64_t place = 0; place < cuts; ++place) {
-      // Runs are dealt evenly; blocks make a piece's share as long as the others', as far as it has room for them.
-      const uint64_t run_end = runs * (place + 1) / cuts, work_end = work * (place + 1) / cuts,
-                     even = work_end - std::min(work_end, kRunBlocks * run_end),
-                     room_behind = (cuts - place - 1) * kMostPieceWork,
-                     least = std::max(block, blocks - std::min(blocks, room_behind)),
-                     block_end = std::min({std::max(even, least), block + kMostPieceWork, blocks});
+      const uint64_t run_end = runs * (place + 1) / cuts,
+                     block_end =
+                         share_end<uint64_t>(blocks, runs, block, run_end, place, cuts, kMostPieceWork);
       pieces.push_back({entries[i], i, static_cast<uint32_t>(run), static_cast<uint32_t>(run_end - run),
                         static_cast<uint32_t>(block), static_cast<uint32_t>(block_end - block),
                         static_cast<uint32_t>(place), static_cast<uint32_t>(cuts)});

@@ -611,6 +611,31 @@ TilePart part_of(uint32_t head_dim, const Setting& setting) {
   return part;
 }
 
+// Shares of runs and packed blocks hold each block once and none more than they have room for. Where there is room and
+// blocks enough to make up for runs, they take as long as each other.
+void check_shares() {
+  for (uint32_t i = 0; i < 100'000; ++i) {
+    const uint32_t shares = 1 + random_below(40), batch = 1 + random_below(2),
+                   room = batch * (1 + random_below(80)), blocks = random_below(shares * room + 1),
+                   runs = random_below(i % 2 == 0 ? 20 : 5000),
+                   round_up = random_below(2) * (shares - 1);  // the first shares get a run more, or the last
+    const uint32_t work = (blocks + batch - 1) / batch * batch + kRunBlocks * runs;
+    uint32_t block = 0, run = 0;
+    for (uint32_t at = 0; at < shares; ++at) {
+      const uint32_t run_end = (runs * (at + 1) + round_up) / shares,
+                     end = share_end<uint32_t>(blocks, runs, block, run_end, at, shares, room, batch);
+      CHECK(block <= end && end <= blocks && end - block <= room);
+      const uint32_t own = end - block + kRunBlocks * (run_end - run);
+      if (work / shares < room && blocks >= kRunBlocks * shares) {
+        CHECK(own * shares <= work + (1 + batch) * shares);
+        CHECK((own + 1 + batch) * shares >= work);
+      }
+      block = end, run = run_end;
+    }
+    CHECK(block == blocks);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -618,6 +643,7 @@ int main(int argc, char** argv) {
   const uint32_t stride = argc > 2 ? static_cast<uint32_t>(strtoul(argv[2], nullptr, 10)) : 1;
   printf("seed %u\n", seed);
   source_of_random.seed(seed);
+  check_shares();
   device = open_device(0);
   for (uint32_t part = 0; part < kParts; ++part) {
     for (uint32_t token = 0; token < 64; ++token) {
