@@ -268,6 +268,7 @@ for (const backend of backends()) {
       using parameters = new Parameters();
       const readout = new Readout({ parameters, name: "r" }, { kind, width: 5 });
       parameters.place(device, 7);
+      parameters.clearGradients();
       tape.begin({ training: true });
       const { views: [view] } = uploadBatch(tape, new GraphBatches(dataset).collate([0, 1, 2, 3]));
       const tensor = tensorOf(tape, x);

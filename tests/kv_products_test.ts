@@ -257,6 +257,7 @@ test("score and weigh refuse what they cannot do", (device) => {
   using cache = KvCache.create(device, optionsOf({ layers: 2 }));
   const sequence = cache.add();
   using queries: Buffer = device.createBuffer("f16", 2 * 64);
+  queries.fill(0);
   using out = device.createBuffer("f32", 2 * 100 + 4);
   using sums = device.createBuffer("f32", 2 * 64);
   const scores = out.view(0, 2 * 100);

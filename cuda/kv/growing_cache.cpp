@@ -405,11 +405,17 @@ void ph_kv_cache::remove(uint32_t sequence) {
   if (known) planned_ = false;
 }
 
+std::vector<uint32_t> ph_kv_cache::alive_sequences() const {
+  std::vector<uint32_t> sequences;
+  for (uint32_t sequence = 0; sequence < config_.sequences; ++sequence)
+    if (sequences_[sequence].alive) sequences.push_back(sequence);
+  return sequences;
+}
+
 template <typename Block>
-std::vector<uint32_t> ph_kv_cache::block_begins(Block block) {
+std::vector<uint32_t> ph_kv_cache::block_begins(const std::vector<uint32_t>& sequences, Block block) {
   std::vector<WordAt> words;
-  for (uint32_t sequence = 0; sequence < config_.sequences; ++sequence) {
-    if (!sequences_[sequence].alive) continue;
+  for (const uint32_t sequence : sequences) {
     for (uint32_t layer = 0; layer < config_.layers; ++layer) {
       words.push_back({stream_of(view_, layer, sequence) * index_words(view_) +
                            static_cast<uint64_t>(block(layer, sequence)) * view_.heads,
@@ -420,22 +426,21 @@ std::vector<uint32_t> ph_kv_cache::block_begins(Block block) {
   gather_words(device_, view_.index, reinterpret_cast<WordAt*>(words_.data()),
                static_cast<uint32_t>(words.size()));
   download(device_, words.data(), words_.data(), words.size() * sizeof(WordAt));
-  std::vector<uint32_t> begins(static_cast<size_t>(config_.layers) * config_.sequences, kStreamStart);
-  for (const WordAt& word : words) begins[word.position / index_words(view_)] = word.value;
+  std::vector<uint32_t> begins;
+  for (const WordAt& word : words) begins.push_back(word.value);
   return begins;
 }
 
-std::vector<uint32_t> ph_kv_cache::stream_ends() {
-  return block_begins([&](uint32_t, uint32_t sequence) { return sequences_[sequence].packed; });
+std::vector<uint32_t> ph_kv_cache::stream_ends(const std::vector<uint32_t>& sequences) {
+  return block_begins(sequences, [&](uint32_t, uint32_t sequence) { return sequences_[sequence].packed; });
 }
 
 void ph_kv_cache::tighten() {
-  const std::vector<uint32_t> ends = stream_ends();
-  for (uint32_t sequence = 0; sequence < config_.sequences; ++sequence) {
-    if (!sequences_[sequence].alive) continue;
-    for (uint32_t layer = 0; layer < config_.layers; ++layer) {
-      Stream& stream = sequences_[sequence].streams[layer];
-      stream.bound = ends[stream_of(view_, layer, sequence)];
+  const std::vector<uint32_t> sequences = alive_sequences(), ends = stream_ends(sequences);
+  auto end = ends.begin();
+  for (const uint32_t sequence : sequences) {
+    for (Stream& stream : sequences_[sequence].streams) {
+      stream.bound = *end++;
       drop_after(pages_, stream, sequences_[sequence].packed == 0 ? 0 : divide_up(stream.bound, kPageUnits));
     }
   }
@@ -461,12 +466,13 @@ void ph_kv_cache::give_back(uint64_t needed) {
     return static_cast<uint32_t>(std::min<uint64_t>(blocks, sequences_[sequence].packed));
   };
   if (std::all_of(windows_.begin(), windows_.end(), [](uint32_t window) { return window == 0; })) return;
-  const std::vector<uint32_t> begins = block_begins(first_seen);
+  const std::vector<uint32_t> sequences = alive_sequences(), begins = block_begins(sequences, first_seen);
   const auto for_each_stale = [&](auto use) {
-    for (uint32_t sequence = 0; sequence < config_.sequences; ++sequence) {
-      for (uint32_t layer = 0; layer < config_.layers && sequences_[sequence].alive; ++layer) {
+    auto next = begins.begin();
+    for (const uint32_t sequence : sequences) {
+      for (uint32_t layer = 0; layer < config_.layers; ++layer) {
         Stream& stream = sequences_[sequence].streams[layer];
-        const uint32_t begin = begins[stream_of(view_, layer, sequence)];
+        const uint32_t begin = *next++;
         const uint64_t page = begin / kPageUnits;
         if (page > stream.first_page())
           use(stream, page - stream.first_page(), begin, first_seen(layer, sequence));
@@ -556,10 +562,10 @@ void ph_kv_cache::truncate(uint32_t sequence, uint64_t tokens) {
   if (packed < cut.packed) {
     const uint32_t before = cut.packed;
     cut.packed = packed;
-    std::vector<uint32_t> ends = stream_ends();
+    const std::vector<uint32_t> ends = stream_ends({sequence});
     uint32_t copies = 0;
     for (uint32_t layer = 0; layer < config_.layers; ++layer) {
-      const uint32_t end = ends[stream_of(view_, layer, sequence)];
+      const uint32_t end = ends[layer];
       const Stream& stream = cut.streams[layer];
       copies += packed > 0 && end % kPageUnits != 0 &&
                 pages_.shared(stream.pages[end / kPageUnits - stream.first_page()]);
@@ -576,7 +582,7 @@ void ph_kv_cache::truncate(uint32_t sequence, uint64_t tokens) {
       restore_tokens(device_, view_, shapes_[layer], layer, sequence, packed, rest);
     for (uint32_t layer = 0; layer < config_.layers; ++layer) {
       Stream& stream = cut.streams[layer];
-      stream.bound = ends[stream_of(view_, layer, sequence)];
+      stream.bound = ends[layer];
       drop_after(pages_, stream, packed == 0 ? 0 : divide_up(stream.bound, kPageUnits));
       if (packed == 0) stream.begin = kStreamStart, stream.first_block = 0;
       own_last_page(layer, sequence);

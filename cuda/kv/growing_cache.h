@@ -155,11 +155,12 @@ struct ph_kv_cache {
   template <typename Visit>
   void for_each_recent(uint32_t layer, uint32_t sequence, const ph::kv::Sequence& held, Visit visit) const;
 
-  // Where blocks begin, in units, of each stream of an alive sequence the one that `block(layer, sequence)` names; a
-  // stream ends where its block after the last begins. Waits for the device.
+  std::vector<uint32_t> alive_sequences() const;
+  // Where blocks begin, in units: of every layer of the sequences, in their order, the one that `block(layer, sequence)`
+  // names; a stream ends where its block after the last begins. Waits for the device.
   template <typename Block>
-  std::vector<uint32_t> block_begins(Block block);
-  std::vector<uint32_t> stream_ends();
+  std::vector<uint32_t> block_begins(const std::vector<uint32_t>& sequences, Block block);
+  std::vector<uint32_t> stream_ends(const std::vector<uint32_t>& sequences);
   // Lowers every bound to the true end, and gives back the pages behind it.
   void tighten();
   // Gives back the pages before what windows show to tokens to come, if `needed` pages are free then; else changes

@@ -95,10 +95,9 @@ uint32_t ph_kv_cache::measure(uint32_t sequence, uint64_t* record_bytes) {
   require_settled(sequence, "export a sequence");
   const Sequence& measured = alive(sequence);
   for (const Stream& stream : measured.streams) require_whole(stream, sequence);
-  const std::vector<uint32_t> ends = stream_ends();
+  const std::vector<uint32_t> ends = stream_ends({sequence});
   for (uint32_t layer = 0; layer < config_.layers; ++layer)
-    record_bytes[layer] =
-        static_cast<uint64_t>(ends[stream_of(view_, layer, sequence)] - kStreamStart) * kUnitBytes;
+    record_bytes[layer] = static_cast<uint64_t>(ends[layer] - kStreamStart) * kUnitBytes;
   return measured.packed;
 }
 
