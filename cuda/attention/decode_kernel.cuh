@@ -546,18 +546,24 @@ struct DecodeWarp {
                               kv::recent_part_bytes(cache) +
                           work.head * (kDim * 2ull);
     const uint32_t length = static_cast<uint32_t>(sequence.before) + sequence.tokens;
-    const uint32_t sinks = min(cache.sinks, length);
-    const uint32_t unpacked = cache.sinks + sequence.packed * kBlockTokens;
-    const RecentTokens tokens = {sinks + (unpacked < length ? length - unpacked : 0), sinks, unpacked,
-                                 cache.sinks, cache.ring};
+    const uint32_t sinks = min(cache.sinks, length), packed_tokens = sequence.packed * kBlockTokens,
+                   unpacked = cache.sinks + packed_tokens, past = unpacked < length ? length - unpacked : 0;
+    const RecentTokens tokens = {keys,
+                                 keys + kv::recent_part_bytes(cache),
+                                 row_bytes,
+                                 sinks + past,
+                                 sinks,
+                                 unpacked,
+                                 cache.sinks,
+                                 cache.ring,
+                                 packed_tokens % cache.ring};
     const RunQueries<kDim, kTiles> queries([&](uint32_t column) {
       return column < columns.count ? columns.queries + 2 * columns.position(column, kDim) : nullptr;
     });
 #pragma unroll 1
     for (uint32_t run = share.first_run; run < share.first_run + share.runs; ++run) {
       attend_run<kDim, kTiles, kBfloat>(
-          tokens, run, keys, keys + kv::recent_part_bytes(cache), row_bytes, parameters.scale * kLog2E,
-          queries,
+          tokens, run, parameters.scale * kLog2E, queries,
           // A query token sees those before it, and itself, as far as the window reaches.
           [&](uint32_t column, uint32_t token, bool is_sink) {
             const uint32_t query = (columns.first + column) / columns.group;
@@ -590,7 +596,11 @@ struct DecodeWarp {
     const uint32_t turn = turn_of_runs(), filled = turn == 0 ? stages - 1 : stages;
     const uint32_t early = min(min(filled, settled), kEarly);
     for (uint32_t stage = 0; stage < early; ++stage) fetch(stage, stage);
-    await_preceding();
+    wait_for_preceding();
+    // The next launch may begin when every thread block has a warp with a quarter of its tiles to go: its first copies would
+    // take their time from those of a ragged batch's last thread blocks, which it waits for.
+    const uint32_t begins_next = kOwnBatch * (batches() * 3 / 4);
+    if (kRaw || blocks == 0) let_next_begin();
     const LaneQuery<kDim> query(work.columns, warp < kTiles ? warp : 0);
     if (settled < blocks) find_blocks(settled, blocks);
     for (uint32_t stage = early; stage < filled; ++stage) fetch(stage, stage);
@@ -634,6 +644,7 @@ struct DecodeWarp {
       for (;;) {
 #pragma unroll 1
         for (; at != stop; at += kOwnBatch) {
+          if (at == begins_next) let_next_begin();
           // Of a batch's tiles, the last may be missing.
           const bool whole = kOwnBatch == 1 || at + 1 < blocks;
           ring.wait(stage, phase, ready);

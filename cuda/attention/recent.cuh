@@ -52,20 +52,25 @@ __device__ __forceinline__ void load_transposed(uint32_t address, uint32_t (&a)[
                : "memory");
 }
 
-// Where the tokens of a run are: `at` counts the sequence's tokens in 16 bits, sinks first.
+// The tokens of a sequence in 16 bits, of one head. `at` counts them, sinks first.
 struct RecentTokens {
-  uint32_t count;             // tokens in 16 bits
-  uint32_t sinks;             // of these
-  uint32_t unpacked;          // first token after the packed blocks
-  uint32_t sink_slots, ring;  // CacheView::sinks, CacheView::ring
+  const uint8_t *keys, *values;  // of the first slot
+  uint64_t row_bytes;            // from slot to slot
+  uint32_t count;                // tokens
+  uint32_t sinks;                // of these
+  uint32_t unpacked;             // first token after the packed blocks
+  uint32_t sink_slots, ring;     // CacheView::sinks, CacheView::ring
+  uint32_t unpacked_slot;        // in the ring
 
   // The token's number; at most `unpacked` beyond the last.
   __device__ __forceinline__ uint32_t token(uint32_t at) const {
     return at < sinks ? at : unpacked + (at - sinks);
   }
-  // Its place among the recent ones.
-  __device__ __forceinline__ uint32_t slot(uint32_t token) const {
-    return token < sink_slots ? token : sink_slots + (token - sink_slots) % ring;
+  // Where it is from the first slot on; past the last, where the last is.
+  __device__ __forceinline__ uint64_t position(uint32_t at) const {
+    at = min(at, count - 1);
+    const uint32_t slot = unpacked_slot + (at - sinks);  // the ring has room for all
+    return (at < sinks ? at : sink_slots + (slot < ring ? slot : slot - ring)) * row_bytes;
   }
 };
 
@@ -90,12 +95,10 @@ struct RunQueries {
   }
 };
 
-// One run: tokens 16 * run and on. `keys` and `values` are the head's, of slot 0; `scale` that of the softmax, log2(e)
-// included; `visible(column, token, is_sink)` whether a column sees a token. `scratch` is the warp's alone, in shared memory.
-// For `rescale` see move_references.
+// One run: tokens 16 * run and on. `scale` is that of the softmax, log2(e) included; `visible(column, token, is_sink)`
+// whether a column sees a token. `scratch` is the warp's alone, in shared memory. For `rescale` see move_references.
 template <int kDim, int kTiles, bool kBfloat, typename Visible, typename Rescale>
-__device__ __forceinline__ void attend_run(const RecentTokens& tokens, uint32_t run, const uint8_t* keys,
-                                           const uint8_t* values, uint64_t row_bytes, float scale,
+__device__ __forceinline__ void attend_run(const RecentTokens& tokens, uint32_t run, float scale,
                                            const RunQueries<kDim, kTiles>& queries, Visible visible,
                                            uint8_t* scratch, WarpState<kDim, kTiles>& state,
                                            Rescale rescale) {
@@ -104,9 +107,6 @@ __device__ __forceinline__ void attend_run(const RecentTokens& tokens, uint32_t 
   constexpr uint32_t kSwizzle = kRowChunks % 8 == 0 ? 7 : 3;
   const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
   const uint32_t first = run * kv::kRunTokens;
-  const auto row = [&](const uint8_t* part, uint32_t at) {
-    return part + tokens.slot(tokens.token(min(at, tokens.count - 1))) * row_bytes;
-  };
 
   // Values of tokens past the last are those of the last, times probabilities of 0.
 #pragma unroll
@@ -114,14 +114,15 @@ __device__ __forceinline__ void attend_run(const RecentTokens& tokens, uint32_t 
     // Rows of B are tokens in the order 0, 8, 1, 9, ..., so that the two of a register come from one lane.
     const uint32_t chunk = lane + kWarpThreads * x, order = chunk / kRowChunks, column = chunk % kRowChunks;
     kv::copy_async(reinterpret_cast<uint4*>(scratch) + order * kRowChunks + (column ^ (order & kSwizzle)),
-                   row(values, first + order / 2 + order % 2 * 8) + 16 * column);
+                   tokens.values + tokens.position(first + order / 2 + order % 2 * 8) + 16 * column);
   }
   kv::copy_commit();
+  __syncwarp();  // lest the compiler puts copies behind the first products, which wait for keys
 
   uint4 chunks[2][kChunks];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const uint8_t* key = row(keys, first + 8 * half + g) + 16 * i;
+    const uint8_t* key = tokens.keys + tokens.position(first + 8 * half + g) + 16 * i;
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk)
       chunks[half][chunk] = *reinterpret_cast<const uint4*>(key + 64 * chunk);
