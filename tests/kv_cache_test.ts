@@ -59,6 +59,34 @@ function assertAttends(
   assertClose(config, out, expected, `attention over ${tokens.length} tokens`);
 }
 
+/** Attends in every layer of a step and compares; gives the number of comparisons. */
+function attendToAll(
+  cache: KvCache,
+  step: KvCacheStep,
+  parts: readonly { expected: ReferenceSequence; tokens: readonly (readonly Token[])[] }[],
+  data: Data,
+  scale = 1 / Math.sqrt(cache.config.headDim),
+): number {
+  const { config } = cache;
+  const { queryHeads, headDim } = config;
+  const gaussian: Data = { ...data, kind: "gaussian" };
+  for (let layer = 0; layer < config.layers; layer++) {
+    const bits = bitsOf(config, gaussian, { tokens: step.tokens, heads: queryHeads });
+    const out = attendLayer(cache, step, layer, bits, { scale });
+    let at = 0;
+    for (const { expected, tokens } of parts) {
+      const end = at + tokens[0]!.length * queryHeads * headDim;
+      assertAttends(config, expected.layers[layer]!.tokens, {
+        queries: bits.slice(at, end),
+        out: out.slice(at, end),
+        scale,
+      });
+      at = end;
+    }
+  }
+  return config.layers * parts.length;
+}
+
 /** A step of `last` tokens for sequences of so many, that are added: its attention is that of double precision. */
 function assertAttendsAfter(
   cache: KvCache,
@@ -80,19 +108,7 @@ function assertAttendsAfter(
   });
   const step = appendAll(cache, parts);
   for (const { expected, tokens } of parts) model.append(expected, tokens);
-  const size = last * config.queryHeads * config.headDim;
-  const queries = bitsOf(config, data, { tokens: step.tokens, heads: config.queryHeads });
-  for (const scale of scales) {
-    const out = attendLayer(cache, step, 0, queries, { scale });
-    parts.forEach(({ expected }, i) => {
-      const slice = (bits: Bits) => bits.slice(i * size, (i + 1) * size);
-      assertAttends(config, expected.layers[0]!.tokens, {
-        queries: slice(queries),
-        out: slice(out),
-        scale,
-      });
-    });
-  }
+  for (const scale of scales) attendToAll(cache, step, parts, data, scale);
 }
 
 // ---- against the model -----------------------------------------------------------------------------
@@ -216,34 +232,6 @@ test("it holds what the model holds after any operations, and gives every page b
   );
   assert(packed > 3_000 && attended > 20, `${packed} ${attended}`);
 });
-
-/** Attends in every layer of a step and compares; gives the number of comparisons. */
-function attendToAll(
-  cache: KvCache,
-  step: KvCacheStep,
-  parts: readonly { expected: ReferenceSequence; tokens: readonly (readonly Token[])[] }[],
-  data: Data,
-): number {
-  const { config } = cache;
-  const { queryHeads, headDim } = config;
-  const scale = 1 / Math.sqrt(headDim);
-  const gaussian: Data = { ...data, kind: "gaussian" };
-  for (let layer = 0; layer < config.layers; layer++) {
-    const bits = bitsOf(config, gaussian, { tokens: step.tokens, heads: queryHeads });
-    const out = attendLayer(cache, step, layer, bits);
-    let at = 0;
-    for (const { expected, tokens } of parts) {
-      const end = at + tokens[0]!.length * queryHeads * headDim;
-      assertAttends(config, expected.layers[layer]!.tokens, {
-        queries: bits.slice(at, end),
-        out: out.slice(at, end),
-        scale,
-      });
-      at = end;
-    }
-  }
-  return config.layers * parts.length;
-}
 
 test("it holds the same however the tokens came", (device) => {
   const codec = [
