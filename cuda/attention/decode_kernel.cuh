@@ -2,8 +2,8 @@
 //
 // A thread block takes a piece of a sequence (packed blocks, and runs of tokens in 16 bits), a kv head, and up to
 // 4 * kTiles columns: query tokens times heads of the group, which share one unpacking. Each of its warps works alone on
-// its share of the piece: its packed blocks (tile.cuh), whose records come into shared memory by bulk copies, kStages blocks
-// ahead, and between them, every warp at another time, its runs (recent.cuh). The warps' results are merged in order. With
+// its share of the piece: its packed blocks (tile.cuh), one or two at a time, whose records come into shared memory by bulk
+// copies, kStages times as many ahead, and between them, every warp at another time, its runs (recent.cuh). The warps' results are merged in order. With
 // more than one piece, partial results go through the workspace and the last thread block of a sequence and head merges
 // them, in an order that depends on their number alone: deterministic, and independent of the rest of the batch, as pieces
 // depend on the sequence's own length alone.
@@ -647,8 +647,8 @@ struct DecodeWarp {
           if (at == begins_next) let_next_begin();
           // Of a batch's tiles, the last may be missing.
           const bool whole = kOwnBatch == 1 || at + 1 < blocks;
-          ring.wait(stage, phase, ready);
-          if (kOwnBatch == 2 && whole) ring.wait(stage + 1, phase);
+          ring.wait<kOwnBatch>(stage, phase, ready);
+          if (kOwnBatch == 2 && whole) ring.wait<kOwnBatch>(stage + 1, phase);
           // Opaque, lest the compiler keeps every address that follows from it in a register of its own.
           uint32_t own_lane = lane;
           asm volatile("" : "+r"(own_lane));

@@ -219,6 +219,8 @@ struct Ring {
     return ready;
   }
 
+  // Of tiles that are taken kBatch at a time, each is waited for.
+  template <uint32_t kBatch = 1>
   __device__ __forceinline__ void wait(uint32_t stage, uint32_t phase, uint32_t ready = 0) const {
 #if __CUDA_ARCH__ >= 900
     asm volatile(
@@ -228,9 +230,8 @@ struct Ring {
         "r"(phase), "r"(ready)
         : "memory");
 #else
-    if (stages == kStages) asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
-    // Where a warp takes two tiles at a time: for both.
-    else if (stages == 2 * kStages) asm volatile("cp.async.wait_group %0;" ::"n"(2 * kStages - 2) : "memory");
+    constexpr uint32_t kBehind = kBatch * (kStages - 1);  // tiles that may still be on their way
+    if (stages == kBatch * kStages) asm volatile("cp.async.wait_group %0;" ::"n"(kBehind) : "memory");
     else kv::copy_wait();
     __syncwarp();
 #endif

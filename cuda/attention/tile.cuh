@@ -166,10 +166,10 @@ __device__ __forceinline__ bool any_wide(uint32_t widths) {
 }
 
 // Calls use(group, nibbles) for the groups of a part of kBatch tiles, which follow each other from groups[tile] on, and
-// moves these to their end; of groups
-// wider than 4 bits, for one digit of each. kWidth: the width of every group; or 0 where they differ, of one tile then.
-// Where no group is wide, two at a time, that mostly have the same width: for each there is code without branches that
-// loads and unpacks them, and what they are used for is there once, as instructions have to be fetched too.
+// moves these to their end; of groups wider than 4 bits, for one digit of each. kWidth: the width of every group; or 0
+// where they differ, of one tile then. Where no group is wide, two at a time, that mostly have the same width: for each
+// there is code without branches that loads and unpacks them, and what they are used for is there once, as instructions
+// have to be fetched too.
 template <int kGroups, int kWidth, bool kWide, int kBatch, typename Use>
 __device__ __forceinline__ void for_groups(const uint8_t* (&groups)[kBatch], uint32_t lane, uint32_t widths,
                                            int digit, Use use) {

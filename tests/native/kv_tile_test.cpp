@@ -1,5 +1,6 @@
 // The growing cache of the CPU backend below the C ABI: its records against an independent reading of the layout in
-// tile.h, however tokens arrive, and decode attention against softmax attention in double precision.
+// tile.h, however tokens arrive, and decode attention against softmax attention in double precision. And how attention's
+// work is dealt.
 //
 // kv_tile_test [SEED [STRIDE]]: STRIDE runs each n-th case only, for slow sanitizers.
 #include <algorithm>
