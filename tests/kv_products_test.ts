@@ -230,6 +230,32 @@ test("score and weigh over many pieces, beside other sequences and layers", (dev
   }
 });
 
+test("score and weigh where a warp of a GPU has several blocks", (device) => {
+  const total = 9_700;
+  // Narrow records find room in shared memory all at once, wide ones take turns.
+  for (const codec of [fixed(2), packkv(1 / 254)]) {
+    const random = randomOf(total);
+    const data: Data = { kind: "gaussian", random };
+    using cache = KvCache.create(
+      device,
+      optionsOf({
+        kvHeads: 16,
+        queryHeads: 80,
+        sequences: 1,
+        tokens: total,
+        stepTokens: total,
+        poolBytes: 2 ** 26,
+        codec: bothParts(codec),
+      }),
+    );
+    const sequence = cache.add();
+    append(cache, sequence, data, total - 300);
+    append(cache, sequence, data, 300);
+    const what = JSON.stringify(codec);
+    assertProducts(cache, 0, sequence, { random, what });
+  }
+});
+
 test("score and weigh of data far from 0, and of every kind", (device) => {
   const kinds = [
     "large offset, tiny range",

@@ -1,8 +1,8 @@
 // q . K and w . V over the packed tokens of one sequence and layer, on the GPU: one launch each.
 //
 // A thread block takes a piece of the sequence, a kv head, and up to 4 * kTiles query heads of its group, the columns of
-// tile.cuh, which share one unpacking. Its four warps share the piece's packed blocks, which bulk copies bring to shared
-// memory kProductStages ahead, and its runs of 16 tokens in 16 bits evenly, and each works alone.
+// tile.cuh, which share one unpacking. Its four warps share the piece evenly and work alone: on runs of 16 tokens in 16 bits,
+// then on packed blocks, of which bulk copies bring up to kProductStages to shared memory meanwhile.
 //
 // Of a block, `score` copies 256 bytes of params (the keys' scales and zeros), then the record up to the end of its key
 // groups: header, bases of both parts, 256 bytes per group and bit. `weigh` copies 272 bytes of params (the values' and the
@@ -31,13 +31,14 @@ using kv::kUnitBytes;
 
 constexpr int kProductWarps = 4;
 constexpr int kProductThreads = kProductWarps * kWarpThreads;
-constexpr uint32_t kProductStages = 4;         // tiles ahead, unless shared memory is short
+constexpr uint32_t kProductStages = 4;         // blocks ahead, unless shared memory is short
 constexpr uint32_t kWarpUnits = kWarpThreads;  // of a warp, at most: a lane looks up one
 constexpr uint32_t kMostPieceUnits = kProductWarps * kWarpUnits;
-constexpr uint32_t kMostPieces = 128;  // unless those are too large
-constexpr uint32_t kFewUnits = 2;      // of a warp, on average
+constexpr uint32_t kMostSums = 128;  // pieces of `weigh`, whose sums are added up, unless those are too large
+constexpr uint32_t kFewUnits = 2;    // of a warp, on average
 constexpr uint32_t kHalfParams = 256;  // of one part's scales and zeros
 static_assert(kHalfParams % kUnitBytes == 0);
+constexpr uint32_t kSlotAlignment = 128;
 
 // What kernels are for: parts of fixed width, of up to 4 bits, which have no bases; others of up to 4 bits; of more.
 enum class Residuals { kFixed, kNarrow, kWide };
@@ -47,7 +48,8 @@ struct ProductParameters {
   TileLayout layout;
   SequenceTokens tokens;
   uint32_t runs, pieces;
-  uint32_t slot_bytes, stages;
+  uint32_t most_bytes;     // of shared memory, that a block may take
+  uint32_t room_bytes;     // of shared memory, for a warp's blocks
   uint32_t record_units;   // of every head record, or 0 where they differ
   uint32_t widths;         // the part's header word where its groups have the same width in every block, or 0
   const uint8_t* queries;  // score
@@ -58,43 +60,63 @@ struct ProductParameters {
   float* partials;     // weigh: [pieces][query_heads][kDim]
 };
 
-// What is copied of a block.
+// What is copied of a block: the part's half of the params, the record up to the end of the keys' groups or the begin of
+// all groups, and the values' groups.
+template <uint32_t kPart>
 struct PartCopies {
-  SpanCopy params, record;  // of keys, with the groups; of values, up to them
-  SpanCopy groups;          // of values
-  uint32_t widths;          // of the part's groups, as in the header
+  static constexpr int kCopies = kPart == PH_KV_KEYS ? 2 : 3;
+  enum Which { kParams, kRecord, kGroups };
+  static constexpr uint32_t kParamsBegin = kPart == PH_KV_KEYS ? 0 : kHalfParams;
+  // The sector, of a slot, in which the record begins.
+  static constexpr uint32_t kRecordSector =
+      round_to_sectors((kPart == PH_KV_KEYS ? kHalfParams : kv::kParamsBytes) + kSectorBytes - kUnitBytes);
 
-  // Where they come to lie in a slot: params from kHalfParams on if they are the values', then what precedes the groups,
-  // then those of values.
-  static constexpr uint32_t kRecordSector = TileCopies::kRecordSector;
-  __device__ __forceinline__ uint32_t params_position() const { return params.sector_offset(); }
-  __device__ __forceinline__ uint32_t record_position() const {
-    return kRecordSector + record.sector_offset();
+  SpanCopy spans[kCopies];
+
+  // Where they come to lie in a slot, if `before` bytes precede the groups.
+  __device__ __forceinline__ uint32_t position(Which which, uint32_t before) const {
+    const uint32_t begin =
+        which == kParams
+            ? kParamsBegin
+            : kRecordSector + (which == kGroups ? round_to_sectors(before + kSectorBytes - kUnitBytes) : 0);
+    return begin + spans[which].sector_offset();
   }
-  __device__ __forceinline__ uint32_t groups_position(uint32_t before) const {
-    return kRecordSector + round_to_sectors(before + kSectorBytes - kUnitBytes) + groups.sector_offset();
+  // What they take of it.
+  __device__ __forceinline__ uint32_t bytes(uint32_t before) const {
+    constexpr Which kLast = static_cast<Which>(kCopies - 1);
+    return position(kLast, before) + spans[kLast].bytes;
   }
 };
 
-// A warp's part of a piece.
+// The blocks of a warp, one a lane.
+template <uint32_t kPart>
+struct WarpCopies {
+  PartCopies<kPart> copies[kWarpUnits];
+  uint32_t widths[kWarpUnits];    // of the part's groups, as in the header
+  uint32_t position[kWarpUnits];  // in the warp's room
+};
+
+// A warp's share of the sequence.
 struct WarpUnits {
   uint32_t first_run, runs, first_block, blocks;
 };
 
+// Of a sequence's units, runs and packed blocks, runs are as far apart as can be, so that a warp with a run has a block less.
 __device__ __forceinline__ WarpUnits warp_units(const ProductParameters& parameters, uint32_t warp) {
-  const auto first_of = [&](uint32_t units, uint32_t of_warp) {
-    const uint32_t begin = piece_unit(units, blockIdx.x, parameters.pieces),
-                   end = piece_unit(units, blockIdx.x + 1, parameters.pieces);
-    return begin + (end - begin) * of_warp / kProductWarps;
+  const uint32_t runs = parameters.runs, units = runs + parameters.tokens.packed;
+  const auto runs_before = [&](uint32_t unit) {
+    return static_cast<uint32_t>((static_cast<uint64_t>(unit) * runs + units - 1) / units);
   };
-  const uint32_t runs = parameters.runs, blocks = parameters.tokens.packed;
-  const uint32_t run = first_of(runs, warp), block = first_of(blocks, warp);
-  return {run, first_of(runs, warp + 1) - run, block, first_of(blocks, warp + 1) - block};
+  const uint32_t share = blockIdx.x * kProductWarps + warp, shares = parameters.pieces * kProductWarps,
+                 begin = piece_unit(units, share, shares), end = piece_unit(units, share + 1, shares),
+                 run = runs_before(begin), run_end = runs_before(end);
+  return {run, run_end - run, begin - run, (end - run_end) - (begin - run)};
 }
 
+// What is to be copied of a block, and the widths of the part's groups.
 template <uint32_t kPart>
-__device__ __forceinline__ PartCopies find_part(const ProductParameters& parameters, uint32_t block,
-                                                uint32_t head) {
+__device__ __forceinline__ PartCopies<kPart> find_part(const ProductParameters& parameters, uint32_t block,
+                                                       uint32_t head, uint32_t& widths) {
   const CacheView& cache = parameters.cache;
   const SequenceTokens& tokens = parameters.tokens;
   const kv::RecordSpan span =
@@ -102,7 +124,7 @@ __device__ __forceinline__ PartCopies find_part(const ProductParameters& paramet
           ? kv::record_span(cache, block, head, parameters.record_units)
           : kv::record_span(cache, kv::index_of(cache, tokens.layer, tokens.sequence), block, head);
   const uint32_t* pages = kv::page_table_of(cache, tokens.layer, tokens.sequence);
-  uint32_t widths = parameters.widths;
+  widths = parameters.widths;
   if (widths == 0) {
     const uint8_t* header = kv::stream_byte(cache, pages, static_cast<uint64_t>(span.begin) * kUnitBytes);
     widths = reinterpret_cast<const uint32_t*>(header)[kPart];
@@ -114,74 +136,110 @@ __device__ __forceinline__ PartCopies find_part(const ProductParameters& paramet
   const uint32_t group_units = kv::kGroupBytes / kUnitBytes * kv::width_sum(widths);
   constexpr uint32_t kHalf = kHalfParams / kUnitBytes;
   if constexpr (kPart == PH_KV_KEYS) {
-    return {copy_of(span.params, span.params + kHalf), copy_of(span.begin, groups + group_units), {}, widths};
+    return {{copy_of(span.params, span.params + kHalf), copy_of(span.begin, groups + group_units)}};
   } else {
-    return {copy_of(span.params + kHalf, span.params + kv::kParamsUnits), copy_of(span.begin, groups),
-            group_units > 0 ? copy_of(span.end - group_units, span.end) : SpanCopy{}, widths};
+    return {{copy_of(span.params + kHalf, span.params + kv::kParamsUnits), copy_of(span.begin, groups),
+             group_units > 0 ? copy_of(span.end - group_units, span.end) : SpanCopy{}}};
   }
 }
 
 // Starts the copy of a block.
 template <uint32_t kPart>
 __device__ __forceinline__ void fetch_part(const Ring& ring, const ProductParameters& parameters,
-                                           const PartCopies& part, uint32_t stage) {
+                                           const PartCopies<kPart>& of_block, uint32_t slot, uint32_t stage) {
   const uint8_t* pool = parameters.cache.pool;
-  const PartCopies copies = part;
-  if (kPart == PH_KV_KEYS || copies.groups.bytes == 0) {
-    const uint32_t params = (kPart == PH_KV_KEYS ? 0 : kHalfParams) + copies.params_position();
-    ring.copy(pool, stage, {copies.record, copies.params}, {copies.record_position(), params});
-  } else {
-    ring.copy(pool, stage, {copies.groups, copies.record, copies.params},
-              {copies.groups_position(parameters.layout.groups), copies.record_position(),
-               kHalfParams + copies.params_position()});
+  const uint32_t before = parameters.layout.groups;
+  using Copies = PartCopies<kPart>;
+  const Copies copies = of_block;
+  const SpanCopy(&spans)[Copies::kCopies] = copies.spans;
+  const uint32_t params = slot + copies.position(Copies::kParams, before),
+                 record = slot + copies.position(Copies::kRecord, before);
+  if constexpr (kPart == PH_KV_VALUES) {
+    if (spans[Copies::kGroups].bytes > 0)
+      return ring.copy(pool, stage, {spans[Copies::kGroups], spans[Copies::kRecord], spans[Copies::kParams]},
+                       {slot + copies.position(Copies::kGroups, before), record, params});
   }
+  ring.copy(pool, stage, {spans[Copies::kRecord], spans[Copies::kParams]}, {record, params});
 }
 
-// Calls use(at, tile, widths, position of the part's groups in the record) for the warp's blocks, from units.first_block on.
-// The first settled ones, which were there before the step began, are on their way before the kernel that precedes this one
-// has ended; then it calls prepare(). The next kernel may do the same meanwhile.
+// Where the blocks of a warp come to lie in its room, a lane each, of so many bytes: all at once, if there are few and they
+// fit, otherwise in slots for the largest. Returns how many can be on their way at a time.
+__device__ __forceinline__ uint32_t place_blocks(uint32_t blocks, uint32_t bytes, uint32_t room,
+                                                 uint32_t& position) {
+  const uint32_t lane = threadIdx.x % kWarpThreads,
+                 rounded = (bytes + kSlotAlignment - 1) / kSlotAlignment * kSlotAlignment;
+  uint32_t to_end = rounded;
+  for (uint32_t distance = 1; distance < kWarpThreads; distance *= 2) {
+    const uint32_t before = __shfl_up_sync(kEveryLane, to_end, distance);
+    if (lane >= distance) to_end += before;
+  }
+  position = to_end - rounded;
+  if (blocks <= kProductStages && __shfl_sync(kEveryLane, to_end, kWarpThreads - 1) <= room)
+    return max(blocks, 1);
+  const uint32_t largest = __reduce_max_sync(kEveryLane, rounded);
+  uint32_t stages = 1;
+  while (stages < kProductStages && (stages + 1) * largest <= room) ++stages;
+  position = lane % stages * largest;
+  return stages;
+}
+
+// Calls use(at, tile, widths, position of the part's groups in the record, slot) for the warp's blocks, from
+// units.first_block on. Once the tile is done with, its slot, of at least `least_bytes`, is ordinary shared memory. The first
+// settled blocks, which were there before the step began, are on their way before the kernel that precedes this one has
+// ended; then it calls prepare(). The next kernel may do the same meanwhile.
 template <uint32_t kPart, typename Prepare, typename Use>
 __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, const WarpUnits& units,
-                                          const Ring& ring, PartCopies (&copies)[kWarpUnits], float4* factors,
+                                          uint8_t* room, uint64_t (&barriers)[kProductStages],
+                                          WarpCopies<kPart>& blocks, float4* factors, uint32_t least_bytes,
                                           Prepare prepare, Use use) {
+  using Copies = PartCopies<kPart>;
   const uint32_t lane = threadIdx.x % kWarpThreads, settled_blocks = parameters.tokens.settled,
                  settled = settled_blocks > units.first_block ? settled_blocks - units.first_block : 0;
-  const auto find = [&](bool wanted) {
-    if (wanted && lane < units.blocks)
-      copies[lane] = find_part<kPart>(parameters, units.first_block + lane, blockIdx.y);
-    __syncwarp();
-  };
-  const auto fetch = [&](uint32_t at, uint32_t stage) {
-    if (at < units.blocks) fetch_part<kPart>(ring, parameters, copies[at], stage);
-    else ring.skip();
+  const uint32_t before = parameters.layout.groups;
+  const auto find = [&] {
+    blocks.copies[lane] =
+        find_part<kPart>(parameters, units.first_block + lane, blockIdx.y, blocks.widths[lane]);
   };
   let_next_begin();
-  find(lane < settled);
+  uint32_t bytes = 0;
+  if (lane < units.blocks) {
+    if (lane < settled) find();
+    bytes = lane < settled ? max(blocks.copies[lane].bytes(before), least_bytes) : parameters.most_bytes;
+  }
+  const uint32_t stages = place_blocks(units.blocks, bytes, parameters.room_bytes, blocks.position[lane]);
+  __syncwarp();
+  const Ring ring = {room, 0, stages, barriers};
+  const auto fetch = [&](uint32_t at, uint32_t stage) {
+    if (at < units.blocks) fetch_part<kPart>(ring, parameters, blocks.copies[at], blocks.position[at], stage);
+    else ring.skip();
+  };
   ring.begin();
-  const uint32_t early = min(ring.stages, settled);
+  const uint32_t early = min(stages, settled);
   for (uint32_t ahead = 0; ahead < early; ++ahead) fetch(ahead, ahead);
   wait_for_preceding();
-  find(lane >= settled);
-  for (uint32_t ahead = early; ahead < ring.stages; ++ahead) fetch(ahead, ahead);
+  if (lane >= settled && lane < units.blocks) find();
+  __syncwarp();
+  for (uint32_t ahead = early; ahead < stages; ++ahead) fetch(ahead, ahead);
   prepare();
   uint32_t stage = 0, phase = 0;
 #pragma unroll 1
   for (uint32_t at = 0; at < units.blocks; ++at) {
     ring.wait(stage, phase);
-    const uint8_t* slot = ring.slots + stage * ring.slot_bytes;
+    uint8_t* slot = room + blocks.position[at];
     // Opaque, lest the compiler keeps every address that follows from it in a register of its own.
     uint32_t own_lane = lane;
     asm volatile("" : "+r"(own_lane));
-    const PartCopies& places = copies[at];
-    const Tile tile = {slot + places.params_position(), slot + places.record_position(), own_lane, factors};
-    const uint32_t groups = kPart == PH_KV_KEYS
-                                ? parameters.layout.groups
-                                : places.groups_position(parameters.layout.groups) - places.record_position();
+    const Copies& copies = blocks.copies[at];
+    const uint32_t record = copies.position(Copies::kRecord, before);
+    const Tile tile = {slot + copies.position(Copies::kParams, before) - Copies::kParamsBegin, slot + record,
+                       own_lane, factors};
+    uint32_t groups = before;
+    if constexpr (kPart == PH_KV_VALUES) groups = copies.position(Copies::kGroups, before) - record;
     // The same in every lane: a reduction tells the compiler, which then branches on scalars.
-    use(at, tile, __reduce_or_sync(kEveryLane, places.widths), groups);
-    __syncwarp();
-    fetch(at + ring.stages, stage);
-    if (++stage == ring.stages) stage = 0, phase ^= 1;
+    use(at, tile, __reduce_or_sync(kEveryLane, blocks.widths[at]), groups, slot);
+    if (at + stages < units.blocks) ring.reuse();
+    fetch(at + stages, stage);
+    if (++stage == stages) stage = 0, phase ^= 1;
   }
 }
 
@@ -234,70 +292,69 @@ struct RunKeys {
 template <int kDim, int kTiles, bool kBfloat>
 __device__ __forceinline__ void score_run(const ProductParameters& parameters, const RunKeys<kDim>& keys,
                                           const Columns& columns, float* out) {
+  constexpr int kChunks = kDim / 16;
   const uint32_t lane = threadIdx.x % kWarpThreads;
-  float sums[4 * kTiles] = {};
+#pragma unroll 1
+  for (uint32_t column = 0; column < columns.count; ++column) {
+    const uint8_t* query = columns.queries + 2 * (columns.position(column, kDim) + 8 * (lane % 2));
+    uint4 chunks[kChunks];
 #pragma unroll
-  for (int x = 0; x < kDim / 16; ++x) {
-    const uint32_t channel = 16 * x + 8 * (lane % 2);
-    const uint4 key = keys.chunks[x];
+    for (int x = 0; x < kChunks; ++x) chunks[x] = *reinterpret_cast<const uint4*>(query + 32 * x);
+    float sum = 0.0f;
 #pragma unroll
-    for (int column = 0; column < 4 * kTiles; ++column) {
-      if (column >= columns.count) break;
-      const uint4 query =
-          *reinterpret_cast<const uint4*>(columns.queries + 2 * (columns.position(column, kDim) + channel));
-      const uint32_t k[4] = {key.x, key.y, key.z, key.w}, q[4] = {query.x, query.y, query.z, query.w};
+    for (int x = 0; x < kChunks; ++x) {
+      const uint4 key = keys.chunks[x];
+      const uint32_t k[4] = {key.x, key.y, key.z, key.w},
+                     q[4] = {chunks[x].x, chunks[x].y, chunks[x].z, chunks[x].w};
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
         const float2 a = to_floats<kBfloat>(k[pair]), b = to_floats<kBfloat>(q[pair]);
-        sums[column] = __fmaf_rn(a.y, b.y, __fmaf_rn(a.x, b.x, sums[column]));
+        sum = __fmaf_rn(a.y, b.y, __fmaf_rn(a.x, b.x, sum));
       }
     }
-  }
-#pragma unroll
-  for (int column = 0; column < 4 * kTiles; ++column) {
-    const float sum = sums[column] + __shfl_xor_sync(kEveryLane, sums[column], 1);
-    if (keys.present && lane % 2 == 0 && column < columns.count)
+    sum += __shfl_xor_sync(kEveryLane, sum, 1);
+    if (keys.present && lane % 2 == 0)
       out[static_cast<uint64_t>(column) * parameters.tokens.length + keys.token] = sum * parameters.scale;
   }
 }
 
+// Scores of a block on their way out of a warp.
+template <int kColumns>
+using Found = float[kColumns][kBlockTokens + 4];  // fewer conflicts of banks
+
+// Thread blocks of a multiprocessor, as registers allow.
+template <int kDim, int kTiles>
+constexpr uint32_t kResident = kDim <= 128 && kTiles == 1 ? 4 : 3;
+
 template <int kDim, int kTiles>
 struct ScoreShared {
-  // Thread blocks of a multiprocessor, as registers allow.
-  static constexpr uint32_t kResident = kDim <= 128 && kTiles == 1 ? 4 : 3;
-  // Whether few blocks are left to half of them, so that there is room for the next kernel's.
-  static constexpr bool kShares = kResident % 2 == 0;
   Queries<kDim, kTiles> queries;
-  alignas(16) float found[kProductWarps][4 * kTiles][kBlockTokens + 4];  // fewer conflicts of banks
-  PartCopies copies[kProductWarps][kWarpUnits];
+  WarpCopies<PH_KV_KEYS> blocks[kProductWarps];
   float4 factors[kProductWarps][kWarpThreads];  // see Tile
   uint64_t barriers[kProductWarps][kProductStages];
 };
 
 template <int kDim, int kTiles, bool kBfloat, Residuals kResiduals>
-__global__ void __launch_bounds__(kProductThreads, ScoreShared<kDim, kTiles>::kResident)
+__global__ void __launch_bounds__(kProductThreads, (kResident<kDim, kTiles>))
     ScoreKernel(const __grid_constant__ ProductParameters parameters) {
   constexpr int kColumns = 4 * kTiles, kGroups = kDim / 32;
   constexpr bool kWide = kResiduals == Residuals::kWide, kBases = kResiduals != Residuals::kFixed;
-  // The first run's keys are on their way while packed blocks are worked on, if there are registers for them.
-  constexpr bool kLoadsAhead = kDim <= 128;
   extern __shared__ __align__(128) uint8_t dynamic[];
   __shared__ ScoreShared<kDim, kTiles> shared;
   Queries<kDim, kTiles>& queries = shared.queries;
-  auto& found = shared.found;
   const uint32_t warp = warp_index(), lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
   const uint32_t length = parameters.tokens.length;
   const Columns columns = columns_of(parameters, kColumns, kDim);
   float* out = parameters.out + static_cast<uint64_t>(blockIdx.y * columns.group + columns.first) * length;
   const WarpUnits units = warp_units(parameters, warp);
-  const Ring ring = {dynamic + warp * parameters.stages * parameters.slot_bytes, parameters.slot_bytes,
-                     parameters.stages, shared.barriers[warp]};
   WarpState<kDim, kTiles> state;
   const RecentRows<kDim> recent(parameters, PH_KV_KEYS);
-  RunKeys<kDim> run_keys;
   for_tiles<PH_KV_KEYS>(
-      parameters, units, ring, shared.copies[warp], shared.factors[warp],
+      parameters, units, dynamic + warp * parameters.room_bytes, shared.barriers[warp], shared.blocks[warp],
+      shared.factors[warp], sizeof(Found<kColumns>),
       [&] {
+        RunKeys<kDim> keys;
+        if (units.runs > 0) keys.load(parameters, recent, units.first_run);
         if (const uint32_t n = threadIdx.x / kWarpThreads; n < kTiles)
           quantize_queries<kDim, kTiles, kBfloat>(LaneQuery<kDim>(columns, n), n, parameters.scale, queries);
         __syncthreads();
@@ -306,19 +363,25 @@ __global__ void __launch_bounds__(kProductThreads, ScoreShared<kDim, kTiles>::kR
           state.query_sum[n] = queries.sum[4 * n + i];
           state.query_scale[n] = queries.scale[4 * n + i];
         }
-        if (kLoadsAhead && units.runs > 0) run_keys.load(parameters, recent, units.first_run);
+#pragma unroll 1
+        for (uint32_t run = 0; run < units.runs; ++run) {
+          if (run > 0) keys.load(parameters, recent, units.first_run + run);
+          score_run<kDim, kTiles, kBfloat>(parameters, keys, columns, out);
+        }
       },
-      [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t) {
+      [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t, uint8_t* slot) {
         float scores[kTiles][8];
         with_width<kGroups, kWide>(widths, [&](auto width) {
           tile_scores<kDim, kTiles, kBfloat, kWide, decltype(width)::value, kBases>(
               tile, parameters.layout, widths, queries, state, scores);
         });
-    // Through shared memory, so that lanes write tokens in a row.
+        // Through shared memory, so that lanes write tokens in a row.
+        auto& found = *reinterpret_cast<Found<kColumns>*>(slot);
+        __syncwarp();
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
           if (4 * n + i >= columns.count) continue;
-          float* target = &found[warp][4 * n + i][8 * g];
+          float* target = &found[4 * n + i][8 * g];
           const float unit = state.query_scale[n];
           const float(&x)[8] = scores[n];
           reinterpret_cast<float4*>(target)[0] =
@@ -330,14 +393,10 @@ __global__ void __launch_bounds__(kProductThreads, ScoreShared<kDim, kTiles>::kR
         float* first = out + parameters.cache.sinks + (units.first_block + at) * kBlockTokens;
         for (uint32_t column = 0; column < columns.count; ++column) {
           float* row = first + static_cast<uint64_t>(column) * length;
-          row[lane] = found[warp][column][lane];
-          row[lane + kWarpThreads] = found[warp][column][lane + kWarpThreads];
+          row[lane] = found[column][lane];
+          row[lane + kWarpThreads] = found[column][lane + kWarpThreads];
         }
       });
-  for (uint32_t run = 0; run < units.runs; ++run) {
-    if (run > 0 || !kLoadsAhead) run_keys.load(parameters, recent, units.first_run + run);
-    score_run<kDim, kTiles, kBfloat>(parameters, run_keys, columns, out);
-  }
 }
 
 // ---- w . V ----
@@ -360,80 +419,101 @@ struct TileWeights {
   }
 };
 
-// Adds the weighted values of a run to `sums` [columns][kStride], in shared memory. A lane has pairs of channels.
-template <int kDim, int kTiles, int kStride, bool kBfloat>
-__device__ __forceinline__ void weigh_run(const ProductParameters& parameters, const RecentRows<kDim>& values,
-                                          uint32_t run, const float* weights, uint32_t columns, float* sums) {
-  constexpr int kPairs = (kDim / 2 + kWarpThreads - 1) / kWarpThreads, kTogether = 8;
-  const SequenceTokens& tokens = parameters.tokens;
-  const CacheView& cache = parameters.cache;
-  const uint32_t lane = threadIdx.x % kWarpThreads, count = tokens.recent(cache);
-  const auto pair_of = [&](int pair) { return lane + pair * kWarpThreads; };
-  float own[4 * kTiles];  // a lane has the weights of a token
-  {
-    const uint32_t at = run * kv::kRunTokens + lane % kv::kRunTokens;
-    const uint32_t token = tokens.recent_token(cache, min(at, count - 1));
-#pragma unroll
-    for (int column = 0; column < 4 * kTiles; ++column)
-      own[column] = at < count && column < columns
-                        ? weights[static_cast<uint64_t>(column) * tokens.length + token]
-                        : 0.0f;
-  }
+// The weighted values of runs. A lane has pairs of channels of every column.
+template <int kDim, int kTiles, bool kBfloat>
+struct RunSums {
+  static constexpr int kPairs = (kDim / 2 + kWarpThreads - 1) / kWarpThreads;
   float2 found[kPairs][4 * kTiles] = {};
+
+  __device__ __forceinline__ static uint32_t pair_of(int pair) {
+    return threadIdx.x % kWarpThreads + pair * kWarpThreads;
+  }
+
+  // Loads all of a run before it waits for any.
+  __device__ __forceinline__ void add(const ProductParameters& parameters, const RecentRows<kDim>& values,
+                                      uint32_t run, const float* weights, uint32_t columns) {
+    const SequenceTokens& tokens = parameters.tokens;
+    const CacheView& cache = parameters.cache;
+    const uint32_t lane = threadIdx.x % kWarpThreads, count = tokens.recent(cache);
+    // A lane knows a token.
+    const uint32_t at = run * kv::kRunTokens + lane % kv::kRunTokens;
+    const uint32_t token = tokens.recent_token(cache, min(at, count - 1)),
+                   slot = kv::recent_slot(cache, token);
+    const float* weight_of_token = weights + token;
+    const auto load_weight = [&](uint32_t column) {
+      return at < count && column < columns ? weight_of_token[static_cast<uint64_t>(column) * tokens.length]
+                                            : 0.0f;
+    };
+    float weight = load_weight(0);
+    uint32_t words[kv::kRunTokens][kPairs];
 #pragma unroll
-  for (int from = 0; from < static_cast<int>(kv::kRunTokens); from += kTogether) {
-    uint32_t words[kTogether][kPairs];
+    for (int t = 0; t < static_cast<int>(kv::kRunTokens); ++t) {
+      const uint8_t* row = values.rows + __shfl_sync(kEveryLane, slot, t) * values.row_bytes;
 #pragma unroll
-    for (int t = 0; t < kTogether; ++t) {
-      const uint32_t at = run * kv::kRunTokens + from + t;
-      const uint8_t* row = values.row(cache, tokens.recent_token(cache, min(at, count - 1)));
-#pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) {
-        words[t][pair] = at < count && pair_of(pair) < kDim / 2
-                             ? *reinterpret_cast<const uint32_t*>(row + 4 * pair_of(pair))
-                             : 0;
-      }
+      for (int pair = 0; pair < kPairs; ++pair)
+        words[t][pair] =
+            pair_of(pair) < kDim / 2 ? *reinterpret_cast<const uint32_t*>(row + 4 * pair_of(pair)) : 0;
     }
 #pragma unroll
-    for (int t = 0; t < kTogether; ++t) {
+    for (int column = 0; column < 4 * kTiles; ++column) {
+      if (column >= columns) break;
+      const float own = weight;
+      weight = load_weight(column + 1);
 #pragma unroll
-      for (int column = 0; column < 4 * kTiles; ++column) {
-        const float weight = __shfl_sync(kEveryLane, own[column], from + t);
+      for (int t = 0; t < static_cast<int>(kv::kRunTokens); ++t) {
+        const float of_token = __shfl_sync(kEveryLane, own, t);
 #pragma unroll
         for (int pair = 0; pair < kPairs; ++pair) {
           const float2 value = to_floats<kBfloat>(words[t][pair]);
-          found[pair][column].x = __fmaf_rn(weight, value.x, found[pair][column].x);
-          found[pair][column].y = __fmaf_rn(weight, value.y, found[pair][column].y);
+          found[pair][column].x = __fmaf_rn(of_token, value.x, found[pair][column].x);
+          found[pair][column].y = __fmaf_rn(of_token, value.y, found[pair][column].y);
         }
       }
     }
   }
+
+  // Adds them to where a warp has the sums of its tiles, by way of `scratch`: two columns at a time.
+  __device__ __forceinline__ void hand_over(WarpState<kDim, kTiles>& state, uint32_t columns,
+                                            float4 (&scratch)[kWarpThreads]) const {
+    constexpr int kChannels = 2 * kWarpThreads;  // of all lanes' pairs
+    const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
+    static_assert(sizeof scratch == 2 * kChannels * sizeof(float));
+    float* sums = reinterpret_cast<float*>(scratch);
 #pragma unroll
-  for (int pair = 0; pair < kPairs; ++pair) {
-    if (pair_of(pair) >= kDim / 2) continue;
+    for (int first = 0; first < 4 * kTiles; first += 2) {
+      if (first >= columns) break;
 #pragma unroll
-    for (int column = 0; column < 4 * kTiles; ++column) {
-      float2& sum = *reinterpret_cast<float2*>(sums + column * kStride + 2 * pair_of(pair));
-      sum = make_float2(sum.x + found[pair][column].x, sum.y + found[pair][column].y);
+      for (int pair = 0; pair < kPairs; ++pair) {
+#pragma unroll
+        for (int column = 0; column < 2; ++column)
+          reinterpret_cast<float2*>(sums + column * kChannels)[lane] = found[pair][first + column];
+        __syncwarp();
+        if (i / 2 == first % 4 / 2) {
+#pragma unroll
+          for (int at = 0; at < kChannels / 8; ++at) {
+            const int o = pair * kChannels / 8 + at;
+            if (o < kDim / 8) state.out[first / 4][o] += sums[i % 2 * kChannels + 8 * at + g];
+          }
+        }
+        __syncwarp();
+      }
     }
   }
-}
+};
 
 // Floats of a column in shared memory; free of bank conflicts for the fragments' layout.
 template <int kDim>
 constexpr int kSumStride = kDim + 8;
 
 struct WeighShared {
-  static constexpr uint32_t kResident = 3;
-  static constexpr bool kShares = false;
-  PartCopies copies[kProductWarps][kWarpUnits];
+  WarpCopies<PH_KV_VALUES> blocks[kProductWarps];
   float4 factors[kProductWarps][kWarpThreads];  // see Tile
   uint64_t barriers[kProductWarps][kProductStages];
   uint32_t is_last;
 };
 
 template <int kDim, int kTiles, bool kBfloat, Residuals kResiduals>
-__global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
+__global__ void __launch_bounds__(kProductThreads, (kResident<kDim, kTiles>))
     WeighKernel(const __grid_constant__ ProductParameters parameters) {
   constexpr int kColumns = 4 * kTiles, kGroups = kDim / 32, kStride = kSumStride<kDim>;
   constexpr bool kWide = kResiduals == Residuals::kWide, kBases = kResiduals != Residuals::kFixed;
@@ -446,8 +526,6 @@ __global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
   const uint32_t query_head = blockIdx.y * columns.group + columns.first;
   const float* weights = parameters.weights + static_cast<uint64_t>(query_head) * length;
   const WarpUnits units = warp_units(parameters, warp);
-  const Ring ring = {dynamic + warp * parameters.stages * parameters.slot_bytes, parameters.slot_bytes,
-                     parameters.stages, shared.barriers[warp]};
   const auto load_weights = [&](uint32_t at, TileWeights<kTiles>& tile) {
     if (at < units.blocks)
       tile.load(weights, length, columns.count, cache.sinks + (units.first_block + at) * kBlockTokens);
@@ -462,8 +540,20 @@ __global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
     for (int o = 0; o < kDim / 8; ++o) state.out[n][o] = 0.0f;
   }
   for_tiles<PH_KV_VALUES>(
-      parameters, units, ring, shared.copies[warp], shared.factors[warp], [&] { load_weights(0, next); },
-      [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t groups) {
+      parameters, units, dynamic + warp * parameters.room_bytes, shared.barriers[warp], shared.blocks[warp],
+      shared.factors[warp], 0,
+      [&] {
+        load_weights(0, next);
+        if (units.runs == 0) return;
+        // While the first tiles are on their way.
+        const RecentRows<kDim> values(parameters, PH_KV_VALUES);
+        RunSums<kDim, kTiles, kBfloat> sums;
+#pragma unroll 1
+        for (uint32_t run = units.first_run; run < units.first_run + units.runs; ++run)
+          sums.add(parameters, values, run, weights, columns.count);
+        sums.hand_over(state, columns.count, shared.factors[warp]);
+      },
+      [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t groups, const uint8_t*) {
         const TileWeights<kTiles> own = next;
         load_weights(at + 1, next);
         share_factors<kBfloat>(tile, PH_KV_VALUES, {1.0f, 1.0f});
@@ -500,19 +590,16 @@ __global__ void __launch_bounds__(kProductThreads, WeighShared::kResident)
 
   // The warp's slots are free: its sums take their place.
   const auto sums_of = [&](uint32_t of_warp) {
-    return reinterpret_cast<float*>(dynamic + of_warp * parameters.stages * parameters.slot_bytes);
+    return reinterpret_cast<float*>(dynamic + of_warp * parameters.room_bytes);
   };
   float* sums = sums_of(warp);
+  __syncwarp();
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
     const float shift = output_shift<kDim, kTiles, kWide>(state, n);
 #pragma unroll
     for (int o = 0; o < kDim / 8; ++o) sums[(4 * n + i) * kStride + 8 * o + g] = state.out[n][o] + shift;
   }
-  __syncwarp();
-  const RecentRows<kDim> values(parameters, PH_KV_VALUES);
-  for (uint32_t run = units.first_run; run < units.first_run + units.runs; ++run)
-    weigh_run<kDim, kTiles, kStride, kBfloat>(parameters, values, run, weights, columns.count, sums);
   __syncthreads();
 
   const auto add = [](float4& sum, const float4& x) {
@@ -574,18 +661,19 @@ uint32_t group_bytes(const kv::TileShape& shape, uint32_t part) {
   return kv::kGroupBytes * kv::tile_groups(shape) * kv::largest_width(shape.parts[part]);
 }
 
-// Shared memory of a block, at least `least`.
-uint32_t slot_bytes(const kv::TileShape& shape, uint32_t part, uint32_t least) {
-  const uint32_t bytes = PartCopies::kRecordSector + kv::bases_position(shape, kv::kParts) +
-                         group_bytes(shape, part) + 3 * kSectorBytes;
-  return (std::max(bytes, least) + 127) / 128 * 128;
+// Shared memory that a block takes at most; at least `least`.
+template <uint32_t kPart>
+uint32_t slot_bytes(const kv::TileShape& shape, uint32_t least) {
+  const uint32_t bytes = PartCopies<kPart>::kRecordSector + kv::bases_position(shape, kv::kParts) +
+                         group_bytes(shape, kPart) + 3 * kSectorBytes;
+  return (std::max(bytes, least) + kSlotAlignment - 1) / kSlotAlignment * kSlotAlignment;
 }
 
-// Shared memory of a thread block beside what the kernel has itself, how many tiles ahead it holds, and how many thread
-// blocks of a multiprocessor. They take all there is, even if they need less: were there room for more of them, those of the
-// next kernel, which begin early, would gather where it is.
+// Shared memory of a thread block beside what the kernel has itself, and how many thread blocks of a multiprocessor. They
+// take all there is, even if they need less: were there room for more of them, those of the next kernel, which begin early,
+// would gather where it is.
 struct Residency {
-  uint32_t bytes, stages, blocks;
+  uint32_t bytes, blocks;
 };
 
 // `own_bytes` of shared memory are the kernel's own.
@@ -595,8 +683,8 @@ Residency residency_of(const ph_device& device, uint32_t slot, uint32_t own_byte
   for (uint32_t blocks = most_blocks; blocks > 0; --blocks) {
     const uint32_t of_block = (limit + kReservedBytes) / blocks - kReservedBytes - kAlignmentBytes;
     if (of_block < own_bytes + tile) continue;
-    const uint32_t bytes = (of_block - own_bytes) / 128 * 128;
-    return {bytes, std::min(kProductStages, bytes / tile), blocks};
+    constexpr uint32_t kRooms = kProductWarps * kSlotAlignment;
+    return {(of_block - own_bytes) / kRooms * kRooms, blocks};
   }
   throw Error(PH_ERROR_UNSUPPORTED,
               "Cannot multiply packed records of up to %u bytes on this GPU: that takes %u bytes of shared "
@@ -606,12 +694,23 @@ Residency residency_of(const ph_device& device, uint32_t slot, uint32_t own_byte
 
 uint32_t least_pieces(uint32_t units) { return (units + kMostPieceUnits - 1) / kMostPieceUnits; }
 
-// Into how many pieces so many packed blocks, or runs if they are more, are cut, where `rows` thread blocks take each and
-// the GPU holds `resident` at a time: as few as fill it once, or a few times. A thread block's way to its first bytes takes
-// as long as several units.
-uint32_t product_pieces(uint32_t units, uint32_t rows, uint32_t resident) {
-  const uint32_t least = std::max(least_pieces(units), 1u), times = (least * rows + resident - 1) / resident;
-  return std::max(least, std::min({times * resident / rows, units, kMostPieces}));
+// Into how many pieces, `most` unless those are too large, so many units are cut, where `rows` thread blocks take each and
+// the GPU holds `resident` at a time.
+uint32_t product_pieces(uint32_t units, uint32_t rows, uint32_t resident, uint32_t most) {
+  const uint32_t least = least_pieces(units);
+  const uint64_t warps = uint64_t{kProductWarps} * resident, work = uint64_t{units} * rows;
+  uint32_t pieces;
+  if (work <= kFewUnits * warps) {
+    // With so little to do that its way to the first bytes takes longest, the kernel leaves about half of the GPU to the
+    // next one, which is on that way meanwhile: so much that all warps have as many units.
+    const uint32_t of_thread_block = kProductWarps * std::max<uint32_t>(2 * work / warps, 1);
+    pieces = (units + of_thread_block - 1) / of_thread_block;
+  } else {
+    // As few as fill the GPU once, or a few times.
+    const uint32_t times = (least * rows + resident - 1) / resident;
+    pieces = std::min(times * resident / rows, units);
+  }
+  return std::max(least, std::min(pieces, most));
 }
 
 // Calls launch(head_dim, tiles, bfloat, residuals) with the template arguments of a kernel for a part.
@@ -647,26 +746,16 @@ ProductParameters parameters_of(const CacheView& cache, const kv::TileShape& sha
 }
 
 template <typename Shared, typename Kernel>
-void launch(ph_device& device, ProductParameters& parameters, Kernel kernel, uint32_t slot,
-            uint32_t columns) {
+void launch(ph_device& device, ProductParameters& parameters, Kernel kernel, uint32_t slot, uint32_t resident,
+            uint32_t columns, uint32_t most_pieces = UINT32_MAX) {
   const CacheView& cache = parameters.cache;
-  const Residency residency = residency_of(device, slot, sizeof(Shared), Shared::kResident);
-  parameters.slot_bytes = slot;
-  parameters.stages = residency.stages;
+  const Residency residency = residency_of(device, slot, sizeof(Shared), resident);
+  parameters.most_bytes = slot;
+  parameters.room_bytes = residency.bytes / kProductWarps;
   const uint32_t group = cache.query_heads / cache.heads, column_groups = (group + columns - 1) / columns;
-  const uint32_t units = std::max(parameters.runs, parameters.tokens.packed),
-                 rows = cache.heads * column_groups;
-  const uint32_t resident = static_cast<uint32_t>(device.processors) * residency.blocks;
-  const uint64_t most_units = uint64_t{kProductWarps} * resident;  // of all warps, one each
-  if (Shared::kShares && residency.blocks == Shared::kResident &&
-      uint64_t{units} * rows <= kFewUnits * most_units) {
-    // With so little to do that its way to the first bytes takes longest, the kernel leaves about half of the GPU to the
-    // next one, which is on that way meanwhile: so much that all warps have as many blocks.
-    const uint32_t of_warp = std::max<uint32_t>(2 * uint64_t{units} * rows / most_units, 1);
-    parameters.pieces = (units + of_warp * kProductWarps - 1) / (of_warp * kProductWarps);
-  } else {
-    parameters.pieces = product_pieces(units, rows, resident);
-  }
+  parameters.pieces =
+      product_pieces(parameters.runs + parameters.tokens.packed, cache.heads * column_groups,
+                     static_cast<uint32_t>(device.processors) * residency.blocks, most_pieces);
   allow_shared(device, kernel, SharedMemory::kPrefer);
   const dim3 grid(parameters.pieces, cache.heads, column_groups);
   launch_overlapping(device, kernel, grid, kProductThreads, residency.bytes, parameters);
@@ -675,8 +764,7 @@ void launch(ph_device& device, ProductParameters& parameters, Kernel kernel, uin
 }  // namespace
 
 uint64_t products_workspace_bytes(const CacheView& cache) {
-  const uint64_t pieces =
-      std::max(least_pieces(static_cast<uint32_t>(most_product_units(cache))), kMostPieces);
+  const uint64_t pieces = std::max(least_pieces(static_cast<uint32_t>(most_product_units(cache))), kMostSums);
   return decode_counter_bytes(cache) + pieces * cache.query_heads * cache.head_dim * sizeof(float);
 }
 
@@ -690,7 +778,7 @@ void score(ph_device& device, const CacheView& cache, const kv::TileShape& shape
     constexpr int kDim = decltype(dim)::value, kTiles = decltype(tiles)::value;
     launch<ScoreShared<kDim, kTiles>>(
         device, parameters, ScoreKernel<kDim, kTiles, decltype(bfloat)::value, decltype(residuals)::value>,
-        slot_bytes(shape, PH_KV_KEYS, 0), 4 * kTiles);
+        slot_bytes<PH_KV_KEYS>(shape, sizeof(Found<4 * kTiles>)), kResident<kDim, kTiles>, 4 * kTiles);
   });
 }
 
@@ -702,12 +790,12 @@ void weigh(ph_device& device, const CacheView& cache, const kv::TileShape& shape
   parameters.finished = reinterpret_cast<uint32_t*>(workspace);
   parameters.partials = reinterpret_cast<float*>(workspace + decode_counter_bytes(cache));
   with_options(cache, shape, PH_KV_VALUES, [&](auto dim, auto tiles, auto bfloat, auto residuals) {
-    constexpr int kDim = decltype(dim)::value, kColumns = 4 * decltype(tiles)::value;
-    // A warp's sums fit its slots, even if there is one only.
-    launch<WeighShared>(
-        device, parameters,
-        WeighKernel<kDim, decltype(tiles)::value, decltype(bfloat)::value, decltype(residuals)::value>,
-        slot_bytes(shape, PH_KV_VALUES, kColumns * kSumStride<kDim> * sizeof(float)), kColumns);
+    constexpr int kDim = decltype(dim)::value, kTiles = decltype(tiles)::value;
+    // A warp's sums fit its room, even if that is for one block only.
+    launch<WeighShared>(device, parameters,
+                        WeighKernel<kDim, kTiles, decltype(bfloat)::value, decltype(residuals)::value>,
+                        slot_bytes<PH_KV_VALUES>(shape, 4 * kTiles * kSumStride<kDim> * sizeof(float)),
+                        kResident<kDim, kTiles>, 4 * kTiles, kMostSums);
   });
 }
 
