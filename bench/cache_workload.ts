@@ -6,6 +6,7 @@ import {
   type KvCacheStep,
   type KvSequence,
   type KvStepGraph,
+  splitsToFill,
 } from "../src/kv/mod.ts";
 import { KvSampler } from "../src/kv/sample.ts";
 import { withWholePool } from "../src/kv/pool_bytes.ts";
@@ -65,6 +66,8 @@ export interface CacheFilling {
   readonly stepTokens?: number;
   /** For how many more tokens each sequence has room. Default: 0. */
   readonly room?: number;
+  /** As {@linkcode KvCacheOptions.splits}. Default: those that fill a GPU. */
+  readonly splits?: number;
   /** Whether all sequences, which have one length, are forks of one, and share its packed records. Default: false. */
   readonly forked?: boolean;
 }
@@ -85,10 +88,10 @@ export class CacheWorkload implements Disposable {
   constructor(
     device: Device,
     shape: CacheCase,
-    { tokens, codec, layers, residual, stepTokens = STEP_TOKENS, room = 0, forked = false }:
-      CacheFilling,
+    { tokens, codec, layers, residual, stepTokens = STEP_TOKENS, room = 0, ...more }: CacheFilling,
   ) {
     const { kvHeads, headDim, lengths } = shape;
+    const { forked = false, splits = splitsToFill({ sequences: lengths.length, kvHeads }) } = more;
     const queryHeads = kvHeads * shape.group;
     const mostTokens = Math.min(stepTokens, tokens.count);
     using stack = new DisposableStack();
@@ -104,6 +107,7 @@ export class CacheWorkload implements Disposable {
       sequences: lengths.length,
       tokens: Math.max(...lengths) + room,
       stepTokens: Math.max(mostTokens, lengths.length),
+      splits,
       residual,
       codec,
     });

@@ -158,6 +158,7 @@ export const KV_CACHE_CONFIG = new Struct("ph_kv_cache_config", 3, {
   sequences: "u32",
   residual: "u32",
   sinks: "u32",
+  splits: "u32",
   tokens: "u64",
   step_tokens: "u64",
   pool_bytes: "u64",

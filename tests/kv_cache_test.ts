@@ -451,24 +451,32 @@ test("attention over blocks of one width, and over few blocks and many tokens in
 });
 
 test("attention over many pieces, with a scale of one's own", (device) => {
-  using cache = KvCache.create(
-    device,
-    optionsOf({ queryHeads: 4, tokens: 9000, stepTokens: 9000, sequences: 3 }),
-  );
-  assertAttendsAfter(cache, { kind: "gaussian", random: randomOf(5) }, {
-    lengths: [8700, 2300, 150],
-    last: 2,
-    scales: [0.125, 0.01, 1],
-  });
+  for (const splits of [1, 3, 1024]) {
+    using cache = KvCache.create(
+      device,
+      optionsOf({ queryHeads: 4, tokens: 9000, stepTokens: 9000, sequences: 3, splits }),
+    );
+    assertAttendsAfter(cache, { kind: "gaussian", random: randomOf(5) }, {
+      lengths: [8700, 2300, 150],
+      last: 2,
+      scales: [0.125, 0.01, 1],
+    });
+  }
 });
 
 test("a sequence's attention is the same, bit for bit, whatever else is in the batch", (device) => {
   for (
-    const [headDim, dtype] of [[64, "f16"], [96, "bf16"], [128, "bf16"], [256, "f16"]] as const
+    const [headDim, dtype, splits] of [
+      [64, "f16", 1],
+      [96, "bf16", 2],
+      [128, "bf16", 1024],
+      [256, "f16", 1],
+    ] as const
   ) {
     const options = optionsOf({
       headDim,
       dtype,
+      splits,
       queryHeads: 6,
       kvHeads: 2,
       tokens: 3000,
@@ -646,6 +654,7 @@ test("options outside their range are named", (device) => {
     poolBytes: [65_536, 2 ** 48],
     residual: [8, 65_536],
     sinks: [0, 65_536],
+    splits: [1, 1024],
   };
   for (const [name, [least, most]] of Object.entries(ranges)) {
     for (const value of [least! - 1, most! + 1, 10.5, NaN, -Infinity, 2 ** 53, "9", null]) {
@@ -683,8 +692,9 @@ test("options outside their range are named", (device) => {
 test("defaults are filled in", (device) => {
   using cache = KvCache.create(device, optionsOf({ layers: 2 }));
   const codec = { keys: packkv(0.1), values: packkv(0.2) };
-  const { residual, sinks, codecs } = cache.config;
-  assertEquals({ residual, sinks, codecs }, { residual: 128, sinks: 4, codecs: [codec, codec] });
+  const { residual, sinks, splits, codecs } = cache.config;
+  assertEquals({ residual, sinks, splits }, { residual: 128, sinks: 4, splits: 1 });
+  assertEquals(codecs, [codec, codec]);
 });
 
 test("sequences, tokens and layers that are not there are named", (device) => {

@@ -410,6 +410,7 @@ for (const backend of backends()) {
         tokens,
         stepTokens: tokens,
         poolBytes: 2 ** 20,
+        splits: 1,
         residual: 8,
         sinks: 4,
         codecs: [codec, codec],

@@ -53,6 +53,8 @@ const CASES: readonly CacheCase[] = [
   uniform(8, 32, 1, 16_384),
   uniform(64, 8, 4, 4_096),
 ];
+/** One sequence that leaves most of a GPU to itself, unless it is cut. */
+const SHORT_CASES: readonly CacheCase[] = [uniform(1, 8, 4, 32_768), uniform(1, 8, 4, 8_192)];
 /** Sixteen sequences of 100 to 60,000 tokens, and a uniform batch of as many in all. */
 const RAGGED = Array.from({ length: 16 }, (_, i) => Math.round(100 * 600 ** (i / 15)));
 
@@ -120,10 +122,11 @@ printHeadings(
 );
 const bars: AttentionBar[] = [];
 let tokens: (Tokens & Disposable) | undefined;
-for (const shape of CASES) {
+for (const shape of [...CASES, ...SHORT_CASES]) {
   tokens = await tokensFor(shape, tokens);
   for (const [codec, parts] of Object.entries(CODECS)) {
-    measureCase(label(shape), shape, codec, parts, wantedShare(shape, codec));
+    const wanted = CASES.includes(shape) ? wantedShare(shape, codec) : undefined;
+    measureCase(label(shape), shape, codec, parts, wanted);
   }
 }
 // Forks have one length.
@@ -226,7 +229,7 @@ function measureRead(bytes: number): number {
 /** Milliseconds of PyTorch's best bf16 attention, by case; none without PyTorch. */
 async function measureTorch(): Promise<ReadonlyMap<string, number>> {
   if (!flags.torch) return new Map();
-  const cases = CASES.map((shape) => ({
+  const cases = [...CASES, ...SHORT_CASES].map((shape) => ({
     name: label(shape),
     batch: shape.batch,
     kv_heads: shape.kvHeads,

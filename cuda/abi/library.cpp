@@ -50,6 +50,7 @@ std::vector<uint32_t> layout_of(uint32_t which) {
               FIELD(ph_kv_cache_config, sequences),
               FIELD(ph_kv_cache_config, residual),
               FIELD(ph_kv_cache_config, sinks),
+              FIELD(ph_kv_cache_config, splits),
               FIELD(ph_kv_cache_config, tokens),
               FIELD(ph_kv_cache_config, step_tokens),
               FIELD(ph_kv_cache_config, pool_bytes)};

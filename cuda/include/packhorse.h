@@ -357,6 +357,12 @@ PH_API int32_t ph_kv_measure(ph_device* device, const ph_kv_codec* codec, const 
  * nothing but blocks which no token to come attends to. Their tokens are gone then: they can't be read, and a sequence
  * can't be truncated to where its next token would attend to them.
  *
+ * attend cuts a sequence's tokens into pieces, of which thread blocks on CUDA, or threads, take one for each kv head. How
+ * many follows from the sequence's own length and `splits`. At least, it is what fills a GPU with a batch of many sequences:
+ * one for each 9,216 tokens, from 36,865 on one for each 4,032. A sequence that has fewer than `splits` gets as many, as far
+ * as each then has 1,024 tokens: where there are few sequences, 256 / (sequences * kv_heads) make them faster. Sums of
+ * pieces are added in their order, so that `splits` changes how results are rounded.
+ *
  * A cache belongs to its device and to one thread at a time. No call allocates device memory after creation. append,
  * attend and prefill only enqueue; begin too, unless the pool looks exhausted by the largest sizes that records can have:
  * then it waits for the device to learn the true ones. On CUDA what begin uploads passes through 2 MiB of pinned memory;
@@ -382,6 +388,7 @@ typedef struct ph_kv_cache_config {
   uint32_t sequences;   /* most at once, 1..65536 */
   uint32_t residual;    /* newest tokens that stay in 16 bits at least, 8..65536 */
   uint32_t sinks;       /* first tokens that stay in 16 bits, 0..65536 */
+  uint32_t splits;      /* pieces of a sequence, see above, 0..1024 */
   uint64_t tokens;      /* most tokens of a sequence */
   uint64_t step_tokens; /* most tokens of a step, over all its sequences */
   uint64_t pool_bytes;  /* for packed blocks; rounded down to pages */

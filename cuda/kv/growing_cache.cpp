@@ -67,6 +67,7 @@ const ph_kv_cache_config& checked_config(const ph_kv_cache_config& config) {
   require(config.residual >= kMostQueries && config.residual <= 65536, "residual", config.residual,
           "8 to 65536");
   require(config.sinks <= 65536, "sinks", config.sinks, "0 to 65536");
+  require(config.splits <= 1024, "splits", config.splits, "0 to 1024");
   require(config.tokens >= 1 && config.tokens < 1ull << 31, "tokens", static_cast<double>(config.tokens),
           "1 to 2^31 - 1");
   require(config.step_tokens >= 1 && config.step_tokens < 1ull << 31, "step_tokens",
@@ -176,15 +177,17 @@ uint64_t index_words(const CacheView& view) {
   return static_cast<uint64_t>(view.most_blocks) * view.heads + 1;
 }
 
-// Into how many pieces attention over so many runs and packed blocks is cut; all take as long. It depends on
-// the sequence alone. A sequence of more than kLongWork is likely one of few, or longer than others of its batch: it is cut
-// into smaller pieces, that keep all processors busy to the end. Lengths a little above a power of two, of batches that fill
-// the processors evenly, give no piece more.
-constexpr uint64_t kLongWork = 576, kLongPieceWork = 63;
+// Into how many pieces attention over so many runs and packed blocks of a sequence is cut; all take as long. It does not
+// depend on the rest of the batch. A sequence of more than kLongWork is likely one of few, or longer than others of its batch:
+// it is cut into smaller pieces, that keep all processors busy to the end. Lengths a little above a power of two, of batches
+// that fill the processors evenly, give no piece more. `splits`, if they are more, say that there are few sequences in any
+// case; a piece of kLeastPieceWork takes about as long as a thread block's begin and end.
+constexpr uint64_t kLongWork = 576, kLongPieceWork = 63, kLeastPieceWork = 16;
 
-uint64_t piece_count(uint64_t work) {
-  if (work > kLongWork) return (work + kLongPieceWork / 2) / kLongPieceWork;
-  return std::max<uint64_t>(divide_up(work, kMostPieceWork), 1);
+uint64_t piece_count(uint64_t work, uint64_t splits) {
+  const uint64_t least = work > kLongWork ? (work + kLongPieceWork / 2) / kLongPieceWork
+                                          : std::max<uint64_t>(divide_up(work, kMostPieceWork), 1);
+  return std::max(least, std::min(splits, work / kLeastPieceWork));
 }
 
 // What a step can hold at most: every sequence takes part, and each new block lies in some sequence's new tokens.
@@ -193,7 +196,7 @@ uint64_t most_step_blocks(const ph_kv_cache_config& config) {
 }
 uint64_t most_step_pieces(const ph_kv_cache_config& config, const CacheView& view) {
   const uint64_t runs = divide_up(static_cast<uint64_t>(view.sinks) + view.ring, kRunTokens);
-  return config.sequences * piece_count(runs + view.most_blocks);
+  return config.sequences * piece_count(runs + view.most_blocks, config.splits);
 }
 
 struct PlanLayout {
@@ -665,7 +668,7 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
   };
   const auto piece_work = [&](uint32_t i) {
     const uint64_t work = runs_of(entries[i]) + entries[i].packed;
-    return work / piece_count(work);
+    return work / piece_count(work, config_.splits);
   };
   // The largest first, so that small ones fill the gaps at the end.
   std::vector<uint32_t> order(count);
@@ -674,7 +677,7 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
                    [&](uint32_t a, uint32_t b) { return piece_work(a) > piece_work(b); });
   for (const uint32_t i : order) {
     const uint64_t runs = runs_of(entries[i]), blocks = entries[i].packed;
-    const uint64_t cuts = piece_count(runs + blocks);
+    const uint64_t cuts = piece_count(runs + blocks, config_.splits);
     uint64_t run = 0, block = 0;
     for (uint64_t place = 0; place < cuts; ++place) {
       const uint64_t run_end = runs * (place + 1) / cuts,

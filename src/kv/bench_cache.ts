@@ -1,7 +1,7 @@
 import type { Device } from "../device/device.ts";
 import { PackhorseError } from "../error.ts";
 import { KvCache, type KvSequence } from "./cache.ts";
-import type { KvCacheCodec, KvCacheDType } from "./cache_options.ts";
+import { type KvCacheCodec, type KvCacheDType, splitsToFill } from "./cache_options.ts";
 import type { KvCacheStep } from "./cache_step.ts";
 import { BLOCK_TOKENS } from "./codec.ts";
 import type { KvCacheFileOptions } from "./file_options.ts";
@@ -95,6 +95,7 @@ export async function benchKvCache(
     sequences: batch,
     tokens: tokens + SINGLE_STEPS,
     stepTokens: Math.max(STEP_TOKENS, batch),
+    splits: splitsToFill({ sequences: batch, kvHeads }),
     residual: RESIDUAL,
     sinks: SINKS,
     codec,

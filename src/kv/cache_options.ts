@@ -84,6 +84,13 @@ export interface KvCacheOptions {
   readonly tokens: number;
   /** Most tokens of a step, over all its sequences, 1 to 2^31 - 1. Scratch memory grows with it. */
   readonly stepTokens: number;
+  /**
+   * Into how many pieces attention cuts a sequence at least, as far as each then has 1,024 tokens, 1 to 1024. Fewer than
+   * 256 / `kvHeads` sequences leave a GPU idle unless each is cut: {@linkcode splitsToFill} says how many keep it busy.
+   * Without it, a sequence has a piece for 9,216 tokens, or if longer than 36,864 for 4,032. Results depend on it by
+   * rounding, and on nothing else in the batch. Default: 1.
+   */
+  readonly splits?: number | undefined;
   /** Bytes for packed tokens, at least 65,536, in whole pages of that size. */
   readonly poolBytes: number;
   /** How many of the newest tokens at least stay in 16 bits, 8 to 65,536. Default: 128. */
@@ -113,6 +120,8 @@ export interface KvCacheConfig extends Required<Omit<KvCacheOptions, "codec" | "
   readonly residual: number;
   /** How many of the first tokens stay in 16 bits. */
   readonly sinks: number;
+  /** Into how many pieces attention cuts a sequence at least. */
+  readonly splits: number;
   /** How tokens are packed, per layer. */
   readonly codecs: readonly KvCacheCodec[];
   /** How many tokens a token attends to beside the sinks, per layer; 0 for all. */
@@ -125,6 +134,9 @@ const DEFAULT_CODEC: KvCacheCodec = {
 };
 
 const PAGE_BYTES = 65_536;
+const MOST_SPLITS = 1024;
+/** Pieces of all sequences and kv heads that keep a GPU busy: about two for each multiprocessor. */
+const BUSY_PIECES = 256;
 /** The fewest newest tokens that stay in 16 bits. */
 export const LEAST_RESIDUAL = 8;
 /** Most query heads that share a kv head. */
@@ -139,6 +151,7 @@ export function resolveCacheOptions(options: KvCacheOptions): KvCacheConfig {
     options;
   const { queryDType = dtype, residual = 128, sinks = 4, codec = DEFAULT_CODEC, window = 0 } =
     options;
+  const { splits = 1 } = options;
   const within = (name: string, value: number, least: number, most: number) => {
     if (Number.isSafeInteger(value) && value >= least && value <= most) return;
     refuse(`${name} must be an integer from ${least} to ${most}, got ${value}`);
@@ -159,6 +172,7 @@ export function resolveCacheOptions(options: KvCacheOptions): KvCacheConfig {
   within("sequences", sequences, 1, 65_536);
   within("tokens", tokens, 1, 2 ** 31 - 1);
   within("stepTokens", stepTokens, 1, 2 ** 31 - 1);
+  within("splits", splits, 1, MOST_SPLITS);
   within("poolBytes", poolBytes, PAGE_BYTES, 2 ** 48 - PAGE_BYTES - 1);
   within("residual", residual, LEAST_RESIDUAL, 65_536);
   within("sinks", sinks, 0, 65_536);
@@ -173,7 +187,26 @@ export function resolveCacheOptions(options: KvCacheOptions): KvCacheConfig {
   windows.forEach((each, layer) => within(`window of layer ${layer}`, each, 0, 2 ** 31 - 1));
   codecs.forEach((each, layer) => PARTS.forEach((part) => checkPart(each[part], layer, part)));
   const shape = { layers, queryHeads, kvHeads, headDim, dtype, queryDType };
-  return { ...shape, sequences, tokens, stepTokens, poolBytes, residual, sinks, codecs, windows };
+  const limits = { sequences, tokens, stepTokens, splits, poolBytes };
+  return { ...shape, ...limits, residual, sinks, codecs, windows };
+}
+
+/**
+ * The least {@linkcode KvCacheOptions.splits} with which attention keeps a GPU busy where a step has so many sequences.
+ *
+ * @example
+ * ```ts
+ * import { splitsToFill } from "@packhorse/packhorse";
+ * import { assertEquals } from "@std/assert";
+ *
+ * assertEquals(splitsToFill({ sequences: 1, kvHeads: 8 }), 32);
+ * assertEquals(splitsToFill({ sequences: 64, kvHeads: 8 }), 1);
+ * ```
+ */
+export function splitsToFill(
+  { sequences, kvHeads }: Pick<KvCacheOptions, "sequences" | "kvHeads">,
+): number {
+  return Math.min(Math.ceil(BUSY_PIECES / (sequences * kvHeads)), MOST_SPLITS);
 }
 
 /** The configuration and the codecs as the native library takes them. */
@@ -195,6 +228,7 @@ export function nativeCacheConfig(config: KvCacheConfig): {
     sequences: config.sequences,
     residual: config.residual,
     sinks: config.sinks,
+    splits: config.splits,
     tokens: config.tokens,
     step_tokens: config.stepTokens,
     pool_bytes: config.poolBytes,

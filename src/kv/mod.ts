@@ -13,13 +13,14 @@ export {
   type KvStepPart,
 } from "./cache.ts";
 export { parseCacheCodec } from "./cache_codec.ts";
-export type {
-  KvCacheCodec,
-  KvCacheConfig,
-  KvCacheDType,
-  KvCacheOptions,
-  KvCachePartCodec,
-  KvQueryDType,
+export {
+  type KvCacheCodec,
+  type KvCacheConfig,
+  type KvCacheDType,
+  type KvCacheOptions,
+  type KvCachePartCodec,
+  type KvQueryDType,
+  splitsToFill,
 } from "./cache_options.ts";
 export type { KvAttendOptions, KvCacheStep, KvPrefillTensors } from "./cache_step.ts";
 export type { KvStepGraph } from "./step_graph.ts";

@@ -8,6 +8,7 @@ import {
   type KvCacheOptions,
   nativeCacheConfig,
   resolveCacheOptions,
+  splitsToFill,
 } from "./cache_options.ts";
 import { BLOCK_TOKENS } from "./codec.ts";
 import type { KvModel } from "./model_config.ts";
@@ -231,6 +232,7 @@ class Planner {
         sequences: this.#batch,
         tokens: context,
         stepTokens: this.#stepTokens,
+        splits: config.splits,
         poolBytes,
         residual: config.residual,
         sinks: config.sinks,
@@ -356,6 +358,7 @@ class Planner {
       sequences: this.#batch,
       tokens,
       stepTokens: this.#stepTokens,
+      splits: splitsToFill({ sequences: this.#batch, kvHeads: model.kvHeads }),
       poolBytes: PAGE_BYTES,
       residual,
       sinks,

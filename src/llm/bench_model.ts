@@ -2,7 +2,7 @@ import type { Device } from "../device/device.ts";
 import { PackhorseError } from "../error.ts";
 import { KvCache, type KvSequence } from "../kv/cache.ts";
 import { parseCacheCodec } from "../kv/cache_codec.ts";
-import { type KvCacheCodec, LEAST_RESIDUAL } from "../kv/cache_options.ts";
+import { type KvCacheCodec, LEAST_RESIDUAL, splitsToFill } from "../kv/cache_options.ts";
 import type { KvCacheFileOptions } from "../kv/file_options.ts";
 import { poolBytesFor, type PoollessOptions, withWholePool } from "../kv/pool_bytes.ts";
 import { ProgressCount } from "../kv/progress.ts";
@@ -128,6 +128,7 @@ export async function benchModel(
   const cacheOptions = {
     ...{ layers, queryHeads, kvHeads, headDim, dtype, queryDType, codec, window },
     ...{ sequences: batch, tokens: context, stepTokens, residual: options.residual, sinks },
+    splits: splitsToFill({ sequences: batch, kvHeads }),
   };
   const sampled = fill === undefined ? undefined : stack.use(
     new SampledTokens(device, await KvSampler.open({ ...fill, signal }, { dtype }), {

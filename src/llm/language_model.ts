@@ -8,6 +8,7 @@ import {
   type KvCacheDType,
   type KvQueryDType,
   resolveCacheOptions,
+  splitsToFill,
 } from "../kv/cache_options.ts";
 import { poolBytesFor } from "../kv/pool_bytes.ts";
 import { benchModel, type ModelBench, type ModelBenchOptions } from "./bench_model.ts";
@@ -447,7 +448,8 @@ function createCache(
   const queryDType: KvQueryDType = device.backend === "cpu" ? "f32" : dtype;
   const shape = { layers, queryHeads, kvHeads, headDim, dtype, queryDType };
   const limits = { residual, sinks, stepTokens: Math.max(stepTokens, sequences) };
-  const cache = { ...shape, ...limits, sequences, tokens, codec, window: windows };
+  const splits = splitsToFill({ sequences, kvHeads });
+  const cache = { ...shape, ...limits, sequences, tokens, splits, codec, window: windows };
   // Here its own messages name what is wrong.
   resolveCacheOptions({ ...cache, poolBytes: cacheBytes ?? LEAST_POOL_BYTES });
   const poolBytes = cacheBytes ??
