@@ -29,6 +29,8 @@ export interface CacheCase {
   readonly headDim: number;
   /** Tokens of each sequence. */
   readonly lengths: readonly number[];
+  /** As {@linkcode KvCacheOptions.splits}. Default: those that fill a GPU. */
+  readonly splits?: number;
 }
 
 /** Keys and values `[tokens, heads, headDim]` in bf16. */
@@ -66,8 +68,6 @@ export interface CacheFilling {
   readonly stepTokens?: number;
   /** For how many more tokens each sequence has room. Default: 0. */
   readonly room?: number;
-  /** As {@linkcode KvCacheOptions.splits}. Default: those that fill a GPU. */
-  readonly splits?: number;
   /** Whether all sequences, which have one length, are forks of one, and share its packed records. Default: false. */
   readonly forked?: boolean;
 }
@@ -88,10 +88,11 @@ export class CacheWorkload implements Disposable {
   constructor(
     device: Device,
     shape: CacheCase,
-    { tokens, codec, layers, residual, stepTokens = STEP_TOKENS, room = 0, ...more }: CacheFilling,
+    { tokens, codec, layers, residual, stepTokens = STEP_TOKENS, room = 0, forked = false }:
+      CacheFilling,
   ) {
     const { kvHeads, headDim, lengths } = shape;
-    const { forked = false, splits = splitsToFill({ sequences: lengths.length, kvHeads }) } = more;
+    const { splits = splitsToFill({ sequences: lengths.length, kvHeads }) } = shape;
     const queryHeads = kvHeads * shape.group;
     const mostTokens = Math.min(stepTokens, tokens.count);
     using stack = new DisposableStack();

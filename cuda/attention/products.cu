@@ -701,9 +701,10 @@ uint32_t product_pieces(uint32_t units, uint32_t rows, uint32_t resident, uint32
   const uint64_t warps = uint64_t{kProductWarps} * resident, work = uint64_t{units} * rows;
   uint32_t pieces;
   if (work <= kFewUnits * warps) {
-    // With so little to do that its way to the first bytes takes longest, the kernel leaves about half of the GPU to the
+    // With so little to do that its way to the first bytes takes longest, the kernel leaves about a third of the GPU to the
     // next one, which is on that way meanwhile: so much that all warps have as many units.
-    const uint32_t of_thread_block = kProductWarps * std::max<uint32_t>(2 * work / warps, 1);
+    const uint32_t of_warp = static_cast<uint32_t>((3 * work + 2 * warps - 1) / (2 * warps)),
+                   of_thread_block = kProductWarps * of_warp;
     pieces = (units + of_thread_block - 1) / of_thread_block;
   } else {
     // As few as fill the GPU once, or a few times.

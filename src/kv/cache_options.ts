@@ -86,7 +86,8 @@ export interface KvCacheOptions {
   readonly stepTokens: number;
   /**
    * Into how many pieces attention cuts a sequence at least, as far as each then has 1,024 tokens, 1 to 1024. Fewer than
-   * 256 / `kvHeads` sequences leave a GPU idle unless each is cut: {@linkcode splitsToFill} says how many keep it busy.
+   * 256 / `kvHeads` sequences leave a GPU idle unless each is cut: {@linkcode splitsToFill} says how many keep it busy;
+   * where lengths differ much, 4 are faster than fewer.
    * Without it, a sequence has a piece for 9,216 tokens, or if longer than 36,864 for 4,032. Results depend on it by
    * rounding, and on nothing else in the batch. Default: 1.
    */
