@@ -39,9 +39,23 @@ constexpr uint32_t kFewUnits = 2;    // of a warp, on average
 constexpr uint32_t kHalfParams = 256;  // of one part's scales and zeros
 static_assert(kHalfParams % kUnitBytes == 0);
 constexpr uint32_t kSlotAlignment = 128;
+constexpr uint32_t kWidthsOfOne = 0x11111111u;  // a header word of eight groups
 
 // What kernels are for: parts of fixed width, of up to 4 bits, which have no bases; others of up to 4 bits; of more.
 enum class Residuals { kFixed, kNarrow, kWide };
+
+// Calls use(std::integral_constant<int, width>) for the width that all groups of a header word have, or with 0. Where widths
+// differ from block to block there is code for 0 only: more of it would not stay near.
+template <Residuals kResiduals, int kGroups, typename Use>
+__device__ __forceinline__ void with_width(uint32_t widths, Use use) {
+  if constexpr (kResiduals == Residuals::kFixed) {
+    constexpr uint32_t kOnes = kWidthsOfOne >> 4 * (8 - kGroups);
+    if (widths == 2 * kOnes) return use(std::integral_constant<int, 2>{});
+    if (widths == 3 * kOnes) return use(std::integral_constant<int, 3>{});
+    if (widths == 4 * kOnes) return use(std::integral_constant<int, 4>{});
+  }
+  use(std::integral_constant<int, 0>{});
+}
 
 struct ProductParameters {
   CacheView cache;
@@ -201,6 +215,7 @@ __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, c
         find_part<kPart>(parameters, units.first_block + lane, blockIdx.y, blocks.widths[lane]);
   };
   let_next_begin();
+  Ring{room, 0, kProductStages, barriers}.begin();
   uint32_t bytes = 0;
   if (lane < units.blocks) {
     if (lane < settled) find();
@@ -213,7 +228,6 @@ __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, c
     if (at < units.blocks) fetch_part<kPart>(ring, parameters, blocks.copies[at], blocks.position[at], stage);
     else ring.skip();
   };
-  ring.begin();
   const uint32_t early = min(stages, settled);
   for (uint32_t ahead = 0; ahead < early; ++ahead) fetch(ahead, ahead);
   wait_for_preceding();
@@ -348,6 +362,7 @@ __global__ void __launch_bounds__(kProductThreads, (kResident<kDim, kTiles>))
   float* out = parameters.out + static_cast<uint64_t>(blockIdx.y * columns.group + columns.first) * length;
   const WarpUnits units = warp_units(parameters, warp);
   WarpState<kDim, kTiles> state;
+  float* block_scores = out + parameters.cache.sinks + units.first_block * kBlockTokens + lane;
   const RecentRows<kDim> recent(parameters, PH_KV_KEYS);
   for_tiles<PH_KV_KEYS>(
       parameters, units, dynamic + warp * parameters.room_bytes, shared.barriers[warp], shared.blocks[warp],
@@ -371,7 +386,7 @@ __global__ void __launch_bounds__(kProductThreads, (kResident<kDim, kTiles>))
       },
       [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t, uint8_t* slot) {
         float scores[kTiles][8];
-        with_width<kGroups, kWide>(widths, [&](auto width) {
+        with_width<kResiduals, kGroups>(widths, [&](auto width) {
           tile_scores<kDim, kTiles, kBfloat, kWide, decltype(width)::value, kBases>(
               tile, parameters.layout, widths, queries, state, scores);
         });
@@ -390,11 +405,12 @@ __global__ void __launch_bounds__(kProductThreads, (kResident<kDim, kTiles>))
               make_float4(x[4] * unit, x[5] * unit, x[6] * unit, x[7] * unit);
         }
         __syncwarp();
-        float* first = out + parameters.cache.sinks + (units.first_block + at) * kBlockTokens;
-        for (uint32_t column = 0; column < columns.count; ++column) {
-          float* row = first + static_cast<uint64_t>(column) * length;
-          row[lane] = found[column][lane];
-          row[lane + kWarpThreads] = found[column][lane + kWarpThreads];
+        float* row = block_scores + at * kBlockTokens;
+#pragma unroll
+        for (int column = 0; column < kColumns; ++column, row += length) {
+          if (column >= columns.count) break;
+          row[0] = found[column][lane];
+          row[kWarpThreads] = found[column][lane + kWarpThreads];
         }
       });
 }
@@ -582,7 +598,7 @@ __global__ void __launch_bounds__(kProductThreads, (kResident<kDim, kTiles>))
           weight_units[n] = largest * (1.0f / kLargestFixed);
           weight_fragments(fixed, fragments[0][n]);
         }
-        with_width<kGroups, kWide>(widths, [&](auto width) {
+        with_width<kResiduals, kGroups>(widths, [&](auto width) {
           tile_values<kDim, kTiles, kWide, decltype(width)::value, kBases>(
               {tile}, parameters.layout, groups, widths, state, fragments, weight_units);
         });
@@ -739,7 +755,7 @@ ProductParameters parameters_of(const CacheView& cache, const kv::TileShape& sha
   parameters.cache = cache;
   parameters.layout = tile_layout(shape);
   parameters.tokens = tokens;
-  parameters.widths = shape.parts[part].width * (0x11111111u >> 4 * (8 - kv::tile_groups(shape)));
+  parameters.widths = shape.parts[part].width * (kWidthsOfOne >> 4 * (8 - kv::tile_groups(shape)));
   if (shape.parts[PH_KV_KEYS].width > 0 && shape.parts[PH_KV_VALUES].width > 0)
     parameters.record_units = kv::largest_record_bytes(shape) / kUnitBytes;
   parameters.runs = tokens.runs(cache);

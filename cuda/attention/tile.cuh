@@ -228,23 +228,6 @@ __device__ __forceinline__ void for_groups(const uint8_t* (&groups)[kBatch], uin
   }
 }
 
-// A header word where every group has width 1.
-template <int kGroups>
-constexpr uint32_t kWidthsOfOne = kGroups == 8 ? 0x11111111u : (1u << 4 * kGroups) / 15;
-
-// Calls use(std::integral_constant<int, width>) for the width that all groups of a header word have, or with 0. The whole
-// warp agrees on the word.
-template <int kGroups, bool kWide, typename Use>
-__device__ __forceinline__ void with_width(uint32_t widths, Use use) {
-  constexpr uint32_t kOnes = kWidthsOfOne<kGroups>;
-  if constexpr (!kWide) {
-    if (widths == 2 * kOnes) return use(std::integral_constant<int, 2>{});
-    if (widths == 3 * kOnes) return use(std::integral_constant<int, 3>{});
-    if (widths == 4 * kOnes) return use(std::integral_constant<int, 4>{});
-  }
-  use(std::integral_constant<int, 0>{});
-}
-
 // Two 16-bit floats, the first from the low half.
 template <bool kBfloat>
 __device__ __forceinline__ float2 to_floats(uint32_t pair) {

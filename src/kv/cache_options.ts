@@ -85,11 +85,10 @@ export interface KvCacheOptions {
   /** Most tokens of a step, over all its sequences, 1 to 2^31 - 1. Scratch memory grows with it. */
   readonly stepTokens: number;
   /**
-   * Into how many pieces attention cuts a sequence at least, as far as each then has 1,024 tokens, 1 to 1024. Fewer than
-   * 256 / `kvHeads` sequences leave a GPU idle unless each is cut: {@linkcode splitsToFill} says how many keep it busy;
-   * where lengths differ much, 4 are faster than fewer.
-   * Without it, a sequence has a piece for 9,216 tokens, or if longer than 36,864 for 4,032. Results depend on it by
-   * rounding, and on nothing else in the batch. Default: 1.
+   * Into how many pieces attention cuts a sequence at least, as far as each then has 1,024 tokens, 1 to 1024. By its
+   * length alone it has a piece for 9,216 tokens, or if longer than 36,864 for 4,032, which suits batches that fill a GPU.
+   * Fewer sequences are up to three times as fast with as many as {@linkcode splitsToFill} says; lengths that differ much,
+   * with 4. Results depend on it by rounding, and on nothing else in the batch. Default: 1.
    */
   readonly splits?: number | undefined;
   /** Bytes for packed tokens, at least 65,536, in whole pages of that size. */
