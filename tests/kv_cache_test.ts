@@ -464,6 +464,37 @@ test("attention over many pieces, with a scale of one's own", (device) => {
   }
 });
 
+test("attention over more pieces than are merged at once", (device) => {
+  const total = 27_500;
+  for (
+    const [headDim, queryHeads, codec] of [
+      [64, 4, fixed(2)],
+      [128, 4, fixed(3)],
+      [128, 8, fixed(2)],
+      [128, 8, packkv(0.2)],
+    ] as const
+  ) {
+    using cache = KvCache.create(
+      device,
+      optionsOf({
+        headDim,
+        queryHeads,
+        codec: bothParts(codec),
+        sequences: 1,
+        tokens: total,
+        stepTokens: total,
+        poolBytes: 2 ** 24,
+        splits: 1024,
+      }),
+    );
+    assertAttendsAfter(cache, { kind: "gaussian", random: randomOf(headDim + queryHeads) }, {
+      lengths: [total - 1],
+      last: 1,
+      scales: [1 / Math.sqrt(headDim)],
+    });
+  }
+});
+
 test("a sequence's attention is the same, bit for bit, whatever else is in the batch", (device) => {
   for (
     const [headDim, dtype, splits] of [

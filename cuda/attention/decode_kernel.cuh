@@ -363,15 +363,18 @@ __device__ __forceinline__ void add_group_zeros(float (&zeros)[kTiles][kValueGro
 }
 
 // How the last thread block merges the pieces of a sequence and head, and what it needs where its rings were. A team of threads
-// takes a stretch of the pieces, a thread of it four channels of a column at a time.
-template <int kDim, int kTiles, int kWarps>
+// takes a stretch of the pieces, a thread of it four channels of a column at a time. Each time that pieces are loaded is a way
+// to memory, and the next launch waits for it: where there are many, as many at once as registers hold.
+template <int kDim, int kTiles, int kWarps, bool kMany>
 struct Merge {
-  static constexpr uint32_t kColumns = 4 * kTiles, kTeamThreads = 64;
+  static constexpr uint32_t kColumns = 4 * kTiles, kTeamThreads = kMany && kWarps == 8 ? 128 : 64;
   static constexpr uint32_t kTeams = kWarps * kWarpThreads / kTeamThreads;
   static constexpr uint32_t kItems = (kColumns * kDim / 4 + kTeamThreads - 1) / kTeamThreads;  // of a thread
-  static constexpr uint32_t kAhead = 12 / kItems;  // pieces of an item, loaded at once
+  static constexpr uint32_t kLoads = !kMany ? 12 : kWarps == 8 ? 17 : kWarps == 6 ? 22 : 36;
+  static constexpr uint32_t kAhead = kLoads / kItems;  // pieces of an item, loaded at once
   float4 values[kTeams][kColumns * kDim / 4];
   PartSum sums[kTeams][kColumns];
+  PartSum parts[kTeams][kMany ? kAhead : 1][kColumns];
 };
 
 // A sum of parts that may each be relative to another reference.
@@ -379,53 +382,74 @@ struct WeightedSum {
   float4 value = {};
   PartSum part = {-1e30f, 0.0f};
 
+  // The parts are `stride` apart.
   template <uint32_t kParts>
-  __device__ __forceinline__ void add(const float4 (&values)[kParts], const PartSum (&parts)[kParts]) {
+  __device__ __forceinline__ void add(const float4 (&values)[kParts], const PartSum* parts, uint32_t stride) {
     float most = part.reference;
 #pragma unroll
-    for (uint32_t at = 0; at < kParts; ++at) most = fmaxf(most, parts[at].reference);
+    for (uint32_t at = 0; at < kParts; ++at) most = fmaxf(most, parts[at * stride].reference);
     const float own = part_weight(part.reference, most);
     value = {value.x * own, value.y * own, value.z * own, value.w * own};
     part = {most, part.sum * own};
 #pragma unroll
     for (uint32_t at = 0; at < kParts; ++at) {
-      const float weight = part_weight(parts[at].reference, most);
+      const float weight = part_weight(parts[at * stride].reference, most);
       add_weighted(value, weight, values[at]);
-      part.sum = __fmaf_rn(weight, parts[at].sum, part.sum);
+      part.sum = __fmaf_rn(weight, parts[at * stride].sum, part.sum);
     }
   }
 };
 
 // Adds up the partial results of all pieces, in a fixed order; those of column c and piece p are at start + c + p * stride.
-template <int kDim, int kTiles, bool kBfloat, int kWarps>
+template <int kDim, int kTiles, bool kBfloat, int kWarps, bool kMany>
 __device__ __forceinline__ void merge_pieces(const Partials& partials, uint64_t start, uint64_t stride,
                                              uint32_t pieces, const Columns& columns, uint8_t* out,
-                                             Merge<kDim, kTiles, kWarps>& shared) {
-  using M = Merge<kDim, kTiles, kWarps>;
+                                             Merge<kDim, kTiles, kWarps, kMany>& shared) {
+  using M = Merge<kDim, kTiles, kWarps, kMany>;
   const uint32_t team = threadIdx.x / M::kTeamThreads, items = columns.count * kDim / 4;
   const auto item_of = [&](uint32_t k) { return threadIdx.x % M::kTeamThreads + k * M::kTeamThreads; };
-  const uint32_t last = pieces * (team + 1) / M::kTeams;
+  const auto load_sum = [&](uint64_t part) -> PartSum {
+    const float2 sum = __ldcg(reinterpret_cast<const float2*>(partials.sums + part));
+    return {sum.x, sum.y};
+  };
+  const uint32_t begin = pieces * team / M::kTeams, last = pieces * (team + 1) / M::kTeams,
+                 most = (pieces + M::kTeams - 1) / M::kTeams;  // of a team
   WeightedSum sums[M::kItems];
 #pragma unroll 1
-  for (uint32_t first = pieces * team / M::kTeams; first < last; first += M::kAhead) {
+  for (uint32_t done = 0; done < most; done += M::kAhead) {
+    const uint32_t first = begin + done;
     float4 values[M::kItems][M::kAhead];
-    PartSum parts[M::kItems][M::kAhead];
+    [[maybe_unused]] PartSum parts[M::kItems][M::kAhead];
 #pragma unroll
     for (uint32_t k = 0; k < M::kItems; ++k) {
 #pragma unroll
       for (uint32_t at = 0; at < M::kAhead; ++at) {
         values[k][at] = {};
-        parts[k][at] = {-1e30f, 0.0f};
+        if constexpr (!kMany) parts[k][at] = {-1e30f, 0.0f};
         if (first + at >= last || item_of(k) >= items) continue;
         const uint64_t part = start + 4 * item_of(k) / kDim + (first + at) * stride;
         values[k][at] =
             __ldcg(reinterpret_cast<const float4*>(partials.out + part * kDim) + item_of(k) % (kDim / 4));
-        const float2 sum = __ldcg(reinterpret_cast<const float2*>(partials.sums + part));
-        parts[k][at] = {sum.x, sum.y};
+        if constexpr (!kMany) parts[k][at] = load_sum(part);
       }
     }
+    if constexpr (kMany) {
+      // Threads that take the same column share what there is of it.
+      if (done > 0) __syncthreads();
+      PartSum* sums_of_team = &shared.parts[team][0][0];
+      for (uint32_t at = threadIdx.x % M::kTeamThreads; at < M::kAhead * M::kColumns; at += M::kTeamThreads) {
+        const uint32_t piece = first + at / M::kColumns, column = at % M::kColumns;
+        const bool present = piece < last && column < columns.count;
+        sums_of_team[at] = present ? load_sum(start + column + piece * stride) : PartSum{-1e30f, 0.0f};
+      }
+      __syncthreads();
 #pragma unroll
-    for (uint32_t k = 0; k < M::kItems; ++k) sums[k].add(values[k], parts[k]);
+      for (uint32_t k = 0; k < M::kItems; ++k)
+        sums[k].add(values[k], sums_of_team + min(4 * item_of(k) / kDim, M::kColumns - 1), M::kColumns);
+    } else {
+#pragma unroll
+      for (uint32_t k = 0; k < M::kItems; ++k) sums[k].add(values[k], parts[k], 1);
+    }
   }
 #pragma unroll
   for (uint32_t k = 0; k < M::kItems; ++k) {
@@ -445,7 +469,7 @@ __device__ __forceinline__ void merge_pieces(const Partials& partials, uint64_t 
       parts[of_team] = shared.sums[of_team][column];
     }
     WeightedSum all;
-    all.add(values, parts);
+    all.add(values, parts, 1);
     store_quotients<kBfloat>(out, columns.position(column, kDim) + 4 * item % kDim, all.value, all.part.sum);
   }
 }
@@ -789,7 +813,7 @@ __global__ void __launch_bounds__(kThreads<kDim, kTiles, kFlavour>, 2)
       parts[warp] = result(warp).sums[column];
     }
     WeightedSum all;
-    all.add(values, parts);
+    all.add(values, parts, 1);
     if (piece.pieces == 1) {
       store_quotients<kBfloat>(out, columns.position(column, kDim) + channel, all.value, all.part.sum);
     } else {
@@ -813,8 +837,14 @@ __global__ void __launch_bounds__(kThreads<kDim, kTiles, kFlavour>, 2)
   const uint64_t start =
       (static_cast<uint64_t>(work.index - piece.place) * cache.heads + work.head) * partials.columns +
       columns.first;
-  merge_pieces<kDim, kTiles, kBfloat, kOwnWarps>(partials, start, stride, piece.pieces, columns, out,
-                                                 *reinterpret_cast<Merge<kDim, kTiles, kOwnWarps>*>(dynamic));
+  const auto merge = [&](auto many) {
+    using M = Merge<kDim, kTiles, kOwnWarps, decltype(many)::value>;
+    merge_pieces<kDim, kTiles, kBfloat>(partials, start, stride, piece.pieces, columns, out,
+                                        *reinterpret_cast<M*>(dynamic));
+  };
+  using Few = Merge<kDim, kTiles, kOwnWarps, false>;
+  if (piece.pieces > Few::kTeams * Few::kAhead) merge(std::true_type{});
+  else merge(std::false_type{});
   if (threadIdx.x == 0) *finished = 0;
 }
 
@@ -850,7 +880,9 @@ void launch_kernel(const ph_device& device, DecodeParameters parameters, uint32_
   const uint32_t slot_bytes =
       std::max({is_raw16(shape) ? 0 : tile_slot_bytes(record_bytes), run_scratch_bytes(kDim),
                 static_cast<uint32_t>(sizeof(WarpResult<kDim, kTiles>))});
-  static_assert(sizeof(Merge<kDim, kTiles, kOwnWarps>) <= kOwnWarps * sizeof(WarpResult<kDim, kTiles>));
+  static_assert(sizeof(Merge<kDim, kTiles, kOwnWarps, false>) <=
+                    kOwnWarps * sizeof(WarpResult<kDim, kTiles>) &&
+                sizeof(Merge<kDim, kTiles, kOwnWarps, true>) <= kOwnWarps * sizeof(WarpResult<kDim, kTiles>));
   parameters.slot_bytes = round_to_sectors(slot_bytes);
   parameters.record_units = record_bytes / kUnitBytes;
   // As many tiles ahead as fit the shared memory of a thread block.
