@@ -10,7 +10,7 @@ import { LLM_SYMBOLS } from "./symbols/llm.ts";
 import { OT_SYMBOLS } from "./symbols/ot.ts";
 
 /** `PH_ABI_VERSION` of the header that this code was written to. */
-export const ABI_VERSION = 2;
+export const ABI_VERSION = 3;
 
 /** Where native code can run; each has its own library. */
 export type NativeBackend = "cpu" | "cuda";

@@ -31,7 +31,7 @@ extern "C" {
 #endif
 
 /* Changes with every incompatible change of a symbol, a struct or a code. */
-#define PH_ABI_VERSION 2u
+#define PH_ABI_VERSION 3u
 
 enum ph_status {
   PH_OK = 0,
