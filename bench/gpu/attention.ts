@@ -55,6 +55,7 @@ const CASES: readonly CacheCase[] = [
 ];
 /** One sequence that leaves most of a GPU to itself, unless it is cut. */
 const SHORT_CASES: readonly CacheCase[] = [uniform(1, 8, 4, 32_768), uniform(1, 8, 4, 8_192)];
+const ALL_CASES = [...CASES, ...SHORT_CASES];
 /** Sixteen sequences of 100 to 60,000 tokens, and a uniform batch of as many in all. */
 const RAGGED = Array.from({ length: 16 }, (_, i) => Math.round(100 * 600 ** (i / 15)));
 
@@ -122,7 +123,7 @@ printHeadings(
 );
 const bars: AttentionBar[] = [];
 let tokens: (Tokens & Disposable) | undefined;
-for (const shape of [...CASES, ...SHORT_CASES]) {
+for (const shape of ALL_CASES) {
   tokens = await tokensFor(shape, tokens);
   for (const [codec, parts] of Object.entries(CODECS)) {
     const wanted = CASES.includes(shape) ? wantedShare(shape, codec) : undefined;
@@ -230,7 +231,7 @@ function measureRead(bytes: number): number {
 /** Milliseconds of PyTorch's best bf16 attention, by case; none without PyTorch. */
 async function measureTorch(): Promise<ReadonlyMap<string, number>> {
   if (!flags.torch) return new Map();
-  const cases = [...CASES, ...SHORT_CASES].map((shape) => ({
+  const cases = ALL_CASES.map((shape) => ({
     name: label(shape),
     batch: shape.batch,
     kv_heads: shape.kvHeads,

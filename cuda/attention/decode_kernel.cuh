@@ -3,10 +3,10 @@
 // A thread block takes a piece of a sequence (packed blocks, and runs of tokens in 16 bits), a kv head, and up to
 // 4 * kTiles columns: query tokens times heads of the group, which share one unpacking. Each of its warps works alone on
 // its share of the piece: its packed blocks (tile.cuh), one or two at a time, whose records come into shared memory by bulk
-// copies, kStages times as many ahead, and between them, every warp at another time, its runs (recent.cuh). The warps' results are merged in order. With
-// more than one piece, partial results go through the workspace and the last thread block of a sequence and head merges
-// them, in an order that depends on their number alone: deterministic, and independent of the rest of the batch, as pieces
-// depend on the sequence's own length alone.
+// copies, kStages times as many ahead, and between them, every warp at another time, its runs (recent.cuh). The warps'
+// results are merged in order. With more than one piece, partial results go through the workspace and the last thread block
+// of a sequence and head merges them, in an order that depends on their number alone: deterministic, and independent of the
+// rest of the batch, as pieces depend on the sequence's own length, and on what the cache was created with.
 //
 // Layers whose parts are both packkv or fixed, the common case, have kernels of their own, where all widths are 2, 3 or 4
 // one for each, whose code has no branches on them; so have layers that are raw16 throughout: their warps take values from
@@ -118,7 +118,7 @@ template <int kDim, int kTiles>
 __device__ __forceinline__ void clear_state(WarpState<kDim, kTiles>& state) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    state.reference[n] = -1e30f;
+    state.reference[n] = kNoReference;
     state.sum[n] = state.zeros[n] = state.weights[n] = 0.0f;
 #pragma unroll
     for (int o = 0; o < kDim / 8; ++o) state.out[n][o] = 0.0f;
@@ -380,7 +380,7 @@ struct Merge {
 // A sum of parts that may each be relative to another reference.
 struct WeightedSum {
   float4 value = {};
-  PartSum part = {-1e30f, 0.0f};
+  PartSum part = {kNoReference, 0.0f};
 
   // The parts are `stride` apart.
   template <uint32_t kParts>
@@ -425,7 +425,7 @@ __device__ __forceinline__ void merge_pieces(const Partials& partials, uint64_t 
 #pragma unroll
       for (uint32_t at = 0; at < M::kAhead; ++at) {
         values[k][at] = {};
-        if constexpr (!kMany) parts[k][at] = {-1e30f, 0.0f};
+        if constexpr (!kMany) parts[k][at] = {kNoReference, 0.0f};
         if (first + at >= last || item_of(k) >= items) continue;
         const uint64_t part = start + 4 * item_of(k) / kDim + (first + at) * stride;
         values[k][at] =
@@ -440,7 +440,7 @@ __device__ __forceinline__ void merge_pieces(const Partials& partials, uint64_t 
       for (uint32_t at = threadIdx.x % M::kTeamThreads; at < M::kAhead * M::kColumns; at += M::kTeamThreads) {
         const uint32_t piece = first + at / M::kColumns, column = at % M::kColumns;
         const bool present = piece < last && column < columns.count;
-        sums_of_team[at] = present ? load_sum(start + column + piece * stride) : PartSum{-1e30f, 0.0f};
+        sums_of_team[at] = present ? load_sum(start + column + piece * stride) : PartSum{kNoReference, 0.0f};
       }
       __syncthreads();
 #pragma unroll

@@ -9,7 +9,6 @@ namespace ph::attention {
 
 constexpr uint32_t kWarps = 4;
 constexpr uint32_t kThreads = kWarps * kWarpThreads;
-constexpr float kNoReference = -1e30f;
 constexpr float kLog2OfE = 1.4426950408889634f;
 
 // Lane (g, i) has rows g and g + 8 of each band of 16.

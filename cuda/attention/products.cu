@@ -39,7 +39,9 @@ constexpr uint32_t kFewUnits = 2;    // of a warp, on average
 constexpr uint32_t kHalfParams = 256;  // of one part's scales and zeros
 static_assert(kHalfParams % kUnitBytes == 0);
 constexpr uint32_t kSlotAlignment = 128;
-constexpr uint32_t kWidthsOfOne = 0x11111111u;  // a header word of eight groups
+
+// The header word where each of so many groups has width 1.
+PH_HOST_DEVICE constexpr uint32_t widths_of_one(uint32_t groups) { return 0x11111111u >> 4 * (8 - groups); }
 
 // What kernels are for: parts of fixed width, of up to 4 bits, which have no bases; others of up to 4 bits; of more.
 enum class Residuals { kFixed, kNarrow, kWide };
@@ -49,7 +51,7 @@ enum class Residuals { kFixed, kNarrow, kWide };
 template <Residuals kResiduals, int kGroups, typename Use>
 __device__ __forceinline__ void with_width(uint32_t widths, Use use) {
   if constexpr (kResiduals == Residuals::kFixed) {
-    constexpr uint32_t kOnes = kWidthsOfOne >> 4 * (8 - kGroups);
+    constexpr uint32_t kOnes = widths_of_one(kGroups);
     if (widths == 2 * kOnes) return use(std::integral_constant<int, 2>{});
     if (widths == 3 * kOnes) return use(std::integral_constant<int, 3>{});
     if (widths == 4 * kOnes) return use(std::integral_constant<int, 4>{});
@@ -755,7 +757,7 @@ ProductParameters parameters_of(const CacheView& cache, const kv::TileShape& sha
   parameters.cache = cache;
   parameters.layout = tile_layout(shape);
   parameters.tokens = tokens;
-  parameters.widths = shape.parts[part].width * (kWidthsOfOne >> 4 * (8 - kv::tile_groups(shape)));
+  parameters.widths = shape.parts[part].width * widths_of_one(kv::tile_groups(shape));
   if (shape.parts[PH_KV_KEYS].width > 0 && shape.parts[PH_KV_VALUES].width > 0)
     parameters.record_units = kv::largest_record_bytes(shape) / kUnitBytes;
   parameters.runs = tokens.runs(cache);

@@ -1,8 +1,8 @@
 // The two products of attention alone, for one sequence and layer of a growing cache: scores q . K, and weighted values
 // w . V. Packed blocks are unpacked in registers.
 //
-// Both cut the sequence's tokens into units: runs of 16 tokens in 16 bits, sinks first, then the packed blocks. Pieces of
-// units are what thread blocks, or cores, work on. How many there are follows from the sequence, the cache's shape and the
+// Both cut the sequence's tokens into units: runs of 16 tokens in 16 bits, sinks first, and the packed blocks; runs come
+// before blocks on the CPU, and lie between them on a GPU. Pieces of units are what warps, or cores, work on. How many there are follows from the sequence, the cache's shape and the
 // machine, and sums of pieces are added in their order, so that results are the same bits every time.
 #pragma once
 
@@ -41,7 +41,7 @@ struct SequenceTokens {
   }
 };
 
-// The first unit of a piece.
+// The first unit of a piece of so many.
 PH_HOST_DEVICE uint32_t piece_unit(uint32_t units, uint32_t piece, uint32_t pieces) {
   return static_cast<uint32_t>(static_cast<uint64_t>(units) * piece / pieces);
 }

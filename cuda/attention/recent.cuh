@@ -150,7 +150,7 @@ __device__ __forceinline__ void attend_run(const RecentTokens& tokens, uint32_t 
       const bool sees = at < tokens.count && visible(4 * n + i, tokens.token(at), at < tokens.sinks);
       scores[n][half] = sees ? sums[n][2 * half] * scale : -INFINITY;
     }
-    highest[n] = fmaxf(highest_score(scores[n]), -1e30f);
+    highest[n] = fmaxf(highest_score(scores[n]), kNoReference);
   }
   move_references(state, highest, rescale);
 

@@ -22,6 +22,8 @@ using kv::kWarpThreads;
 
 constexpr float kLargestFixed = 32600.0f;  // below 2^15 - 128, so that the rounded high byte stays one
 constexpr float kFixedMagic = 12582912.0f + 128.0f;  // 1.5 * 2^23 + 128: the float's low 16 bits hold x + 128
+constexpr float kNoReference =
+    -1e30f;                            // of exponents, before any score: finite, so that it can be subtracted
 constexpr float kLazyRescale = 24.0f;  // the running reference moves only when a tile exceeds it by 2^24
 
 __device__ __forceinline__ void multiply_add(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
@@ -554,7 +556,7 @@ __device__ __forceinline__ void move_references(WarpState<kDim, kTiles>& state,
 // Column n's highest score, in bits; not minus infinity where a window hides all.
 template <int kDim, int kTiles>
 __device__ __forceinline__ float bounded_highest(const WarpState<kDim, kTiles>& state, int n, float highest) {
-  return fmaxf(highest * state.query_scale[n], -1e30f);
+  return fmaxf(highest * state.query_scale[n], kNoReference);
 }
 
 // The highest scores of kBatch tiles.

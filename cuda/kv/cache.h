@@ -113,8 +113,9 @@ struct StepBlock {
 };
 
 // A piece of a sequence's tokens for one thread block of attention: runs of kRunTokens in 16 bits (counted from the first
-// sink on, those after the packed blocks follow), and packed blocks. Its bounds follow from the sequence's own length, so
-// that results do not depend on what else is in the batch. The pieces of a sequence follow each other in their order.
+// sink on, those after the packed blocks follow), and packed blocks. Its bounds follow from the sequence's own length and the
+// cache's `splits`, so that results do not depend on what else is in the batch. The pieces of a sequence follow each other in
+// their order.
 struct alignas(16) StepPiece {
   StepSequence
       sequence;  // as it stands among the step's, at `entry`: one load less before a thread block can begin
