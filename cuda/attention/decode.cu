@@ -34,8 +34,9 @@ void decode(ph_device& device, const CacheView& cache, const kv::TileShape& shap
             uint32_t window) {
   // Places of partial results depend on the largest step the workspace was made for, so any bound on pieces will do.
   const WorkspaceLayout places = workspace_layout(cache, step.piece_count);
-  const uint32_t columns = cache.query_heads / cache.heads * step.most_queries;
   DecodeParameters parameters{};
+  parameters.group = group_of(cache);
+  const uint32_t columns = parameters.group.heads * step.most_queries;
   parameters.cache = cache;
   parameters.shape = shape;
   parameters.step = step;

@@ -168,7 +168,7 @@ __device__ __forceinline__ void hide_tokens(const Window& window, const Columns&
   const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    const uint32_t begin = window.begin((columns.first + 4 * n + i) / columns.group);
+    const uint32_t begin = window.begin(columns.token(4 * n + i));
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
       if (start + 8 * g + t < begin) scores[n][t] = -INFINITY;
@@ -190,6 +190,7 @@ struct DecodeParameters {
   StepView step;
   TileLayout layout;
   Partials partials;
+  Group group;
   const uint8_t* queries;
   uint8_t* out;
   uint32_t layer, slot_bytes, stages, window;
@@ -206,14 +207,17 @@ struct Share {
 template <int kWarps, int kBatch>
 __device__ __forceinline__ Share warp_share(const StepPiece& piece, uint32_t warp) {
   const auto runs_before = [&](uint32_t w) { return (piece.runs * w + kWarps - 1) / kWarps; };
-  uint32_t begin = 0, end = 0;  // blocks before the warp, and with it
+  uint32_t begin = 0, end = 0, at = 0;  // of the warp's packed blocks, and where a warp's begin
+  // Without branches, as a warp waits for it before its first copies.
 #pragma unroll
   for (uint32_t w = 0; w < kWarps; ++w) {
-    if (w > warp) break;
-    begin = end;
-    end = kv::share_end<uint32_t>(piece.blocks, piece.runs, begin, runs_before(w + 1), w, kWarps,
-                                  kWarpBlocks<kWarps>, kBatch);
+    const uint32_t next = kv::share_end<uint32_t>(piece.blocks, piece.runs, at, runs_before(w + 1), w, kWarps,
+                                                  kWarpBlocks<kWarps>, kBatch);
+    if (w == warp) begin = at, end = next;
+    at = next;
   }
+  // The same in every lane, as shuffles tell the compiler: it has scalars for that.
+  begin = __shfl_sync(kEveryLane, begin, 0), end = __shfl_sync(kEveryLane, end, 0);
   return {piece.first_run + runs_before(warp), runs_before(warp + 1) - runs_before(warp),
           piece.first_block + begin, end - begin};
 }
@@ -227,14 +231,14 @@ struct Work {
   uint64_t row;  // of the first column in queries and out, in values
   Window window;
 
-  __device__ __forceinline__ Work(const DecodeParameters& parameters, uint32_t columns_at_once)
-      : piece(parameters.step.pieces[blockIdx.x / parameters.cache.heads]),
-        index(blockIdx.x / parameters.cache.heads),
-        head(blockIdx.x % parameters.cache.heads) {
+  __device__ __forceinline__ Work(const DecodeParameters& parameters, const StepPiece& piece_,
+                                  uint32_t index_, uint32_t columns_at_once)
+      : piece(piece_), index(index_), head(blockIdx.x - index_ * parameters.cache.heads) {
     const CacheView& cache = parameters.cache;
-    const uint32_t group = cache.query_heads / cache.heads, first = blockIdx.y * columns_at_once,
-                   count = piece.sequence.tokens * group;
-    row = (static_cast<uint64_t>(piece.sequence.input) * cache.query_heads + head * group) * cache.head_dim;
+    const Group& group = parameters.group;
+    const uint32_t first = blockIdx.y * columns_at_once, count = piece.sequence.tokens * group.heads;
+    row = (static_cast<uint64_t>(piece.sequence.input) * cache.query_heads + head * group.heads) *
+          cache.head_dim;
     columns = {parameters.queries + 2 * row, first, first < count ? min(columns_at_once, count - first) : 0,
                group, static_cast<uint64_t>(cache.query_heads) * cache.head_dim};
     window = {parameters.window, static_cast<uint32_t>(piece.sequence.before)};
@@ -564,23 +568,10 @@ struct DecodeWarp {
     const CacheView& cache = parameters.cache;
     const StepSequence& sequence = work.piece.sequence;
     const Columns& columns = work.columns;
-    const uint64_t row_bytes = static_cast<uint64_t>(cache.heads) * kDim * 2;
-    const uint8_t* keys = cache.recent +
-                          kv::stream_of(cache, parameters.layer, sequence.sequence) * kv::kParts *
-                              kv::recent_part_bytes(cache) +
-                          work.head * (kDim * 2ull);
-    const uint32_t length = static_cast<uint32_t>(sequence.before) + sequence.tokens;
-    const uint32_t sinks = min(cache.sinks, length), packed_tokens = sequence.packed * kBlockTokens,
-                   unpacked = cache.sinks + packed_tokens, past = unpacked < length ? length - unpacked : 0;
-    const RecentTokens tokens = {keys,
-                                 keys + kv::recent_part_bytes(cache),
-                                 row_bytes,
-                                 sinks + past,
-                                 sinks,
-                                 unpacked,
-                                 cache.sinks,
-                                 cache.ring,
-                                 packed_tokens % cache.ring};
+    const uint32_t packed = sequence.packed * kBlockTokens;
+    const RecentTokens tokens = recent_tokens<kDim>(cache, parameters.layer, sequence.sequence, work.head,
+                                                    static_cast<uint32_t>(sequence.before) + sequence.tokens,
+                                                    packed, packed % cache.ring);
     const RunQueries<kDim, kTiles> queries([&](uint32_t column) {
       return column < columns.count ? columns.queries + 2 * columns.position(column, kDim) : nullptr;
     });
@@ -590,7 +581,7 @@ struct DecodeWarp {
           tokens, run, parameters.scale * kLog2E, queries,
           // A query token sees those before it, and itself, as far as the window reaches.
           [&](uint32_t column, uint32_t token, bool is_sink) {
-            const uint32_t query = (columns.first + column) / columns.group;
+            const uint32_t query = columns.token(column);
             return token <= work.window.before + query && (is_sink || token >= work.window.begin(query));
           },
           scratch, state, rescale);
@@ -620,12 +611,14 @@ struct DecodeWarp {
     const uint32_t turn = turn_of_runs(), filled = turn == 0 ? stages - 1 : stages;
     const uint32_t early = min(min(filled, settled), kEarly);
     for (uint32_t stage = 0; stage < early; ++stage) fetch(stage, stage);
+    __syncthreads();  // the queries' barrier has begun
+    LaneQuery<kDim> query(work.columns, warp < kTiles ? warp : 0);
     wait_for_preceding();
     // The next launch may begin when every thread block has a warp with a quarter of its tiles to go: its first copies would
     // take their time from those of a ragged batch's last thread blocks, which it waits for.
     const uint32_t begins_next = kOwnBatch * (batches() * 3 / 4);
     if (kRaw || blocks == 0) let_next_begin();
-    const LaneQuery<kDim> query(work.columns, warp < kTiles ? warp : 0);
+    query.load();
     if (settled < blocks) find_blocks(settled, blocks);
     for (uint32_t stage = early; stage < filled; ++stage) fetch(stage, stage);
     if (warp < kTiles)
@@ -780,15 +773,14 @@ __global__ void __launch_bounds__(kThreads<kDim, kTiles, kFlavour>, 2)
   extern __shared__ __align__(128) uint8_t dynamic[];
   __shared__ DecodeShared<kDim, kTiles, kFlavour> shared;
   const CacheView& cache = parameters.cache;
-  if (threadIdx.x == 0) {
-    for (uint32_t at = 0; at < kWarps<kDim, kTiles, kFlavour> * parameters.stages; ++at)
-      begin_barrier(&shared.barriers[at / parameters.stages][at % parameters.stages], 1);
-    begin_barrier(&shared.queries_ready, kThreads<kDim, kTiles, kFlavour>);
-    publish_barriers();
-  }
   // The step's pieces were there before the kernel that precedes this one in the stream.
-  const Work work(parameters, 4 * kTiles);
-  __syncthreads();
+  const uint32_t index = blockIdx.x / cache.heads;
+  const StepPiece listed = parameters.step.pieces[index];
+  // While the piece is on its way.
+  if (threadIdx.x == 0) begin_barrier(&shared.queries_ready, kThreads<kDim, kTiles, kFlavour>);
+  constexpr uint32_t kMostStages = kStages * kBatch<kDim, kTiles, kFlavour>;
+  Ring{dynamic, 0, kMostStages, shared.barriers[warp_index()]}.begin();
+  const Work work(parameters, listed, index, 4 * kTiles);
   if (work.columns.count == 0) return await_preceding();
   DecodeWarp<kDim, kTiles, kBfloat, kFlavour>(parameters, work, shared, dynamic).attend();
   __syncthreads();

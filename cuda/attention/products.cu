@@ -63,7 +63,10 @@ struct ProductParameters {
   CacheView cache;
   TileLayout layout;
   SequenceTokens tokens;
-  uint32_t runs, pieces;
+  Group group;
+  UnitShares shares;  // of warps
+  uint32_t pieces;
+  uint32_t unpacked_slot;  // of the ring, where the first token after the packed blocks is
   uint32_t most_bytes;     // of shared memory, that a block may take
   uint32_t room_bytes;     // of shared memory, for a warp's blocks
   uint32_t record_units;   // of every head record, or 0 where they differ
@@ -117,15 +120,12 @@ struct WarpUnits {
   uint32_t first_run, runs, first_block, blocks;
 };
 
-// Of a sequence's units, runs and packed blocks, runs are as far apart as can be, so that a warp with a run has a block less.
+// A warp with a run has a block less.
 __device__ __forceinline__ WarpUnits warp_units(const ProductParameters& parameters, uint32_t warp) {
-  const uint32_t runs = parameters.runs, units = runs + parameters.tokens.packed;
-  const auto runs_before = [&](uint32_t unit) {
-    return static_cast<uint32_t>((static_cast<uint64_t>(unit) * runs + units - 1) / units);
-  };
-  const uint32_t share = blockIdx.x * kProductWarps + warp, shares = parameters.pieces * kProductWarps,
-                 begin = piece_unit(units, share, shares), end = piece_unit(units, share + 1, shares),
-                 run = runs_before(begin), run_end = runs_before(end);
+  const UnitShares& shares = parameters.shares;
+  const uint32_t share = blockIdx.x * kProductWarps + warp, begin = shares.first_unit(share),
+                 end = shares.first_unit(share + 1), run = shares.runs_before(begin),
+                 run_end = shares.runs_before(end);
   return {run, run_end - run, begin - run, (end - run_end) - (begin - run)};
 }
 
@@ -202,7 +202,8 @@ __device__ __forceinline__ uint32_t place_blocks(uint32_t blocks, uint32_t bytes
 // Calls use(at, tile, widths, position of the part's groups in the record, slot) for the warp's blocks, from
 // units.first_block on. Once the tile is done with, its slot, of at least `least_bytes`, is ordinary shared memory. The first
 // settled blocks, which were there before the step began, are on their way before the kernel that precedes this one has
-// ended; then it calls prepare(). The next kernel may do the same meanwhile.
+// ended; then it calls prepare(). The next kernel may do the same meanwhile: from the begin on with keys, which are done
+// soonest so; with values, whose copies would wait for its own, once the kernel has waited.
 template <uint32_t kPart, typename Prepare, typename Use>
 __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, const WarpUnits& units,
                                           uint8_t* room, uint64_t (&barriers)[kProductStages],
@@ -216,7 +217,7 @@ __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, c
     blocks.copies[lane] =
         find_part<kPart>(parameters, units.first_block + lane, blockIdx.y, blocks.widths[lane]);
   };
-  let_next_begin();
+  if constexpr (kPart == PH_KV_KEYS) let_next_begin();
   Ring{room, 0, kProductStages, barriers}.begin();
   uint32_t bytes = 0;
   if (lane < units.blocks) {
@@ -233,6 +234,7 @@ __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, c
   const uint32_t early = min(stages, settled);
   for (uint32_t ahead = 0; ahead < early; ++ahead) fetch(ahead, ahead);
   wait_for_preceding();
+  if constexpr (kPart == PH_KV_VALUES) let_next_begin();
   if (lane >= settled && lane < units.blocks) find();
   __syncwarp();
   for (uint32_t ahead = early; ahead < stages; ++ahead) fetch(ahead, ahead);
@@ -259,29 +261,19 @@ __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, c
   }
 }
 
-// The head's rows of recent tokens, by slot.
 template <int kDim>
-struct RecentRows {
-  const uint8_t* rows;
-  uint64_t row_bytes;
-
-  __device__ __forceinline__ RecentRows(const ProductParameters& parameters, uint32_t part) {
-    const CacheView& cache = parameters.cache;
-    const uint64_t stream = kv::stream_of(cache, parameters.tokens.layer, parameters.tokens.sequence);
-    row_bytes = static_cast<uint64_t>(cache.heads) * kDim * 2;
-    rows = cache.recent + (stream * kv::kParts + part) * kv::recent_part_bytes(cache) +
-           blockIdx.y * (kDim * 2ull);
-  }
-  __device__ __forceinline__ const uint8_t* row(const CacheView& cache, uint32_t token) const {
-    return rows + kv::recent_slot(cache, token) * row_bytes;
-  }
-};
+__device__ __forceinline__ RecentTokens recent_of(const ProductParameters& parameters) {
+  const SequenceTokens& tokens = parameters.tokens;
+  return recent_tokens<kDim>(parameters.cache, tokens.layer, tokens.sequence, blockIdx.y, tokens.length,
+                             tokens.packed * kBlockTokens, parameters.unpacked_slot);
+}
 
 __device__ __forceinline__ Columns columns_of(const ProductParameters& parameters, int most,
                                               uint32_t head_dim) {
-  const uint32_t group = parameters.cache.query_heads / parameters.cache.heads, first = blockIdx.z * most;
-  return {parameters.queries + 2ull * blockIdx.y * group * head_dim, first,
-          min(static_cast<uint32_t>(most), group - first), group, 0};
+  const Group& group = parameters.group;
+  const uint32_t first = blockIdx.z * most;
+  return {parameters.queries + 2ull * blockIdx.y * group.heads * head_dim, first,
+          min(static_cast<uint32_t>(most), group.heads - first), group, 0};
 }
 
 // ---- q . K ----
@@ -293,13 +285,11 @@ struct RunKeys {
   uint32_t token;
   bool present;
 
-  __device__ __forceinline__ void load(const ProductParameters& parameters, const RecentRows<kDim>& keys,
-                                       uint32_t run) {
-    const SequenceTokens& tokens = parameters.tokens;
+  __device__ __forceinline__ void load(const RecentTokens& tokens, uint32_t run) {
     const uint32_t lane = threadIdx.x % kWarpThreads, at = run * kv::kRunTokens + lane / 2;
-    present = at < tokens.recent(parameters.cache);
-    token = tokens.recent_token(parameters.cache, present ? at : 0);
-    const uint8_t* row = keys.row(parameters.cache, token) + 16 * (lane % 2);
+    present = at < tokens.count;
+    token = tokens.token(at);
+    const uint8_t* row = tokens.keys + tokens.position(at) + 16 * (lane % 2);
 #pragma unroll
     for (int x = 0; x < kDim / 16; ++x) chunks[x] = *reinterpret_cast<const uint4*>(row + 32 * x);
   }
@@ -361,19 +351,23 @@ __global__ void __launch_bounds__(kProductThreads, (kResident<kDim, kTiles>))
   const uint32_t warp = warp_index(), lane = threadIdx.x % kWarpThreads, g = lane / 4, i = lane % 4;
   const uint32_t length = parameters.tokens.length;
   const Columns columns = columns_of(parameters, kColumns, kDim);
-  float* out = parameters.out + static_cast<uint64_t>(blockIdx.y * columns.group + columns.first) * length;
+  float* out =
+      parameters.out + static_cast<uint64_t>(blockIdx.y * columns.group.heads + columns.first) * length;
   const WarpUnits units = warp_units(parameters, warp);
+  LaneQuery<kDim> query(columns, warp < kTiles ? warp : 0);
   WarpState<kDim, kTiles> state;
   float* block_scores = out + parameters.cache.sinks + units.first_block * kBlockTokens + lane;
-  const RecentRows<kDim> recent(parameters, PH_KV_KEYS);
+  const RecentTokens recent = recent_of<kDim>(parameters);
   for_tiles<PH_KV_KEYS>(
       parameters, units, dynamic + warp * parameters.room_bytes, shared.barriers[warp], shared.blocks[warp],
       shared.factors[warp], sizeof(Found<kColumns>),
       [&] {
         RunKeys<kDim> keys;
-        if (units.runs > 0) keys.load(parameters, recent, units.first_run);
-        if (const uint32_t n = threadIdx.x / kWarpThreads; n < kTiles)
-          quantize_queries<kDim, kTiles, kBfloat>(LaneQuery<kDim>(columns, n), n, parameters.scale, queries);
+        if (units.runs > 0) keys.load(recent, units.first_run);
+        if (warp < kTiles) {
+          query.load();
+          quantize_queries<kDim, kTiles, kBfloat>(query, warp, parameters.scale, queries);
+        }
         __syncthreads();
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
@@ -382,7 +376,7 @@ __global__ void __launch_bounds__(kProductThreads, (kResident<kDim, kTiles>))
         }
 #pragma unroll 1
         for (uint32_t run = 0; run < units.runs; ++run) {
-          if (run > 0) keys.load(parameters, recent, units.first_run + run);
+          if (run > 0) keys.load(recent, units.first_run + run);
           score_run<kDim, kTiles, kBfloat>(parameters, keys, columns, out);
         }
       },
@@ -448,25 +442,21 @@ struct RunSums {
   }
 
   // Loads all of a run before it waits for any.
-  __device__ __forceinline__ void add(const ProductParameters& parameters, const RecentRows<kDim>& values,
-                                      uint32_t run, const float* weights, uint32_t columns) {
-    const SequenceTokens& tokens = parameters.tokens;
-    const CacheView& cache = parameters.cache;
-    const uint32_t lane = threadIdx.x % kWarpThreads, count = tokens.recent(cache);
+  __device__ __forceinline__ void add(const RecentTokens& tokens, uint32_t run, const float* weights,
+                                      uint32_t length, uint32_t columns) {
+    const uint32_t lane = threadIdx.x % kWarpThreads;
     // A lane knows a token.
-    const uint32_t at = run * kv::kRunTokens + lane % kv::kRunTokens;
-    const uint32_t token = tokens.recent_token(cache, min(at, count - 1)),
-                   slot = kv::recent_slot(cache, token);
-    const float* weight_of_token = weights + token;
+    const uint32_t at = run * kv::kRunTokens + lane % kv::kRunTokens, slot = tokens.slot(at);
+    const float* weight_of_token = weights + tokens.token(min(at, tokens.count - 1));
     const auto load_weight = [&](uint32_t column) {
-      return at < count && column < columns ? weight_of_token[static_cast<uint64_t>(column) * tokens.length]
-                                            : 0.0f;
+      return at < tokens.count && column < columns ? weight_of_token[static_cast<uint64_t>(column) * length]
+                                                   : 0.0f;
     };
     float weight = load_weight(0);
     uint32_t words[kv::kRunTokens][kPairs];
 #pragma unroll
     for (int t = 0; t < static_cast<int>(kv::kRunTokens); ++t) {
-      const uint8_t* row = values.rows + __shfl_sync(kEveryLane, slot, t) * values.row_bytes;
+      const uint8_t* row = tokens.values + __shfl_sync(kEveryLane, slot, t) * tokens.row_bytes;
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair)
         words[t][pair] =
@@ -541,7 +531,7 @@ __global__ void __launch_bounds__(kProductThreads, (kResident<kDim, kTiles>))
   const CacheView& cache = parameters.cache;
   const uint32_t length = parameters.tokens.length;
   const Columns columns = columns_of(parameters, kColumns, kDim);
-  const uint32_t query_head = blockIdx.y * columns.group + columns.first;
+  const uint32_t query_head = blockIdx.y * columns.group.heads + columns.first;
   const float* weights = parameters.weights + static_cast<uint64_t>(query_head) * length;
   const WarpUnits units = warp_units(parameters, warp);
   const auto load_weights = [&](uint32_t at, TileWeights<kTiles>& tile) {
@@ -564,11 +554,11 @@ __global__ void __launch_bounds__(kProductThreads, (kResident<kDim, kTiles>))
         load_weights(0, next);
         if (units.runs == 0) return;
         // While the first tiles are on their way.
-        const RecentRows<kDim> values(parameters, PH_KV_VALUES);
+        const RecentTokens recent = recent_of<kDim>(parameters);
         RunSums<kDim, kTiles, kBfloat> sums;
 #pragma unroll 1
         for (uint32_t run = units.first_run; run < units.first_run + units.runs; ++run)
-          sums.add(parameters, values, run, weights, columns.count);
+          sums.add(recent, run, weights, length, columns.count);
         sums.hand_over(state, columns.count, shared.factors[warp]);
       },
       [&](uint32_t at, const Tile& tile, uint32_t widths, uint32_t groups, const uint8_t*) {
@@ -760,7 +750,8 @@ ProductParameters parameters_of(const CacheView& cache, const kv::TileShape& sha
   parameters.widths = shape.parts[part].width * widths_of_one(kv::tile_groups(shape));
   if (shape.parts[PH_KV_KEYS].width > 0 && shape.parts[PH_KV_VALUES].width > 0)
     parameters.record_units = kv::largest_record_bytes(shape) / kUnitBytes;
-  parameters.runs = tokens.runs(cache);
+  parameters.group = group_of(cache);
+  parameters.unpacked_slot = tokens.packed * kBlockTokens % cache.ring;
   return parameters;
 }
 
@@ -771,10 +762,12 @@ void launch(ph_device& device, ProductParameters& parameters, Kernel kernel, uin
   const Residency residency = residency_of(device, slot, sizeof(Shared), resident);
   parameters.most_bytes = slot;
   parameters.room_bytes = residency.bytes / kProductWarps;
-  const uint32_t group = cache.query_heads / cache.heads, column_groups = (group + columns - 1) / columns;
+  const uint32_t column_groups = (parameters.group.heads + columns - 1) / columns;
+  const uint32_t runs = parameters.tokens.runs(cache), units = runs + parameters.tokens.packed;
   parameters.pieces =
-      product_pieces(parameters.runs + parameters.tokens.packed, cache.heads * column_groups,
+      product_pieces(units, cache.heads * column_groups,
                      static_cast<uint32_t>(device.processors) * residency.blocks, most_pieces);
+  parameters.shares = {units, runs, parameters.pieces * kProductWarps};
   allow_shared(device, kernel, SharedMemory::kPrefer);
   const dim3 grid(parameters.pieces, cache.heads, column_groups);
   launch_overlapping(device, kernel, grid, kProductThreads, residency.bytes, parameters);

@@ -2,8 +2,9 @@
 // w . V. Packed blocks are unpacked in registers.
 //
 // Both cut the sequence's tokens into units: runs of 16 tokens in 16 bits, sinks first, and the packed blocks; runs come
-// before blocks on the CPU, and lie between them on a GPU. Pieces of units are what warps, or cores, work on. How many there are follows from the sequence, the cache's shape and the
-// machine, and sums of pieces are added in their order, so that results are the same bits every time.
+// before blocks on the CPU, and lie between them on a GPU. Pieces of units are what cores, or thread blocks, work on. How many
+// there are follows from the sequence, the cache's shape and the machine, and sums of pieces are added in their order, so that
+// results are the same bits every time.
 #pragma once
 
 #include "kv/cache.h"
@@ -41,10 +42,23 @@ struct SequenceTokens {
   }
 };
 
-// The first unit of a piece of so many.
-PH_HOST_DEVICE uint32_t piece_unit(uint32_t units, uint32_t piece, uint32_t pieces) {
-  return static_cast<uint32_t>(static_cast<uint64_t>(units) * piece / pieces);
-}
+// How a sequence's units are dealt to equal shares, and its runs are as far apart among them as can be. Without divisions, which
+// a warp of a GPU would wait for before it can ask for anything.
+struct UnitShares {
+  uint64_t of_share, runs_of_unit;  // units and runs, on average, times 2^32; rounded up, and down
+
+  UnitShares() = default;
+  UnitShares(uint32_t units, uint32_t runs, uint32_t shares)
+      : of_share(((uint64_t{units} << 32) + shares - 1) / shares),
+        runs_of_unit((uint64_t{runs} << 32) / units) {}
+
+  PH_HOST_DEVICE uint32_t first_unit(uint32_t share) const {
+    return static_cast<uint32_t>(share * of_share >> 32);
+  }
+  PH_HOST_DEVICE uint32_t runs_before(uint32_t unit) const {
+    return static_cast<uint32_t>((unit * runs_of_unit + UINT32_MAX) >> 32);
+  }
+};
 
 inline uint64_t most_product_units(const kv::CacheView& cache) {
   const uint64_t recent = static_cast<uint64_t>(cache.sinks) + cache.ring;

@@ -46,11 +46,12 @@ uint32_t product_pieces(uint32_t units) {
 // Calls use(piece, head, first unit, last unit) on all cores.
 template <typename Use>
 void for_pieces(const ProductCall& call, uint32_t pieces, Use use) {
-  const uint32_t units = call.tokens.runs(call.cache) + call.tokens.packed;
+  const uint32_t runs = call.tokens.runs(call.cache);
+  const UnitShares shares(runs + call.tokens.packed, runs, pieces);
 #pragma omp parallel for collapse(2) schedule(dynamic)
   for (uint32_t piece = 0; piece < pieces; ++piece) {
     for (uint32_t head = 0; head < call.cache.heads; ++head)
-      use(piece, head, piece_unit(units, piece, pieces), piece_unit(units, piece + 1, pieces));
+      use(piece, head, shares.first_unit(piece), shares.first_unit(piece + 1));
   }
 }
 

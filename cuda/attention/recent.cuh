@@ -66,13 +66,36 @@ struct RecentTokens {
   __device__ __forceinline__ uint32_t token(uint32_t at) const {
     return at < sinks ? at : unpacked + (at - sinks);
   }
-  // Where it is from the first slot on; past the last, where the last is.
-  __device__ __forceinline__ uint64_t position(uint32_t at) const {
+  // The slot that it is in; past the last, that of the last.
+  __device__ __forceinline__ uint32_t slot(uint32_t at) const {
     at = min(at, count - 1);
-    const uint32_t slot = unpacked_slot + (at - sinks);  // the ring has room for all
-    return (at < sinks ? at : sink_slots + (slot < ring ? slot : slot - ring)) * row_bytes;
+    const uint32_t of_ring = unpacked_slot + (at - sinks);  // the ring has room for all
+    return at < sinks ? at : sink_slots + (of_ring < ring ? of_ring : of_ring - ring);
   }
+  // Where that begins, from the first slot on.
+  __device__ __forceinline__ uint64_t position(uint32_t at) const { return slot(at) * row_bytes; }
 };
+
+// Those of a sequence of `length` tokens, of which so many are packed; the next one's slot in the ring is `unpacked_slot`.
+template <int kDim>
+__device__ __forceinline__ RecentTokens recent_tokens(const kv::CacheView& cache, uint32_t layer,
+                                                      uint32_t sequence, uint32_t head, uint32_t length,
+                                                      uint32_t packed, uint32_t unpacked_slot) {
+  const uint64_t part_bytes = kv::recent_part_bytes(cache);
+  const uint8_t* keys =
+      cache.recent + kv::stream_of(cache, layer, sequence) * kv::kParts * part_bytes + head * (kDim * 2ull);
+  const uint32_t sinks = min(cache.sinks, length), unpacked = cache.sinks + packed,
+                 past = unpacked < length ? length - unpacked : 0;
+  return {keys,
+          keys + part_bytes,
+          static_cast<uint64_t>(cache.heads) * kDim * 2,
+          sinks + past,
+          sinks,
+          unpacked,
+          cache.sinks,
+          cache.ring,
+          unpacked_slot};
+}
 
 // The queries of a thread block's columns as B fragments, in a lane's registers; the odd column of a pair is 0.
 template <int kDim, int kTiles>

@@ -79,12 +79,18 @@ constexpr uint32_t tile_slot_bytes(uint32_t record_bytes) {
   return TileCopies::kRecordSector + round_to_sectors(record_bytes + kSectorBytes - kv::kUnitBytes);
 }
 
+// What L2 does with what is copied: nothing special, or drops it first. These are createpolicy's evict_unchanged, which is as
+// fast as no policy, and evict_first.
+enum class Reads : uint64_t { kAgain = 0x10f0000000000000, kOnce = 0x12f0000000000000 };
+
 __device__ __forceinline__ void bulk_copy(uint32_t target, const uint8_t* source, uint32_t bytes,
-                                          uint32_t barrier) {
+                                          uint32_t barrier, Reads reads) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-      "l"(source), "r"(bytes), "r"(barrier)
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+      "[%3], "
+      "%4;" ::"r"(target),
+      "l"(source), "r"(bytes), "r"(barrier), "l"(static_cast<uint64_t>(reads))
       : "memory");
 #endif
 }
@@ -131,7 +137,7 @@ struct Ring {
   uint32_t slot_bytes, stages;
   uint64_t* barriers;  // [stages]
 
-  // For a warp that begins its own barriers; where a thread block does it for all, a barrier follows.
+  // The warp's own barriers.
   __device__ __forceinline__ void begin() const {
     if (threadIdx.x % kWarpThreads == 0) {
       for (uint32_t stage = 0; stage < stages; ++stage) begin_barrier(barriers + stage, 1);
@@ -148,13 +154,15 @@ struct Ring {
   }
 
   // Starts the copies of a tile to where they belong in a slot. All lanes call it, with the same, or `skip`, once per tile in
-  // turn.
+  // turn. The last copy is of params, which the other heads read as well; all else is read once, and would only take the
+  // place in L2 of what is read again, or of what was written and need not go to memory yet.
   template <int kCopies>
   __device__ __forceinline__ void copy(const uint8_t* pool, uint32_t stage, const SpanCopy (&copies)[kCopies],
                                        const uint32_t (&positions)[kCopies]) const {
     uint8_t* slot = slots + stage * slot_bytes;
 #if __CUDA_ARCH__ >= 900
     const uint32_t barrier = shared_address(barriers + stage), target = shared_address(slot);
+    const auto reads = [](int which) { return which + 1 < kCopies ? Reads::kOnce : Reads::kAgain; };
     uint32_t bytes = 0;
     bool straddles = false;
 #pragma unroll
@@ -169,7 +177,8 @@ struct Ring {
                    : "memory");
 #pragma unroll
       for (int which = 0; which < kCopies; ++which)
-        bulk_copy(target + positions[which], copies[which].source, copies[which].first_bytes, barrier);
+        bulk_copy(target + positions[which], copies[which].source, copies[which].first_bytes, barrier,
+                  reads(which));
     }
     // A vote, so that this is a branch, and rare.
     if (__any_sync(kEveryLane, straddles)) {
@@ -178,7 +187,7 @@ struct Ring {
         const SpanCopy& copy = copies[which];
         if (copy.straddles() && is_elected())
           bulk_copy(target + positions[which] + copy.first_bytes, pool + copy.second_page * kv::kPageBytes,
-                    copy.bytes - copy.first_bytes, barrier);
+                    copy.bytes - copy.first_bytes, barrier, reads(which));
       }
     }
 #else

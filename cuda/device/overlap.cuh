@@ -21,7 +21,7 @@ __device__ __forceinline__ void let_next_begin() {
 }
 
 // Both, for kernels of which one follows another. Before, a kernel may read only what was there before that one began:
-// whoever lets the next kernel begin has itself waited. (But for the products alone, attention/products.cu, which let it
+// whoever lets the next kernel begin has itself waited. (But for scores alone, attention/products.cu, which let it
 // begin at once: what it may read then was there before the kv cache's step began, behind whose plan, no kernel, all are
 // enqueued.) Every thread block calls it, so that the next kernel, when it has waited for this one, has waited for the one
 // before as well.

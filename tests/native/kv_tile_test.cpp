@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention/decode.h"
+#include "attention/products.h"
 #include "check.h"
 #include "kv/cache_operations.h"
 
@@ -637,6 +638,28 @@ void check_shares() {
   }
 }
 
+// The products' shares of units hold each once, and differ by one at most; so do the runs of as many units in a row.
+void check_unit_shares() {
+  const auto random_size = [] { return 1 + random_below(1u << random_below(26)); };
+  for (uint32_t i = 0; i < 20'000; ++i) {
+    const uint32_t units = random_size(),
+                   runs = i % 16 == 0 ? units : random_below(std::min(units, 5000u) + 1),
+                   shares = random_size();
+    const attention::UnitShares dealt(units, runs, shares);
+    CHECK(dealt.first_unit(0) == 0 && dealt.first_unit(shares) == units);
+    CHECK(dealt.runs_before(0) == 0 && dealt.runs_before(units) == runs);
+    for (uint32_t j = 0; j < 8; ++j) {
+      const uint32_t share = random_below(shares),
+                     own = dealt.first_unit(share + 1) - dealt.first_unit(share);
+      CHECK(units / shares <= own && own <= units / shares + 1);
+      const uint32_t unit = random_below(units), in_a_row = 1 + random_below(units - unit);
+      const uint64_t even = uint64_t{in_a_row} * runs / units;
+      const uint32_t found = dealt.runs_before(unit + in_a_row) - dealt.runs_before(unit);
+      CHECK(even <= found && found <= even + 1);
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -645,6 +668,7 @@ int main(int argc, char** argv) {
   printf("seed %u\n", seed);
   source_of_random.seed(seed);
   check_shares();
+  check_unit_shares();
   device = open_device(0);
   for (uint32_t part = 0; part < kParts; ++part) {
     for (uint32_t token = 0; token < 64; ++token) {
