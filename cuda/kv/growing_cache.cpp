@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 
 #include "attention/decode.h"
 #include "attention/prefill.h"
@@ -660,35 +659,35 @@ void ph_kv_cache::begin(const uint32_t* sequences, const uint32_t* tokens, uint3
     }
   }
 
+  struct Cuts {
+    uint32_t entry;
+    uint64_t runs, pieces, piece_work;
+  };
+  std::vector<Cuts> cuts;
+  for (uint32_t i = 0; i < count; ++i) {
+    const uint64_t packed_tokens = static_cast<uint64_t>(entries[i].packed) * kBlockTokens,
+                   runs = divide_up(entries[i].before + entries[i].tokens - packed_tokens, kRunTokens),
+                   work = runs + entries[i].packed, of_sequence = piece_count(work, config_.splits);
+    cuts.push_back({i, runs, of_sequence, work / of_sequence});
+  }
+  // The largest first, so that small ones fill the gaps at the end.
+  std::stable_sort(cuts.begin(), cuts.end(),
+                   [](const Cuts& a, const Cuts& b) { return a.piece_work > b.piece_work; });
   std::vector<StepPiece> pieces;
   uint32_t most_pieces = 0;
-  const auto runs_of = [&](const StepSequence& entry) {
-    const uint64_t packed_tokens = static_cast<uint64_t>(entry.packed) * kBlockTokens;
-    return divide_up(entry.before + entry.tokens - packed_tokens, kRunTokens);
-  };
-  const auto piece_work = [&](uint32_t i) {
-    const uint64_t work = runs_of(entries[i]) + entries[i].packed;
-    return work / piece_count(work, config_.splits);
-  };
-  // The largest first, so that small ones fill the gaps at the end.
-  std::vector<uint32_t> order(count);
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(),
-                   [&](uint32_t a, uint32_t b) { return piece_work(a) > piece_work(b); });
-  for (const uint32_t i : order) {
-    const uint64_t runs = runs_of(entries[i]), blocks = entries[i].packed;
-    const uint64_t cuts = piece_count(runs + blocks, config_.splits);
+  for (const Cuts& cut : cuts) {
+    const StepSequence& entry = entries[cut.entry];
     uint64_t run = 0, block = 0;
-    for (uint64_t place = 0; place < cuts; ++place) {
-      const uint64_t run_end = runs * (place + 1) / cuts,
-                     block_end =
-                         share_end<uint64_t>(blocks, runs, block, run_end, place, cuts, kMostPieceWork);
-      pieces.push_back({entries[i], i, static_cast<uint32_t>(run), static_cast<uint32_t>(run_end - run),
+    for (uint64_t place = 0; place < cut.pieces; ++place) {
+      const uint64_t run_end = cut.runs * (place + 1) / cut.pieces,
+                     block_end = share_end<uint64_t>(entry.packed, cut.runs, block, run_end, place,
+                                                     cut.pieces, kMostPieceWork);
+      pieces.push_back({entry, cut.entry, static_cast<uint32_t>(run), static_cast<uint32_t>(run_end - run),
                         static_cast<uint32_t>(block), static_cast<uint32_t>(block_end - block),
-                        static_cast<uint32_t>(place), static_cast<uint32_t>(cuts)});
+                        static_cast<uint32_t>(place), static_cast<uint32_t>(cut.pieces)});
       run = run_end, block = block_end;
     }
-    most_pieces = std::max(most_pieces, static_cast<uint32_t>(cuts));
+    most_pieces = std::max(most_pieces, static_cast<uint32_t>(cut.pieces));
   }
 
   for (const StepSequence& entry : entries) {
