@@ -37,8 +37,6 @@ using kv::StepPiece;
 using kv::StepSequence;
 using kv::StepView;
 
-constexpr float kLog2E = 1.4426950408889634f;
-
 // What kernels are for: layers of fixed with 2, 3 or 4 bits throughout, which have no bases; of packkv and fixed, with
 // residuals of up to 4 bits, or of more; of raw16; of any mixture.
 enum class Flavour { kFixed2, kFixed3, kFixed4, kNarrow, kWide, kRaw16, kMixed };
@@ -216,8 +214,7 @@ __device__ __forceinline__ Share warp_share(const StepPiece& piece, uint32_t war
     if (w == warp) begin = at, end = next;
     at = next;
   }
-  // The same in every lane, as shuffles tell the compiler: it has scalars for that.
-  begin = __shfl_sync(kEveryLane, begin, 0), end = __shfl_sync(kEveryLane, end, 0);
+  begin = alike(begin), end = alike(end);
   return {piece.first_run + runs_before(warp), runs_before(warp + 1) - runs_before(warp),
           piece.first_block + begin, end - begin};
 }
@@ -778,8 +775,7 @@ __global__ void __launch_bounds__(kThreads<kDim, kTiles, kFlavour>, 2)
   const StepPiece listed = parameters.step.pieces[index];
   // While the piece is on its way.
   if (threadIdx.x == 0) begin_barrier(&shared.queries_ready, kThreads<kDim, kTiles, kFlavour>);
-  constexpr uint32_t kMostStages = kStages * kBatch<kDim, kTiles, kFlavour>;
-  Ring{dynamic, 0, kMostStages, shared.barriers[warp_index()]}.begin();
+  begin_barriers(shared.barriers[warp_index()]);
   const Work work(parameters, listed, index, 4 * kTiles);
   if (work.columns.count == 0) return await_preceding();
   DecodeWarp<kDim, kTiles, kBfloat, kFlavour>(parameters, work, shared, dynamic).attend();

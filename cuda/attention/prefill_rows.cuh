@@ -9,7 +9,6 @@ namespace ph::attention {
 
 constexpr uint32_t kWarps = 4;
 constexpr uint32_t kThreads = kWarps * kWarpThreads;
-constexpr float kLog2OfE = 1.4426950408889634f;
 
 // Lane (g, i) has rows g and g + 8 of each band of 16.
 template <int kDim, int kBands>
@@ -97,7 +96,7 @@ __device__ __forceinline__ void load_queries(const Tile16& tile, uint32_t band_r
       }
 #pragma unroll
       for (int of = 0; of < kBands; ++of) {
-        if (of == band) facts.factor[of][r] = scale * kLog2OfE * down;
+        if (of == band) facts.factor[of][r] = scale * kLog2E * down;
       }
     }
 #pragma unroll

@@ -218,7 +218,7 @@ __device__ __forceinline__ void for_tiles(const ProductParameters& parameters, c
         find_part<kPart>(parameters, units.first_block + lane, blockIdx.y, blocks.widths[lane]);
   };
   if constexpr (kPart == PH_KV_KEYS) let_next_begin();
-  Ring{room, 0, kProductStages, barriers}.begin();
+  begin_barriers(barriers);
   uint32_t bytes = 0;
   if (lane < units.blocks) {
     if (lane < settled) find();

@@ -42,8 +42,8 @@ struct SequenceTokens {
   }
 };
 
-// How a sequence's units are dealt to equal shares, and its runs are as far apart among them as can be. Without divisions, which
-// a warp of a GPU would wait for before it can ask for anything.
+// How a sequence's units are dealt to equal shares, and its runs are as far apart among them as can be. Without divisions,
+// which a warp of a GPU would wait for before it can ask for anything.
 struct UnitShares {
   uint64_t of_share, runs_of_unit;  // units and runs, on average, times 2^32; rounded up, and down
 

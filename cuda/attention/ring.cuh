@@ -87,9 +87,8 @@ __device__ __forceinline__ void bulk_copy(uint32_t target, const uint8_t* source
                                           uint32_t barrier, Reads reads) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
-      "[%3], "
-      "%4;" ::"r"(target),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(target),
       "l"(source), "r"(bytes), "r"(barrier), "l"(static_cast<uint64_t>(reads))
       : "memory");
 #endif
@@ -117,6 +116,16 @@ __device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
+// A warp's own, for one arrival each.
+template <uint32_t kCount>
+__device__ __forceinline__ void begin_barriers(uint64_t (&barriers)[kCount]) {
+  if (threadIdx.x % kWarpThreads == 0) {
+#pragma unroll
+    for (uint64_t& barrier : barriers) begin_barrier(&barrier, 1);
+    publish_barriers();
+  }
+  __syncwarp();
+}
 // For barriers of one phase.
 __device__ __forceinline__ void arrive(uint64_t* barrier) {
   asm volatile(
@@ -136,15 +145,6 @@ struct Ring {
   uint8_t* slots;  // [stages][slot_bytes]: params, then record
   uint32_t slot_bytes, stages;
   uint64_t* barriers;  // [stages]
-
-  // The warp's own barriers.
-  __device__ __forceinline__ void begin() const {
-    if (threadIdx.x % kWarpThreads == 0) {
-      for (uint32_t stage = 0; stage < stages; ++stage) begin_barrier(barriers + stage, 1);
-      publish_barriers();
-    }
-    __syncwarp();
-  }
 
   // Where there is no tile any more.
   __device__ __forceinline__ void skip() const {

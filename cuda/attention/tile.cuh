@@ -22,8 +22,9 @@ using kv::kWarpThreads;
 
 constexpr float kLargestFixed = 32600.0f;  // below 2^15 - 128, so that the rounded high byte stays one
 constexpr float kFixedMagic = 12582912.0f + 128.0f;  // 1.5 * 2^23 + 128: the float's low 16 bits hold x + 128
-constexpr float kNoReference =
-    -1e30f;                            // of exponents, before any score: finite, so that it can be subtracted
+// The reference of exponents before any score: finite, so that it can be subtracted.
+constexpr float kNoReference = -1e30f;
+constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLazyRescale = 24.0f;  // the running reference moves only when a tile exceeds it by 2^24
 
 __device__ __forceinline__ void multiply_add(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
@@ -42,11 +43,11 @@ __device__ __forceinline__ void multiply(int (&c)[4], uint32_t a0, uint32_t a1, 
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0));
 }
 
-// The warp of a thread block. A shuffle tells the compiler that lanes have the same, so that what follows from it is computed
-// once for all of them.
-__device__ __forceinline__ uint32_t warp_index() {
-  return __shfl_sync(kEveryLane, threadIdx.x / kWarpThreads, 0);
-}
+// What all lanes have alike. A shuffle tells the compiler so, and what follows from it is computed once for all of them.
+__device__ __forceinline__ uint32_t alike(uint32_t value) { return __shfl_sync(kEveryLane, value, 0); }
+
+// The warp of a thread block.
+__device__ __forceinline__ uint32_t warp_index() { return alike(threadIdx.x / kWarpThreads); }
 
 // The lane, of which the compiler does not know that it could compute it anew, as it would, at 30 cycles, for every tile.
 __device__ __forceinline__ uint32_t lane_index() {
